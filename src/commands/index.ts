@@ -1,0 +1,21 @@
+/**
+ * The registry of commands.
+ *
+ * To add the command `b2 NAME`:
+ * 1. `src/commands/NAME.ts`: `const args`, `const options` (`as const satisfies …Specs`),
+ *    `export type NameInput = Input<typeof args, typeof options>` and
+ *    `export const nameCommand = defineCommand({…, load: () => import('./run/NAME.js')})`.
+ *    It imports nothing heavy; completion.ts is the pattern. A command of two words ("key add") is in
+ *    `key-add.ts` with `name: 'key add'`, and its first word is listed in {@link GROUPS}.
+ * 2. `src/commands/run/NAME.ts` exports `run(context, input)`, which returns `{data, code?}`, and
+ *    `text(data, style)`, which words it for people.
+ * 3. A line in {@link COMMANDS}, in the order of the help text.
+ * 4. `npm run man` rewrites man/; commit the pages (`npm run lint` fails until they agree).
+ */
+import { completionCommand } from './completion.js';
+import type { CommandSpec } from './spec.js';
+
+export const COMMANDS: readonly CommandSpec[] = [completionCommand];
+
+/** What the first word of commands with two words stands for: summary, no full stop. */
+export const GROUPS: Readonly<Record<string, string>> = {};

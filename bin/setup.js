@@ -31,9 +31,22 @@ function hasProgram(root) {
   return fs.existsSync(path.join(root, 'dist', 'cli.js'));
 }
 
+/** True for a package that npm installed (it has no lock file) and for a clone that has been set up. */
+function isReady(root) {
+  const isClone = fs.existsSync(path.join(root, 'package-lock.json'));
+  return hasProgram(root) && (!isClone || hasDependencies(root));
+}
+
 function has(command) {
   const found = spawnSync('sh', ['-c', 'command -v "$1"', 'sh', command], { stdio: 'ignore' });
   return found.status === 0;
+}
+
+/** Without what an outer npm (`npm install -g .`) handed down, and with development dependencies. */
+function cleanEnvironment() {
+  const env = { ...process.env, NODE_ENV: 'development' };
+  for (const name of Object.keys(env)) if (/^npm_/i.test(name)) delete env[name];
+  return env;
 }
 
 /** Runs a command in `root`, keeping what it prints; ends with { ok, output }. */
@@ -43,14 +56,14 @@ function quietly(root, command, args) {
     encoding: 'utf8',
     stdio: ['ignore', 'pipe', 'pipe'],
     maxBuffer: 64 * 1024 * 1024,
-    // Build tools are development dependencies, whatever the environment says.
-    env: { ...process.env, NODE_ENV: 'development' },
+    env: cleanEnvironment(),
   });
   if (done.error) return { ok: false, output: done.error.message };
   return { ok: done.status === 0, output: `${done.stdout}${done.stderr}` };
 }
 
-const NETWORK = /ENOTFOUND|EAI_AGAIN|ECONNREFUSED|ECONNRESET|ETIMEDOUT|ENETUNREACH|ERR_SOCKET_TIMEOUT/;
+const NETWORK =
+  /ENOTFOUND|EAI_AGAIN|ECONNREFUSED|ECONNRESET|ETIMEDOUT|ENETUNREACH|ERR_SOCKET_TIMEOUT/;
 const COMPILER = /gyp ERR!|node-gyp|not found: make|find Python/i;
 
 function lastLines(output) {
@@ -66,7 +79,12 @@ function installDependencies(root) {
     if (isRoot && has('apt-get')) {
       say(`sqlite3 has to be compiled here; installing ${missing.join(' ')} with apt-get`);
       const apt = 'apt-get update -qq && apt-get install -y -qq --no-install-recommends "$@"';
-      quietly(root, 'sh', ['-c', `DEBIAN_FRONTEND=noninteractive; export DEBIAN_FRONTEND; ${apt}`, 'sh', ...missing]);
+      quietly(root, 'sh', [
+        '-c',
+        `DEBIAN_FRONTEND=noninteractive; export DEBIAN_FRONTEND; ${apt}`,
+        'sh',
+        ...missing,
+      ]);
       done = quietly(root, 'npm', args);
     } else {
       giveUp(
@@ -85,7 +103,10 @@ function installDependencies(root) {
 function build(root) {
   const done = quietly(root, process.execPath, [path.join(root, 'scripts', 'build.mjs')]);
   if (!done.ok) {
-    giveUp(`the build failed in ${root}:\n    ${lastLines(done.output)}`, `The same by hand: cd ${root} && npm run build`);
+    giveUp(
+      `the build failed in ${root}:\n    ${lastLines(done.output)}`,
+      `The same by hand: cd ${root} && npm run build`,
+    );
   }
 }
 
@@ -101,11 +122,16 @@ function setUp(root) {
     fs.accessSync(root, fs.constants.W_OK);
   } catch (error) {
     say(`b2 in ${root} is not set up yet, and this user may not write there (${error.code})`);
-    process.stderr.write('    Start it once as the owner of that directory, or install it: sudo npm install -g .\n');
+    process.stderr.write(
+      '    Start it once as the owner of that directory, or install it: sudo npm install -g .\n',
+    );
     process.exit(1);
   }
   for (const [command, hint] of [
-    ['npm', 'Install it: Debian has it as "npm" (sudo apt install npm); nodejs.org brings it along.'],
+    [
+      'npm',
+      'Install it: Debian has it as "npm" (sudo apt install npm); nodejs.org brings it along.',
+    ],
     ['flock', 'Install it: Debian has it in "util-linux".'],
   ]) {
     if (has(command)) continue;
@@ -125,6 +151,6 @@ function setUp(root) {
   process.exit(done.signal === 'SIGINT' ? 130 : 1);
 }
 
-module.exports = { setUp };
+module.exports = { isReady, setUp };
 
 if (require.main === module) work(process.argv[2]);

@@ -22,12 +22,15 @@ const isAlive = (pid) => {
 };
 for (const name of readdirSync(root)) {
   const pid = /^dist\.(?:new|old)-(\d+)$/.exec(name)?.[1];
-  if (pid !== undefined && !isAlive(Number(pid))) rmSync(join(root, name), { recursive: true, force: true });
+  if (pid !== undefined && !isAlive(Number(pid)))
+    rmSync(join(root, name), { recursive: true, force: true });
 }
 
 const require = createRequire(join(root, 'package.json'));
 const tsc = join(dirname(require.resolve('typescript/package.json')), 'bin', 'tsc');
-const done = spawnSync(process.execPath, [tsc, '-p', root, '--outDir', fresh], { stdio: 'inherit' });
+const done = spawnSync(process.execPath, [tsc, '-p', root, '--outDir', fresh], {
+  stdio: 'inherit',
+});
 if (done.status !== 0) {
   rmSync(fresh, { recursive: true, force: true });
   process.exit(done.status ?? 1);

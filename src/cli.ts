@@ -3,7 +3,7 @@
  * only place where errors become exit codes.
  */
 import { homedir } from 'node:os';
-import { Argument, Command, CommanderError, Option } from 'commander';
+import { Argument, Command, Option, type CommanderError } from 'commander';
 import { systemClock, systemRandom, type Clock, type Random } from './clock.js';
 import { COMMANDS, GROUPS } from './commands/index.js';
 import { EXIT_CODES, GLOBAL_OPTIONS } from './commands/reference.js';
@@ -11,7 +11,12 @@ import type { ArgumentSpec, CommandSpec, Input, OptionSpec } from './commands/sp
 import { argumentUsage, fullDescription, optionUsage } from './commands/tree.js';
 import { loadConfig, resolveSettings } from './config.js';
 import { B2Error, ExitCode, errnoOf, messageOf } from './errors.js';
-import { createRenderer, type ErrorReport, type OutputStream, type Renderer } from './ui/renderer.js';
+import {
+  createRenderer,
+  type ErrorReport,
+  type OutputStream,
+  type Renderer,
+} from './ui/renderer.js';
 import { styleFor } from './ui/style.js';
 import { programVersion } from './version.js';
 
@@ -52,10 +57,16 @@ function attributeOf(name: string): { readonly key: string; readonly negated: bo
 
 function addOptions(command: Command, options: Readonly<Record<string, OptionSpec>>): void {
   for (const [name, spec] of Object.entries(options)) {
-    const flags = optionUsage(name, spec).replace(/ (\S+)$/, spec.value === undefined ? ' $1' : ' <$1>');
+    const flags = optionUsage(name, spec).replace(
+      / (\S+)$/,
+      spec.value === undefined ? ' $1' : ' <$1>',
+    );
     const option = new Option(flags, fullDescription(spec));
     if (spec.many === true) {
-      option.argParser((text: string, before: readonly string[] | undefined) => [...(before ?? []), text]);
+      option.argParser((text: string, before: readonly string[] | undefined) => [
+        ...(before ?? []),
+        text,
+      ]);
     }
     command.addOption(option);
   }
@@ -119,7 +130,11 @@ function helpTail(spec: CommandSpec): string {
   return lines.join('\n');
 }
 
-type Chosen = { readonly spec: CommandSpec; readonly input: Input<{}, {}>; readonly globals: GlobalInput };
+type Chosen = {
+  readonly spec: CommandSpec;
+  readonly input: Input<{}, {}>;
+  readonly globals: GlobalInput;
+};
 
 function buildProgram(world: World, choose: (chosen: Chosen) => void): Command {
   const ended = (path: string) => (error: CommanderError) => {
@@ -165,7 +180,10 @@ function buildProgram(world: World, choose: (chosen: Chosen) => void): Command {
     for (const argument of Object.values(spec.arguments)) {
       const text = argument.many === true ? `${argument.label}...` : argument.label;
       command.addArgument(
-        new Argument(argument.optional === true ? `[${text}]` : `<${text}>`, fullDescription(argument)),
+        new Argument(
+          argument.optional === true ? `[${text}]` : `<${text}>`,
+          fullDescription(argument),
+        ),
       );
     }
     command.usage(['[options]', ...Object.values(spec.arguments).map(argumentUsage)].join(' '));
@@ -186,7 +204,8 @@ function buildProgram(world: World, choose: (chosen: Chosen) => void): Command {
 }
 
 function readGlobals(raw: Readonly<Record<string, unknown>>): GlobalInput {
-  const text = (value: unknown): string | undefined => (typeof value === 'string' ? value : undefined);
+  const text = (value: unknown): string | undefined =>
+    typeof value === 'string' ? value : undefined;
   return {
     repo: text(raw['repo']),
     config: text(raw['config']),
@@ -228,10 +247,18 @@ export function reportOf(error: unknown, aborted: AbortSignal, verbose: boolean)
       details: verbose ? causes(error) : [],
     };
   }
-  if (aborted.aborted && (error === aborted.reason || (error instanceof Error && error.name === 'AbortError'))) {
-    return { code: ExitCode.interrupted, message: `interrupted (${String(aborted.reason)})`, details: [] };
+  if (
+    aborted.aborted &&
+    (error === aborted.reason || (error instanceof Error && error.name === 'AbortError'))
+  ) {
+    return {
+      code: ExitCode.interrupted,
+      message: `interrupted (${String(aborted.reason)})`,
+      details: [],
+    };
   }
-  const isSystemError = error instanceof Error && errnoOf(error) !== undefined && 'syscall' in error;
+  const isSystemError =
+    error instanceof Error && errnoOf(error) !== undefined && 'syscall' in error;
   if (isSystemError) {
     return { code: ExitCode.failed, message: error.message, details: verbose ? causes(error) : [] };
   }
@@ -313,6 +340,7 @@ export async function main(args: readonly string[], world: World): Promise<numbe
     verbose,
     clock,
     stderrStyle: await styleFor({ isTty: stderr.isTTY === true, json, env }),
+    canDraw: env['TERM'] !== 'dumb',
     onOutputFailure: () => abort.abort('the reader of the output left'),
   });
   let code: number;
@@ -328,7 +356,8 @@ export async function main(args: readonly string[], world: World): Promise<numbe
   const failure = renderer.outputFailure();
   if (failure === undefined) return code;
   // `| head` leaving early is no failure to talk about, but not everything was delivered.
-  if (failure !== 'closed') stderr.write(`b2: cannot write to the standard output: ${failure.reason}\n`);
+  if (failure !== 'closed')
+    stderr.write(`b2: cannot write to the standard output: ${failure.reason}\n`);
   return code === ExitCode.ok || code === ExitCode.interrupted ? ExitCode.partial : code;
 }
 

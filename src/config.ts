@@ -64,7 +64,8 @@ function fail(path: string, message: string, hint?: string): B2Error {
 function kindName(value: unknown): string {
   if (value === null || value === undefined) return 'nothing';
   if (Array.isArray(value)) return 'a list';
-  return typeof value === 'object' ? 'a mapping' : `the ${typeof value} ${printable(String(value))}`;
+  if (typeof value === 'object') return 'a mapping';
+  return `the ${typeof value} ${printable(JSON.stringify(value) ?? '')}`;
 }
 
 /** A value of `kind`, or undefined where `value` is of another kind. Parsers throw RangeError. */
@@ -76,11 +77,15 @@ function readValue(kind: ConfigKind, value: unknown): unknown {
     case 'boolean':
       return typeof value === 'boolean' ? value : undefined;
     case 'size':
-      return typeof value === 'string' || typeof value === 'number' ? parseSize(String(value)) : undefined;
+      return typeof value === 'string' || typeof value === 'number'
+        ? parseSize(String(value))
+        : undefined;
     case 'duration':
       return typeof value === 'string' ? parseDurationMs(value) : undefined;
     case 'strings':
-      return Array.isArray(value) && value.every((item) => typeof item === 'string') ? value : undefined;
+      return Array.isArray(value) && value.every((item) => typeof item === 'string')
+        ? value
+        : undefined;
   }
 }
 
@@ -137,7 +142,10 @@ export async function parseConfig(text: string, path: string): Promise<Config> {
   const known: Readonly<Record<string, ConfigKey>> = CONFIG_KEYS;
   const visit = (value: unknown, prefix: string): void => {
     if (typeof value !== 'object' || value === null || Array.isArray(value)) {
-      throw fail(path, `${prefix === '' ? 'the file' : `"${prefix}"`} must be a mapping, not ${kindName(value)}`);
+      throw fail(
+        path,
+        `${prefix === '' ? 'the file' : `"${prefix}"`} must be a mapping, not ${kindName(value)}`,
+      );
     }
     for (const [key, child] of Object.entries(value)) {
       const keyPath = prefix === '' ? key : `${prefix}.${key}`;
@@ -275,7 +283,8 @@ export function resolveSettings(input: SettingsInput): Settings {
   let repository: Settings['repository'] | undefined;
   for (const [origin, url] of candidates) {
     if (url === undefined) continue;
-    if (url.trim() === '') throw new B2Error('usage', 'the repository URL is empty', { hint: 'See --repo in b2(1).' });
+    if (url.trim() === '')
+      throw new B2Error('usage', 'the repository URL is empty', { hint: 'See --repo in b2(1).' });
     repository = { url, origin };
     break;
   }
@@ -285,8 +294,7 @@ export function resolveSettings(input: SettingsInput): Settings {
       : join(xdgDir(env, 'XDG_DATA_HOME', join(homeDir, '.local', 'share')), 'b2', 'repo'),
     origin: 'default',
   };
-  const credentials =
-    pick('option', options.passwordFile, undefined, options.keyFile) ??
+  const credentials = pick('option', options.passwordFile, undefined, options.keyFile) ??
     pick('environment', env['B2_PASSWORD_FILE'], env['B2_PASSWORD_COMMAND'], env['B2_KEY_FILE']) ??
     (fromEnv('B2_PASSWORD') === undefined
       ? pick('config', config['password-file'], config['password-command'], config['key-file'])

@@ -36,7 +36,8 @@ export function formatDuration(seconds: number): string {
   const two = (n: number): string => String(n).padStart(2, '0');
   if (whole < 60) return `${whole}s`;
   if (whole < 3600) return `${Math.floor(whole / 60)}m ${two(whole % 60)}s`;
-  if (whole < 86_400) return `${Math.floor(whole / 3600)}h ${two(Math.floor((whole % 3600) / 60))}m`;
+  if (whole < 86_400)
+    return `${Math.floor(whole / 3600)}h ${two(Math.floor((whole % 3600) / 60))}m`;
   return `${Math.floor(whole / 86_400)}d ${two(Math.floor((whole % 86_400) / 3600))}h`;
 }
 
@@ -109,10 +110,13 @@ export function parseSize(text: string): number {
   const suffix = (match?.[3] ?? '').toLowerCase();
   const letter = match?.[2] ?? '';
   if (match === null || factor === undefined || (suffix === 'b' && letter !== '')) {
-    throw new RangeError(`"${text}" is not a size; write bytes, or a number with K, M, G or T (KiB, MiB, …)`);
+    throw new RangeError(
+      `"${text}" is not a size; write bytes, or a number with K, M, G or T (KiB, MiB, …)`,
+    );
   }
   const bytes = Number(match[1]) * factor;
-  if (!Number.isSafeInteger(bytes)) throw new RangeError(`"${text}" is not a whole number of bytes below 2^53`);
+  if (!Number.isSafeInteger(bytes))
+    throw new RangeError(`"${text}" is not a whole number of bytes below 2^53`);
   return bytes;
 }
 
@@ -129,7 +133,9 @@ const DURATION_MS: Readonly<Record<string, number>> = {
 export function parseDurationMs(text: string): number {
   const trimmed = text.trim().toLowerCase();
   if (!/^(\d+(?:\.\d+)?(?:ms|[smhdw])\s*)+$/.test(trimmed)) {
-    throw new RangeError(`"${text}" is not a duration; write for example 500ms, 10s, 5m, 1h30m or 7d`);
+    throw new RangeError(
+      `"${text}" is not a duration; write for example 500ms, 10s, 5m, 1h30m or 7d`,
+    );
   }
   let ms = 0;
   for (const part of trimmed.matchAll(/(\d+(?:\.\d+)?)(ms|[smhdw])/g)) {
@@ -164,8 +170,11 @@ export function parseWhole(text: string, least = 0): number {
  * overrides (names come from disks and other hosts) are written as \xNN or \u{NNNN}.
  */
 export function printable(text: string): string {
-  return text.replace(/[\u0000-\u001f\u007f-\u009f\u2028\u2029\u202a-\u202e\u2066-\u2069\ufeff]/g, (char) => {
-    const code = char.charCodeAt(0);
-    return code < 256 ? `\\x${code.toString(16).padStart(2, '0')}` : `\\u{${code.toString(16)}}`;
-  });
+  return text.replace(
+    /[\u0000-\u001f\u007f-\u009f\u2028\u2029\u202a-\u202e\u2066-\u2069\ufeff]/g,
+    (char) => {
+      const code = char.charCodeAt(0);
+      return code < 256 ? `\\x${code.toString(16).padStart(2, '0')}` : `\\u{${code.toString(16)}}`;
+    },
+  );
 }

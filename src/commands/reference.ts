@@ -7,7 +7,8 @@ export const GLOBAL_OPTIONS = {
   repo: {
     value: 'URL',
     complete: 'directory',
-    description: 'repository: /path, file:///path, ssh://[user@]host[:port]/path or s3:https://endpoint/bucket[/prefix]',
+    description:
+      'repository: /path, file:///path, ssh://[user@]host[:port]/path or s3:https://endpoint/bucket[/prefix]',
   },
   config: {
     value: 'FILE',
@@ -70,7 +71,8 @@ export const FILES: readonly Described[] = [
   { name: '/etc/b2/config.yaml', description: 'Configuration of the machine.' },
   {
     name: '$XDG_CONFIG_HOME/b2/config.yaml',
-    description: 'Configuration of the user (~/.config/b2/config.yaml); its keys win over the machine\'s.',
+    description:
+      "Configuration of the user (~/.config/b2/config.yaml); its keys win over the machine's.",
   },
   { name: '/var/lib/b2/repo', description: 'Default repository of root.' },
   {

@@ -33,7 +33,9 @@ export function firstWord(name: string): string {
 }
 
 /** Options of a command with the global ones after them. */
-export function allOptions(command: CommandSpec | undefined): readonly (readonly [string, OptionSpec])[] {
+export function allOptions(
+  command: CommandSpec | undefined,
+): readonly (readonly [string, OptionSpec])[] {
   return [...Object.entries(command?.options ?? {}), ...Object.entries(GLOBAL_OPTIONS)];
 }
 

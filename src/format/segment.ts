@@ -385,28 +385,28 @@ export function encodeSegmentIndex(x: SegmentIndex): Buffer {
   writeU64(out, x.lastFullSeq, 96);
   let at = INDEX_FIXED_BYTES;
   for (let i = 0; i < a; i++, at += EXTENT_ENTRY_BYTES) {
-    writeU64(out, value(x.extents.offset, i), at);
-    out.writeUInt32LE(value(x.extents.number, i), at + 8);
-    out.writeUInt32LE(value(x.extents.records, i), at + 12);
-    writeU64(out, value(x.extents.firstBlock, i), at + 16);
-    writeU64(out, value(x.extents.endBlock, i), at + 24);
-    out.writeUInt32LE(value(x.extents.stored, i), at + 32);
+    writeU64(out, column(x.extents.offset, i), at);
+    out.writeUInt32LE(column(x.extents.number, i), at + 8);
+    out.writeUInt32LE(column(x.extents.records, i), at + 12);
+    writeU64(out, column(x.extents.firstBlock, i), at + 16);
+    writeU64(out, column(x.extents.endBlock, i), at + 24);
+    out.writeUInt32LE(column(x.extents.stored, i), at + 32);
   }
   for (let i = 0; i < b; i++, at += COMMIT_ENTRY_BYTES) {
-    writeU64(out, value(x.commits.offset, i), at);
-    out.writeUInt32LE(value(x.commits.number, i), at + 8);
-    out.writeUInt32LE(value(x.commits.records, i), at + 12);
-    writeU64(out, value(x.commits.firstSeq, i), at + 16);
-    out.writeBigUInt64LE(value(x.commits.leastInstantNs, i), at + 24);
-    out.writeBigUInt64LE(value(x.commits.greatestInstantNs, i), at + 32);
-    out.writeUInt32LE(value(x.commits.stored, i), at + 40);
-    out.writeUInt32LE(value(x.commits.points, i), at + 44);
+    writeU64(out, column(x.commits.offset, i), at);
+    out.writeUInt32LE(column(x.commits.number, i), at + 8);
+    out.writeUInt32LE(column(x.commits.records, i), at + 12);
+    writeU64(out, column(x.commits.firstSeq, i), at + 16);
+    out.writeBigUInt64LE(column(x.commits.leastInstantNs, i), at + 24);
+    out.writeBigUInt64LE(column(x.commits.greatestInstantNs, i), at + 32);
+    out.writeUInt32LE(column(x.commits.stored, i), at + 40);
+    out.writeUInt32LE(column(x.commits.points, i), at + 44);
   }
   for (let i = 0; i < d; i++, at += PACK_ENTRY_BYTES) {
-    writeU64(out, value(x.packs.offset, i), at);
-    out.writeUInt32LE(value(x.packs.number, i), at + 8);
-    out.writeUInt32LE(value(x.packs.records, i), at + 12);
-    out.writeUInt32LE(value(x.packs.stored, i), at + 16);
+    writeU64(out, column(x.packs.offset, i), at);
+    out.writeUInt32LE(column(x.packs.number, i), at + 8);
+    out.writeUInt32LE(column(x.packs.records, i), at + 12);
+    out.writeUInt32LE(column(x.packs.stored, i), at + 16);
   }
   return out;
 }
@@ -445,12 +445,12 @@ export function decodeSegmentIndex(
     t.number[i] = plain.readUInt32LE(at + 8);
     t.records[i] = plain.readUInt32LE(at + 12);
     t.stored[i] = plain.readUInt32LE(storedAt);
-    const end = value(t.offset, i) + PAGE_HEADER_BYTES + value(t.stored, i);
-    if (value(t.offset, i) < SEGMENT_HEADER_BYTES || end > indexOffset || value(t.stored, i) < SEAL_BYTES) {
+    const end = column(t.offset, i) + PAGE_HEADER_BYTES + column(t.stored, i);
+    if (column(t.offset, i) < SEGMENT_HEADER_BYTES || end > indexOffset || column(t.stored, i) < SEAL_BYTES) {
       throw bad(at, 'a page lies outside the segment');
     }
-    if (value(t.records, i) < 1 || value(t.records, i) > most) throw bad(at + 12, 'a page with too many records, or none');
-    if (i > 0 && value(t.number, i) <= value(t.number, i - 1)) throw bad(at + 8, 'pages out of order');
+    if (column(t.records, i) < 1 || column(t.records, i) > most) throw bad(at + 12, 'a page with too many records, or none');
+    if (i > 0 && column(t.number, i) <= column(t.number, i - 1)) throw bad(at + 8, 'pages out of order');
   };
   let at = INDEX_FIXED_BYTES;
   for (let i = 0; i < a; i++, at += EXTENT_ENTRY_BYTES) {
@@ -459,8 +459,8 @@ export function decodeSegmentIndex(
     checkZero(plain, at + 36, at + 40, what);
     t.firstBlock[i] = readU64(plain, at + 16, what);
     t.endBlock[i] = readU64(plain, at + 24, what);
-    if (value(t.endBlock, i) <= value(t.firstBlock, i)) throw bad(at + 16, 'a page that ends before it starts');
-    if (i > 0 && value(t.firstBlock, i) < value(t.firstBlock, i - 1)) throw bad(at + 16, 'pages out of order');
+    if (column(t.endBlock, i) <= column(t.firstBlock, i)) throw bad(at + 16, 'a page that ends before it starts');
+    if (i > 0 && column(t.firstBlock, i) < column(t.firstBlock, i - 1)) throw bad(at + 16, 'pages out of order');
   }
   for (let i = 0; i < b; i++, at += COMMIT_ENTRY_BYTES) {
     const t = index.commits;
@@ -469,8 +469,8 @@ export function decodeSegmentIndex(
     t.leastInstantNs[i] = plain.readBigUInt64LE(at + 24);
     t.greatestInstantNs[i] = plain.readBigUInt64LE(at + 32);
     t.points[i] = plain.readUInt32LE(at + 44);
-    const first = value(t.firstSeq, i);
-    if (first < header.firstSeq || first > header.lastSeq || (i > 0 && first <= value(t.firstSeq, i - 1))) {
+    const first = column(t.firstSeq, i);
+    if (first < header.firstSeq || first > header.lastSeq || (i > 0 && first <= column(t.firstSeq, i - 1))) {
       throw bad(at + 16, 'commits pages out of order');
     }
   }
@@ -578,7 +578,7 @@ export function decodeExtentPage(
   header: SegmentHeader,
   what: string,
 ): ExtentPage {
-  if (plain.length !== value(index.extents.records, i) * EXTENT_RECORD_BYTES) {
+  if (plain.length !== column(index.extents.records, i) * EXTENT_RECORD_BYTES) {
     throw damaged(what, 0, 'the page has another number of records than the index says');
   }
   const page = new ExtentPage(plain);
@@ -618,61 +618,98 @@ export function decodeExtentPage(
   return page;
 }
 
-/** Decodes and validates commits page `i` of a segment against its index. */
+/** The records of a commits page, left packed. All getters take an index in [0, length). */
+export class CommitPage {
+  readonly length: number;
+  readonly bytes: Buffer;
+
+  constructor(bytes: Buffer) {
+    this.bytes = bytes;
+    this.length = Math.floor(bytes.length / COMMIT_RECORD_BYTES);
+  }
+  seq(i: number): number {
+    return readU64(this.bytes, i * COMMIT_RECORD_BYTES, 'commits page');
+  }
+  pointClass(i: number): number {
+    return this.bytes.readUInt8(i * COMMIT_RECORD_BYTES + 16);
+  }
+  flags(i: number): number {
+    return this.bytes.readUInt16LE(i * COMMIT_RECORD_BYTES + 18);
+  }
+  instantNs(i: number): bigint {
+    return this.bytes.readBigUInt64LE(i * COMMIT_RECORD_BYTES + 24);
+  }
+  /** The whole record; its hash shares memory with the page. */
+  record(i: number): StoredCommit {
+    return decodeCommitRecord(this.bytes, i * COMMIT_RECORD_BYTES, 'commits page');
+  }
+  /** The first index whose sequence number is `seq` or later. */
+  lowerBound(seq: number): number {
+    let lo = 0;
+    let hi = this.length;
+    while (lo < hi) {
+      const mid = (lo + hi) >>> 1;
+      if (this.seq(mid) < seq) lo = mid + 1;
+      else hi = mid;
+    }
+    return lo;
+  }
+}
+
+/** Validates commits page `i` of a segment against its index and wraps it. */
 export function decodeCommitPage(
   plain: Buffer,
   i: number,
   index: SegmentIndex,
   header: SegmentHeader,
   what: string,
-): StoredCommit[] {
+): CommitPage {
   const t = index.commits;
-  if (plain.length !== value(t.records, i) * COMMIT_RECORD_BYTES) {
+  if (plain.length !== column(t.records, i) * COMMIT_RECORD_BYTES) {
     throw damaged(what, 0, 'the page has another number of records than the index says');
   }
-  const out: StoredCommit[] = [];
+  const from = header.level === undefined ? 1 : header.firstSeq;
   let points = 0;
   let least = 0xffff_ffff_ffff_ffffn;
   let greatest = 0n;
-  for (let at = 0; at < plain.length; at += COMMIT_RECORD_BYTES) {
-    const c = decodeCommitRecord(plain, at, what);
-    const before = out.at(-1);
-    const from = header.level === undefined ? 1 : header.firstSeq;
-    if (c.firstSeq < from || c.seq > header.lastSeq || (before !== undefined && c.firstSeq <= before.seq)) {
-      throw damaged(what, at, `commit ${c.seq} out of order`);
+  let firstSeq = 0;
+  let lastSeq = 0;
+  for (let pos = 0; pos < plain.length; pos += COMMIT_RECORD_BYTES) {
+    const c = decodeCommitRecord(plain, pos, what);
+    if (c.firstSeq < from || c.seq > header.lastSeq || c.firstSeq <= lastSeq) {
+      throw damaged(what, pos, `commit ${c.seq} out of order`);
     }
-    if (c.pack >= index.packCount) throw damaged(what, at, `commit in pack ${c.pack} of ${index.packCount}`);
+    if (c.pack >= index.packCount) throw damaged(what, pos, `commit in pack ${c.pack} of ${index.packCount}`);
     if (c.pointClass >= PointClass.crash) points++;
     if (c.instantNs < least) least = c.instantNs;
     if (c.instantNs > greatest) greatest = c.instantNs;
-    out.push(c);
+    if (pos === 0) firstSeq = c.seq;
+    lastSeq = c.seq;
   }
-  const last = i + 1 === t.length ? header.lastSeq : value(t.firstSeq, i + 1) - 1;
-  const tail = out.at(-1);
+  const isLast = i + 1 === t.length;
   if (
-    out[0]?.seq !== t.firstSeq[i] ||
-    tail === undefined ||
-    (i + 1 === t.length ? tail.seq !== last : tail.seq > last) ||
+    firstSeq !== t.firstSeq[i] ||
+    (isLast ? lastSeq !== header.lastSeq : lastSeq >= column(t.firstSeq, i + 1)) ||
     points !== t.points[i] ||
     least !== t.leastInstantNs[i] ||
     greatest !== t.greatestInstantNs[i]
   ) {
     throw damaged(what, 0, 'the page holds other commits than the index says');
   }
-  return out;
+  return new CommitPage(plain);
 }
 
 /** Validates pack id page `i` and returns it: `records` ids of 16 bytes. */
 export function checkPackIdPage(plain: Buffer, i: number, index: SegmentIndex, what: string): Buffer {
-  if (plain.length !== value(index.packs.records, i) * PACK_ID_BYTES) {
+  if (plain.length !== column(index.packs.records, i) * PACK_ID_BYTES) {
     throw damaged(what, 0, 'the page has another number of pack ids than the index says');
   }
   return plain;
 }
 
 /** Element `i` of a column that is known to have it. */
-function value<T extends number | bigint>(column: { readonly [i: number]: T }, i: number): T {
-  const v = column[i];
+export function column<T extends number | bigint>(values: { readonly [i: number]: T }, i: number): T {
+  const v = values[i];
   if (v === undefined) throw new RangeError(`no element ${i}`);
   return v;
 }

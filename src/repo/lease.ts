@@ -234,10 +234,12 @@ class Chain {
     const before = generation === 1 ? `${this.#prefix}/cleaned` : this.#object(generation - 1);
     const isThere = (await this.#store.stat(before)) !== undefined;
     const neverUsed = generation === 1 ? !isThere : isThere;
+    if (!neverUsed) {
+      await this.#store.delete(this.#object(generation));
+      return false;
+    }
     const highest = (await this.generations()).at(-1);
-    if (neverUsed && (highest === undefined || highest <= generation)) return true;
-    await this.#store.delete(this.#object(generation));
-    return false;
+    return highest === undefined || highest <= generation;
   }
 
   /** True if `generation` exists and has no successor: its writer holds the lease. In this order: see above. */
@@ -246,12 +248,31 @@ class Chain {
     return (await this.#store.stat(this.#object(generation))) !== undefined;
   }
 
-  /** Deletes what `head`, which is ours, and its predecessor make superfluous. */
+  /**
+   * After a claim that failed: says that the lease is free if the claim has arrived all the same, so that nobody has
+   * to wait it out. Never rejects.
+   */
+  async withdraw(generation: number, record: LeaseRecord): Promise<void> {
+    try {
+      if ((await this.read(generation))?.token !== record.token) return;
+      await this.claim(generation + 1, { ...record, state: 'free' });
+    } catch {
+      // The store cannot be reached: then the claim, if it is there, lapses by itself.
+    }
+  }
+
+  /**
+   * Deletes what `head`, which is ours, and its predecessor make superfluous. Never rejects: what is left over
+   * disturbs nobody and goes the next time.
+   */
   async clean(head: number): Promise<void> {
-    const old = (await this.generations()).filter((generation) => generation < head - 1);
-    if (old.length === 0) return;
-    if (old[0] === 1) await this.#store.put(`${this.#prefix}/cleaned`, new Uint8Array(0));
-    for (const generation of old) await this.#store.delete(this.#object(generation));
+    try {
+      const old = (await this.generations()).filter((generation) => generation < head - 1);
+      if (old[0] === 1) await this.#store.put(`${this.#prefix}/cleaned`, new Uint8Array(0));
+      for (const generation of old) await this.#store.delete(this.#object(generation));
+    } catch {
+      // See above.
+    }
   }
 }
 
@@ -271,7 +292,9 @@ export async function acquireLease(
 ): Promise<Lease> {
   const { clock, signal } = options;
   const ttlMs = options.ttlMs ?? DEFAULT_TTL_MS;
-  if (!(ttlMs >= MIN_TTL_MS && ttlMs <= MAX_TTL_MS)) throw new RangeError(`ttlMs: ${ttlMs}`);
+  if (!Number.isInteger(ttlMs) || ttlMs < MIN_TTL_MS || ttlMs > MAX_TTL_MS) {
+    throw new RangeError(`ttlMs is out of range: ${ttlMs}`);
+  }
   const machine = options.machine ?? machineFacts();
   const chain = new Chain(store, name);
   const token = Buffer.from(options.random(16)).toString('hex');
@@ -287,7 +310,7 @@ export async function acquireLease(
     const isNew = watched?.generation !== generation || watched.token !== record?.token;
     // The same holding under a new generation: it was renewed while we watched.
     const renewed = isNew && watched !== undefined && watched.token === record?.token;
-    if (record?.state === 'held' && record.token !== token && isNew) {
+    if (record?.state === 'held' && isNew) {
       if (watched?.token !== record.token) options.onWait?.(record.holder);
       watched = { generation, token: record.token, sinceMs: nowMs };
     }
@@ -295,15 +318,19 @@ export async function acquireLease(
     const isFree =
       record === undefined ||
       record.state === 'free' ||
-      record.token === token ||
       isProvablyDead(record.holder.owner, machine) ||
       silentMs >= record.ttlMs;
     if (isFree) {
       const holder = { owner: options.owner, purpose: options.purpose ?? '', sinceNs: clock.nowNs() };
       const own: LeaseRecord = { state: 'held', token, ttlMs, holder };
-      const claimedMs = elapsedBase(clock);
-      if (await chain.claim(generation + 1, own)) {
-        return new HeldLease(chain, own, generation + 1, claimedMs, clock);
+      const claimed = elapsedBase(clock);
+      try {
+        if (await chain.claim(generation + 1, own)) {
+          return new HeldLease(chain, own, generation + 1, claimed, clock);
+        }
+      } catch (error) {
+        await chain.withdraw(generation + 1, own);
+        throw error;
       }
       continue; // somebody was faster; see who
     }
@@ -362,6 +389,7 @@ class HeldLease implements Lease {
   /** Steps that change the chain go one after the other. */
   #queue: Promise<unknown> = Promise.resolve();
   #released: Promise<void> | undefined;
+  #lastFailure: unknown;
 
   constructor(
     chain: Chain,
@@ -377,6 +405,7 @@ class HeldLease implements Lease {
     this.#renewed = claimed;
     this.#clock = clock;
     this.#heartbeat = this.#beat();
+    void this.#watch();
   }
 
   get lost(): AbortSignal {
@@ -426,6 +455,7 @@ class HeldLease implements Lease {
     if (!(await this.#chain.claim(this.#generation + 1, this.#record))) throw await this.#lose();
     this.#generation++;
     this.#renewed = begun;
+    this.#lastFailure = undefined;
     await this.#chain.clean(this.#generation);
   }
 
@@ -461,21 +491,33 @@ class HeldLease implements Lease {
         if (elapsedMs(this.#clock, this.#renewed) >= ttlMs / 4) await this.renew();
       } catch (error) {
         if (this.#stop.signal.aborted) return;
-        if (elapsedMs(this.#clock, this.#renewed) < (ttlMs * 3) / 4) continue;
-        this.#setLost(
-          new B2Error(
-            'held',
-            `could not renew the ${this.name} lease of this repository in time: ${messageOf(error)}`,
-            { cause: error, hint: 'Repeat the command when the repository can be reached again.' },
-          ),
-        );
-        return;
+        this.#lastFailure = error;
       }
     }
   }
 
+  /** Counts us out when renewals fail, or the store does not even answer, for too long. Never rejects. */
+  async #watch(): Promise<void> {
+    const limitNs = (BigInt(this.#record.ttlMs) * 3_000_000n) / 4n;
+    for (;;) {
+      const leftNs = this.#renewed.monotonicNs + limitNs - this.#clock.monotonicNs();
+      if (leftNs <= 0n) break;
+      await this.#clock.sleep(Math.ceil(Number(leftNs) / 1e6), this.#stop.signal);
+      if (this.#stop.signal.aborted) return;
+    }
+    const why =
+      this.#lastFailure === undefined ? 'it does not answer' : messageOf(this.#lastFailure);
+    this.#setLost(
+      new B2Error('held', `could not renew the ${this.name} lease of this repository in time: ${why}`, {
+        cause: this.#lastFailure,
+        hint: 'Repeat the command when the repository can be reached again.',
+      }),
+    );
+  }
+
   async #release(): Promise<void> {
     this.#stop.abort();
+    if (this.#lost.signal.aborted) return; // perhaps because the store hangs: do not wait for it
     await this.#heartbeat;
     await this.#serial(async () => {
       if (this.#lost.signal.aborted) return;

@@ -338,9 +338,8 @@ class DirectoryStore implements Store {
       if (errnoOf(error) === 'ENOENT') return undefined;
       throw error;
     });
-    if (found !== undefined && !found.isFile()) {
-      throw foreign(file, found.isDirectory() ? 'a directory' : 'not a regular file');
-    }
+    if (found?.isDirectory() === true) throw foreign(file, 'a directory');
+    if (found !== undefined) requireFile(file, found);
   }
 
   /**
@@ -433,11 +432,15 @@ function foreign(file: string, what: string): B2Error {
   });
 }
 
+function requireFile(file: string, found: fs.Stats): void {
+  if (found.isSymbolicLink()) throw foreign(file, 'a symbolic link');
+  if (!found.isFile()) throw foreign(file, 'not a regular file');
+}
+
 /** Undefined for a directory: it is not an object. */
 function objectInfo(name: string, file: string, found: fs.Stats): ObjectInfo | undefined {
   if (found.isDirectory()) return undefined;
-  if (found.isSymbolicLink()) throw foreign(file, 'a symbolic link');
-  if (!found.isFile()) throw foreign(file, 'not a regular file');
+  requireFile(file, found);
   return { name, sizeBytes: found.size, modifiedMs: found.mtimeMs };
 }
 

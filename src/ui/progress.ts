@@ -10,7 +10,7 @@ const JSON_EVERY_NS = 1_000_000_000n;
 
 export interface ProgressView {
   show(event: ProgressEvent): void;
-  /** Takes the moving line away, calls `write`, and shows the line again. */
+  /** Calls `write`, which writes to stdout or stderr, so that it does not mix with the display. */
   around(write: () => void): void;
   /** Ends the display; called once, after the last event. */
   close(): void;
@@ -98,8 +98,8 @@ export function terminalProgress(stream: NodeJS.WriteStream): ProgressView {
   const start = async (): Promise<void> => {
     const { default: ora } = await import('ora');
     if (closed || latest === undefined) return;
-    // discardStdin would take Ctrl-C away from our own handler.
-    spinner = ora({ stream, discardStdin: false, text: progressText(latest) }).start();
+    // discardStdin would take Ctrl-C away from our own handler; whether to draw is decided here already.
+    spinner = ora({ stream, discardStdin: false, isEnabled: true, text: progressText(latest) }).start();
   };
   return {
     show(event) {
@@ -112,11 +112,8 @@ export function terminalProgress(stream: NodeJS.WriteStream): ProgressView {
         start().catch(() => undefined);
       }
     },
-    around(write) {
-      spinner?.clear();
-      write();
-      spinner?.render();
-    },
+    // ora takes its line away for other writes to this stream, stdout and stderr by itself.
+    around: (write) => write(),
     close() {
       closed = true;
       spinner?.stop();

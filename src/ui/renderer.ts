@@ -28,6 +28,8 @@ export interface RendererOptions {
   readonly clock: Pick<Clock, 'monotonicNs'>;
   /** For stderr; stdout's is given to the command's `text`. */
   readonly stderrStyle: Style;
+  /** False where a terminal cannot draw (TERM=dumb): progress comes as lines, as in a pipe. */
+  readonly canDraw: boolean;
   /** Called once when stdout cannot be written any more; see {@link Renderer.outputFailure}. */
   readonly onOutputFailure?: () => void;
 }
@@ -64,7 +66,7 @@ function chooseProgress(options: RendererOptions): ProgressView {
   const { stderr, json, quiet, clock } = options;
   if (quiet) return noProgress;
   if (json) return jsonProgress((record) => stderr.write(`${JSON.stringify(record)}\n`), clock);
-  if (isTerminal(stderr)) return terminalProgress(stderr);
+  if (options.canDraw && isTerminal(stderr)) return terminalProgress(stderr);
   return lineProgress((line) => stderr.write(`${line}\n`), clock);
 }
 

@@ -16,9 +16,12 @@ export function displayWidth(text: string): number {
   let width = 0;
   for (const char of text) {
     if (/\p{Mark}/u.test(char)) continue;
-    width += /[\u1100-\u115f\u2e80-\ua4cf\uac00-\ud7a3\uf900-\ufaff\ufe30-\ufe6f\uff00-\uff60\uffe0-\uffe6]|\p{Emoji_Presentation}/u.test(char)
-      ? 2
-      : 1;
+    width +=
+      /[\u1100-\u115f\u2e80-\ua4cf\uac00-\ud7a3\uf900-\ufaff\ufe30-\ufe6f\uff00-\uff60\uffe0-\uffe6]|\p{Emoji_Presentation}/u.test(
+        char,
+      )
+        ? 2
+        : 1;
   }
   return width;
 }
@@ -41,7 +44,10 @@ export function table<R>(
   if (rows.length === 0) return empty;
   const cells = rows.map((row) => columns.map((column) => printable(column.cell(row))));
   const widths = columns.map((column, i) =>
-    cells.reduce((most, line) => Math.max(most, displayWidth(line[i] ?? '')), displayWidth(column.title)),
+    cells.reduce(
+      (most, line) => Math.max(most, displayWidth(line[i] ?? '')),
+      displayWidth(column.title),
+    ),
   );
   const layOut = (line: readonly string[], row: R | undefined): string =>
     columns
@@ -61,7 +67,10 @@ export function table<R>(
 }
 
 /** "label  value" lines with the labels aligned. */
-export function fields(pairs: readonly (readonly [label: string, value: string])[], style: Style): string {
+export function fields(
+  pairs: readonly (readonly [label: string, value: string])[],
+  style: Style,
+): string {
   const width = pairs.reduce((most, [label]) => Math.max(most, displayWidth(label)), 0);
   return pairs
     .map(([label, value]) => `${style.dim(pad(label, width, 'left'))}  ${printable(value)}`)

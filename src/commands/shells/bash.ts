@@ -41,7 +41,9 @@ function placeCases(all: readonly Place[]): readonly string[] {
     const lines = [`    ${shellQuote(place.path)})`, `      flags=${shellQuote(flags)}`];
     if (place.words.length > 0) {
       const words = place.words.map((word) => word.word);
-      lines.push(`      words=${shellQuote([...words, ...(place.path === '' ? ['help'] : [])].join(' '))}`);
+      lines.push(
+        `      words=${shellQuote([...words, ...(place.path === '' ? ['help'] : [])].join(' '))}`,
+      );
     }
     lines.push('      ;;');
     return lines;
@@ -52,7 +54,9 @@ function argumentCases(all: readonly Place[]): readonly string[] {
   return all.flatMap((place) =>
     place.arguments.map((argument, i) => {
       const pattern =
-        argument.many === true ? `${shellQuote(`${place.path}|`)}*` : shellQuote(`${place.path}|${i}`);
+        argument.many === true
+          ? `${shellQuote(`${place.path}|`)}*`
+          : shellQuote(`${place.path}|${i}`);
       return `    ${pattern}) ${offer(argument)} ;;`;
     }),
   );

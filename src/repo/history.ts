@@ -1,0 +1,321 @@
+/**
+ * The history of one volume as a reader sees it: segments of the manifest, the commits in journal packs behind them, and the
+ * chain they make. Immutable once open; open it again to see what has come since.
+ */
+import { B2Error, isKind } from '../errors.js';
+import { ZERO_HASH } from '../format/commit.js';
+import {
+  journalName,
+  packName,
+  parseSegmentName,
+  segmentName,
+  type SegmentName,
+} from '../format/names.js';
+import { encodeFooter } from '../format/pack.js';
+import type { CommitRecord } from '../format/segment.js';
+import { buildChain, readCommits, type Chain, type ChainEnd, type ReadCommit } from './commits.js';
+import type { Repository } from './repository.js';
+import { memorySegment } from './segments/memory.js';
+import { PageCache } from './segments/page-cache.js';
+import { openSegment, type SegmentReader } from './segments/reader.js';
+import { commitRecordOf, type SegmentSource } from './segments/source.js';
+import { putMemorySegment } from './segments/writer.js';
+import { blocksOf } from '../units.js';
+
+/** A journal entry: a pack that may hold commits which no segment holds. */
+export interface JournalPack {
+  readonly packId: string;
+  readonly missing: boolean;
+  readonly sealed: boolean;
+  readonly commits: readonly ReadCommit[];
+}
+
+/** What could not be read, told by {@link VolumeHistory.problems}. */
+export interface HistoryProblem {
+  readonly object: string;
+  readonly error: B2Error;
+}
+
+const MAX_REOPENS = 5;
+
+export class VolumeHistory {
+  readonly repo: Repository;
+  readonly volumeId: string;
+  /** Delta segments that cover 1 to `coveredSeq` without a gap, ascending. */
+  readonly deltas: readonly SegmentReader[];
+  /** Full maps, ascending. */
+  readonly fulls: readonly SegmentReader[];
+  /** All segment names of the volume, also those not opened. */
+  readonly names: readonly SegmentName[];
+  readonly journal: readonly JournalPack[];
+  readonly chain: Chain;
+  readonly problems: readonly HistoryProblem[];
+  /** The journal's commits on the chain, as a segment; undefined if there are none. */
+  readonly tail: SegmentSource | undefined;
+  private readonly lastRecord: CommitRecord | undefined;
+
+  private constructor(
+    repo: Repository,
+    volumeId: string,
+    parts: {
+      deltas: readonly SegmentReader[];
+      fulls: readonly SegmentReader[];
+      names: readonly SegmentName[];
+      journal: readonly JournalPack[];
+      chain: Chain;
+      problems: readonly HistoryProblem[];
+      lastRecord: CommitRecord | undefined;
+    },
+  ) {
+    this.repo = repo;
+    this.volumeId = volumeId;
+    this.deltas = parts.deltas;
+    this.fulls = parts.fulls;
+    this.names = parts.names;
+    this.journal = parts.journal;
+    this.chain = parts.chain;
+    this.problems = parts.problems;
+    this.lastRecord = parts.lastRecord;
+    const { commits, gap } = parts.chain;
+    this.tail =
+      commits.length === 0 || gap !== undefined
+        ? undefined
+        : memorySegment(commits, commits[0]?.commit.prevHash ?? ZERO_HASH);
+  }
+
+  /** Opens the history. What is damaged or missing is in `problems`, and `chain.gap` says if the chain is broken by it. */
+  static async open(repo: Repository, volumeId: string): Promise<VolumeHistory> {
+    for (let tries = 1; ; tries++) {
+      const opened: SegmentReader[] = [];
+      try {
+        return await VolumeHistory.openOnce(repo, volumeId, opened);
+      } catch (error) {
+        await Promise.all(opened.map((s) => s.close()));
+        // A segment or journal entry went away between the list and the read: merged, or moved to the manifest.
+        if (isKind(error, 'not-found') && tries < MAX_REOPENS) continue;
+        throw error;
+      }
+    }
+  }
+
+  private static async openOnce(
+    repo: Repository,
+    volumeId: string,
+    opened: SegmentReader[],
+  ): Promise<VolumeHistory> {
+    const problems: HistoryProblem[] = [];
+    // The journal first: an entry that goes away after this list has its commits in a segment that the next list shows.
+    const packIds: string[] = [];
+    for await (const { name } of repo.store.list(`volumes/${volumeId}/journal`)) {
+      const id = name.split('/').at(-1) ?? '';
+      if (/^[0-9a-f]{32}$/.test(id)) packIds.push(id);
+    }
+    const names: SegmentName[] = [];
+    for await (const { name } of repo.store.list(`volumes/${volumeId}/manifest`)) {
+      const parsed = parseSegmentName(name);
+      if (parsed !== undefined) names.push(parsed);
+    }
+    const context = {
+      store: repo.store,
+      keys: repo.keys,
+      repositoryId: repo.id,
+      volumeId,
+      cache: new PageCache(),
+    };
+    const open = async (name: SegmentName): Promise<SegmentReader | undefined> => {
+      const text = segmentName(name);
+      try {
+        const reader = await openSegment(context, text);
+        opened.push(reader);
+        return reader;
+      } catch (error) {
+        if (!isKind(error, 'damaged')) throw error;
+        problems.push({ object: text, error });
+        return undefined;
+      }
+    };
+    let usable = names.filter((n) => n.level !== undefined);
+    let deltas: SegmentReader[] = [];
+    for (;;) {
+      const chosen = coverFrom(usable);
+      const readers = await Promise.all(
+        chosen.map((n) => deltas.find((d) => d.name === segmentName(n)) ?? open(n)),
+      );
+      deltas = readers.filter((r): r is SegmentReader => r !== undefined);
+      if (deltas.length === chosen.length) break;
+      usable = usable.filter((n) => !problems.some((p) => p.object === segmentName(n)));
+    }
+    const fulls = (
+      await Promise.all(
+        names
+          .filter((n) => n.level === undefined)
+          .sort((a, b) => a.lastSeq - b.lastSeq)
+          .map(open),
+      )
+    ).filter((r): r is SegmentReader => r !== undefined);
+
+    const lastSegment = deltas.at(-1);
+    let lastRecord: CommitRecord | undefined;
+    if (lastSegment !== undefined) {
+      const page = await lastSegment.commitPage(lastSegment.index.commits.length - 1);
+      lastRecord = await commitRecordOf(lastSegment, page.record(page.length - 1));
+    }
+    const journal = await Promise.all(packIds.map((id) => readJournalPack(repo, volumeId, id, problems)));
+    const base: ChainEnd | undefined =
+      lastRecord === undefined
+        ? undefined
+        : { seq: lastRecord.seq, hash: lastRecord.hash, epoch: lastRecord.epoch };
+    const chain = buildChain(
+      journal.flatMap((j) => j.commits),
+      base,
+    );
+    const newest = chain.commits.at(-1);
+    return new VolumeHistory(repo, volumeId, {
+      deltas,
+      fulls,
+      names,
+      journal,
+      chain,
+      problems,
+      lastRecord: newest?.record ?? lastRecord,
+    });
+  }
+
+  /** The newest commit, or undefined for a volume without one. */
+  get tip(): ChainEnd | undefined {
+    return this.chain.tip;
+  }
+
+  get lastCommit(): CommitRecord | undefined {
+    return this.lastRecord;
+  }
+
+  /** Sequence number up to which segments cover the chain. */
+  get coveredSeq(): number {
+    return this.deltas.at(-1)?.lastSeq ?? 0;
+  }
+
+  /** Throws `damaged` if commits between the first and the newest are missing. */
+  refuseGap(): void {
+    const { gap } = this.chain;
+    if (gap === undefined) return;
+    const why = this.problems.map((p) => p.error.message).join('; ');
+    throw new B2Error(
+      'damaged',
+      `commit ${gap.seq} of volume ${this.volumeId} is missing${why === '' ? '' : ` (${why})`}`,
+      { hint: 'Run "b2 repair": it rebuilds the manifest from the packs; "b2 verify" names what is lost.' },
+    );
+  }
+
+  /** The sources of the state at `seq` and of all commits up to it: deltas and the journal's tail, ascending. */
+  get sources(): readonly SegmentSource[] {
+    return this.tail === undefined ? this.deltas : [...this.deltas, this.tail];
+  }
+
+  /**
+   * Brings what dead writers left in order: seals their packs, moves the chain's commits to a segment, removes journal entries
+   * that say nothing any more. Only for who has claimed the volume and before its first commit (FORMAT.md 5.6, 6.6).
+   */
+  async settle(): Promise<void> {
+    const { repo, volumeId, chain } = this;
+    this.refuseGap();
+    const needed = new Set(chain.commits.flatMap((c) => [c.packId, ...c.packIds]));
+    for (const j of this.journal) {
+      if (!j.missing && !j.sealed && needed.has(j.packId)) await sealAbandoned(repo, j.packId);
+    }
+    if (chain.commits.length > 0) {
+      await VolumeHistory.putCommits(repo, volumeId, chain.commits, chain.commits[0]?.commit.prevHash ?? ZERO_HASH);
+    }
+    // A damaged pack keeps its entry: what it held is for repair and verify to say.
+    const damagedPacks = new Set(this.problems.map((p) => p.object));
+    for (const j of this.journal) {
+      if (!damagedPacks.has(packName(j.packId))) await repo.store.delete(journalName(volumeId, j.packId));
+    }
+  }
+
+  /**
+   * Puts the level 0 segment of commits whose packs are all sealed, then removes the journal entries of those packs. `prevHash`
+   * is the hash of the commit before the first.
+   */
+  static async putCommits(
+    repo: Repository,
+    volumeId: string,
+    commits: readonly ReadCommit[],
+    prevHash: Buffer,
+  ): Promise<void> {
+    await putMemorySegment(
+      {
+        store: repo.store,
+        keys: repo.keys,
+        repositoryId: repo.id,
+        volumeId,
+        chunkBlocks: blocksOf(repo.chunkBytes),
+        salt: repo.newSalt(),
+        createdNs: repo.env.clock.nowNs(),
+      },
+      memorySegment(commits, prevHash),
+    );
+    for (const packId of new Set(commits.map((c) => c.packId))) {
+      await repo.store.delete(journalName(volumeId, packId));
+    }
+  }
+
+  async close(): Promise<void> {
+    await Promise.all([...this.deltas, ...this.fulls].map((s) => s.close()));
+  }
+}
+
+async function readJournalPack(
+  repo: Repository,
+  volumeId: string,
+  packId: string,
+  problems: HistoryProblem[],
+): Promise<JournalPack> {
+  // An open pack grows: what was remembered of it is old.
+  repo.packs.forget(packId);
+  if ((await repo.store.stat(packName(packId))) === undefined) {
+    return { packId, missing: true, sealed: false, commits: [] };
+  }
+  try {
+    const commits = await readCommits(repo.packs, repo.keys, packId, volumeId, (error) => {
+      problems.push({ object: packName(packId), error });
+    });
+    const sealed = await repo.packs.use(packId, (p) => Promise.resolve(p.sealed));
+    return { packId, missing: false, sealed, commits };
+  } catch (error) {
+    if (!isKind(error, 'damaged')) throw error;
+    problems.push({ object: packName(packId), error });
+    return { packId, missing: false, sealed: false, commits: [] };
+  }
+}
+
+/** Appends a footer and a trailer to a pack that its writer left open. */
+export async function sealAbandoned(repo: Repository, packId: string): Promise<void> {
+  const name = packName(packId);
+  repo.packs.forget(packId);
+  const footer = await repo.packs.use(packId, (p) => Promise.resolve(p.sealed ? undefined : p.footer));
+  if (footer === undefined) return;
+  const appender = await repo.store.openAppend(name, 'existing');
+  try {
+    await appender.append(encodeFooter(footer, packId, appender.sizeBytes, repo.newSalt(), repo.keys));
+    await appender.sync();
+  } finally {
+    await appender.close();
+  }
+  repo.packs.forget(packId);
+}
+
+/** Segments that cover 1, 2, 3, … as far as possible, the longest first; ascending. */
+export function coverFrom(names: readonly SegmentName[]): SegmentName[] {
+  const chosen: SegmentName[] = [];
+  let next = 1;
+  for (;;) {
+    let best: SegmentName | undefined;
+    for (const n of names) {
+      if (n.firstSeq <= next && n.lastSeq >= next && (best === undefined || n.lastSeq > best.lastSeq)) best = n;
+    }
+    if (best === undefined) return chosen;
+    chosen.push(best);
+    next = best.lastSeq + 1;
+  }
+}

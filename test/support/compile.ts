@@ -1,0 +1,35 @@
+/**
+ * Compiles modules of src/ to JavaScript, for tests that need them in a process of their own (Node 20 runs no
+ * TypeScript, and dist/ may be missing or old).
+ */
+import { spawnSync } from 'node:child_process';
+import { existsSync, mkdirSync, mkdtempSync } from 'node:fs';
+import path from 'node:path';
+import { fileURLToPath } from 'node:url';
+
+const PROJECT = fileURLToPath(new URL('../..', import.meta.url));
+
+/**
+ * Compiles `source` (below src/, as `repo/store-directory.ts`) and what it imports. Returns the path of the
+ * JavaScript file, and the directory to remove afterwards; it lies in node_modules/.cache so that packages resolve.
+ */
+export function compileForChild(source: string): { file: string; directory: string } {
+  const cache = path.join(PROJECT, 'node_modules/.cache/b2');
+  mkdirSync(cache, { recursive: true });
+  const directory = mkdtempSync(path.join(cache, 'child-'));
+  const done = spawnSync(
+    process.execPath,
+    [
+      path.join(PROJECT, 'node_modules/typescript/bin/tsc'),
+      '--ignoreConfig',
+      ...['--target', 'es2023', '--lib', 'es2023,esnext.disposable', '--module', 'nodenext'],
+      ...['--types', 'node', '--strict', '--skipLibCheck', '--jsx', 'react-jsx'],
+      ...['--rootDir', path.join(PROJECT, 'src'), '--outDir', directory],
+      path.join(PROJECT, 'src', source),
+    ],
+    { cwd: PROJECT, encoding: 'utf8' },
+  );
+  const file = path.join(directory, source.replace(/\.tsx?$/, '.js'));
+  if (!existsSync(file)) throw new Error(`tsc made no ${file}: ${done.stdout}${done.stderr}`);
+  return { file, directory };
+}

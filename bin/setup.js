@@ -66,8 +66,14 @@ const NETWORK =
   /ENOTFOUND|EAI_AGAIN|ECONNREFUSED|ECONNRESET|ETIMEDOUT|ENETUNREACH|ERR_SOCKET_TIMEOUT/;
 const COMPILER = /gyp ERR!|node-gyp|not found: make|find Python/i;
 
-function lastLines(output) {
-  return output.trim().split('\n').slice(-12).join('\n    ');
+/** What went wrong stands at the beginning or at the end, with pages of usage or compiler output between. */
+function excerpt(output) {
+  const lines = output
+    .trim()
+    .split('\n')
+    .filter((line) => !/^npm (warn|error)\s*$|^npm warn|complete log of this run/.test(line));
+  const shown = lines.length <= 14 ? lines : [...lines.slice(0, 7), '…', ...lines.slice(-6)];
+  return shown.join('\n    ');
 }
 
 function installDependencies(root) {
@@ -97,14 +103,14 @@ function installDependencies(root) {
   const hint = NETWORK.test(done.output)
     ? 'The package registry cannot be reached; connect this machine and start b2 again.'
     : `The same by hand: cd ${root} && npm ci`;
-  giveUp(`npm ci failed in ${root}:\n    ${lastLines(done.output)}`, hint);
+  giveUp(`npm ci failed in ${root}:\n    ${excerpt(done.output)}`, hint);
 }
 
 function build(root) {
   const done = quietly(root, process.execPath, [path.join(root, 'scripts', 'build.mjs')]);
   if (!done.ok) {
     giveUp(
-      `the build failed in ${root}:\n    ${lastLines(done.output)}`,
+      `the build failed in ${root}:\n    ${excerpt(done.output)}`,
       `The same by hand: cd ${root} && npm run build`,
     );
   }

@@ -2,7 +2,7 @@
 // All static checks; each is one line of the summary of `npm test` as well. Needs the built program for
 // the man pages. Shell scripts are checked where shellcheck is installed.
 //
-// usage: lint.mjs [name…]     (oxlint layers format types types-test man shell)
+// usage: lint.mjs [name…]     (types types-test oxlint layers format lock man shell)
 import { spawnSync } from 'node:child_process';
 import { existsSync } from 'node:fs';
 import { dirname, join } from 'node:path';
@@ -20,6 +20,7 @@ const CHECKS = {
   oxlint: [bin('oxlint'), '--deny-warnings'],
   layers: node('check-layers.mjs'),
   format: [bin('prettier'), '--check', '--log-level', 'warn', '.'],
+  lock: node('check-lock.mjs'),
   man: node('gen-man.mjs', '--check'),
   shell: ['shellcheck', ...SHELL_SCRIPTS],
 };

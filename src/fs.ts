@@ -456,5 +456,8 @@ export async function renameNoReplace(from: string, to: string): Promise<void> {
     );
   }
   const name = Object.entries(constants.errno).find(([, value]) => value === errno)?.[0];
-  throw Object.assign(new Error(`renameat2 failed: ${name ?? errno}`), { code: name, errno: -errno });
+  throw Object.assign(new Error(`renameat2 failed: ${name ?? errno}`), {
+    code: name,
+    errno: -errno,
+  });
 }

@@ -40,10 +40,14 @@ export function alignedMemory(bytes: number, shared = false): Uint8Array {
   try {
     ({ buffer } = new WebAssembly.Memory({ initial: pages, maximum: pages, shared }));
   } catch (error) {
-    throw new B2Error('failed', `cannot get ${bytes} bytes of page-aligned memory: ${messageOf(error)}`, {
-      cause: error,
-      hint: 'Free memory, or lift a limit on address space (ulimit -v, LimitAS= of the unit).',
-    });
+    throw new B2Error(
+      'failed',
+      `cannot get ${bytes} bytes of page-aligned memory: ${messageOf(error)}`,
+      {
+        cause: error,
+        hint: 'Free memory, or lift a limit on address space (ulimit -v, LimitAS= of the unit).',
+      },
+    );
   }
   alignedBuffers.add(buffer);
   return new Uint8Array(buffer, 0, bytes);
@@ -75,10 +79,12 @@ let slotsMade = false;
 export async function withBounce<T>(use: (slot: Uint8Array) => Promise<T>): Promise<T> {
   if (!slotsMade) {
     const slab = alignedMemory(BOUNCE_BYTES * BOUNCE_SLOTS);
-    for (let i = 0; i < BOUNCE_SLOTS; i++) freeSlots.push(slab.subarray(i * BOUNCE_BYTES, (i + 1) * BOUNCE_BYTES));
+    for (let i = 0; i < BOUNCE_SLOTS; i++)
+      freeSlots.push(slab.subarray(i * BOUNCE_BYTES, (i + 1) * BOUNCE_BYTES));
     slotsMade = true;
   }
-  const slot = freeSlots.pop() ?? (await new Promise<Uint8Array>((resolve) => waiting.push(resolve)));
+  const slot =
+    freeSlots.pop() ?? (await new Promise<Uint8Array>((resolve) => waiting.push(resolve)));
   try {
     return await use(slot);
   } finally {

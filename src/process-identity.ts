@@ -66,9 +66,7 @@ function ownNamespaces(): string {
 }
 
 /** State, thread count and start time from /proc/PID/stat; undefined if it cannot be read. */
-function readStat(
-  pid: number,
-): { state: string; threads: number; startTicks: string } | undefined {
+function readStat(pid: number): { state: string; threads: number; startTicks: string } | undefined {
   const text = readTrimmed(`/proc/${pid}/stat`);
   // The second field is the command in parentheses, and may itself contain spaces and parentheses.
   const fields = text.slice(text.lastIndexOf(')') + 2).split(' ');

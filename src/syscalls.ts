@@ -38,16 +38,22 @@ function libc(): Libc {
       errno: () => koffi.errno(),
       ioctl: lib.func('int ioctl(int fd, unsigned long request, void *argument)') as Libc['ioctl'],
       lseek: lib.func('int64_t lseek64(int fd, int64_t offset, int whence)') as Libc['lseek'],
-      fallocate: lib.func('int fallocate64(int fd, int mode, int64_t offset, int64_t length)') as Libc['fallocate'],
+      fallocate: lib.func(
+        'int fallocate64(int fd, int mode, int64_t offset, int64_t length)',
+      ) as Libc['fallocate'],
       syncfs: lib.func('int syncfs(int fd)') as Libc['syncfs'],
       flock: lib.func('int flock(int fd, int operation)') as Libc['flock'],
     };
     return loaded;
   } catch (error) {
-    throw new B2Error('unsupported', `cannot load the system call library koffi: ${messageOf(error)}`, {
-      cause: error,
-      hint: 'Reinstall b2 with its dependencies (npm ci); koffi has builds for all usual Linux machines.',
-    });
+    throw new B2Error(
+      'unsupported',
+      `cannot load the system call library koffi: ${messageOf(error)}`,
+      {
+        cause: error,
+        hint: 'Reinstall b2 with its dependencies (npm ci); koffi has builds for all usual Linux machines.',
+      },
+    );
   }
 }
 
@@ -66,10 +72,15 @@ function systemError(syscall: string, errno: number): Error {
   return Object.assign(new Error(`${code}: ${text}, ${syscall}`), { code, errno: -errno, syscall });
 }
 
-function call<Args extends readonly unknown[]>(name: string, native: Native<Args>, ...args: Args): Promise<number> {
+function call<Args extends readonly unknown[]>(
+  name: string,
+  native: Native<Args>,
+  ...args: Args
+): Promise<number> {
   return new Promise((resolve, reject) => {
     native.async(...args, (error, result) => {
-      if (error !== null && error !== undefined) reject(error instanceof Error ? error : new Error(messageOf(error)));
+      if (error !== null && error !== undefined)
+        reject(error instanceof Error ? error : new Error(messageOf(error)));
       else if (result < 0) reject(systemError(name, libc().errno()));
       else resolve(result);
     });
@@ -153,12 +164,26 @@ export async function seekHole(fd: number, offset: number): Promise<number> {
  * this deallocates, with the guarantee that it reads as zeros (aligned to logical blocks).
  */
 export async function punchHole(fd: number, offset: number, length: number): Promise<void> {
-  await call('fallocate', libc().fallocate, fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, length);
+  await call(
+    'fallocate',
+    libc().fallocate,
+    fd,
+    FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
+    offset,
+    length,
+  );
 }
 
 /** Makes the range of a file read as zeros, allocated; the size stays. ENOTSUP where it cannot be done. */
 export async function zeroRange(fd: number, offset: number, length: number): Promise<void> {
-  await call('fallocate', libc().fallocate, fd, FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE, offset, length);
+  await call(
+    'fallocate',
+    libc().fallocate,
+    fd,
+    FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE,
+    offset,
+    length,
+  );
 }
 
 /** Writes out everything of the file system that `fd` lies on. */

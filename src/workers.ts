@@ -9,7 +9,7 @@
 import { existsSync } from 'node:fs';
 import { sep } from 'node:path';
 import { fileURLToPath, pathToFileURL } from 'node:url';
-import { Worker, isMainThread, parentPort, workerData } from 'node:worker_threads';
+import { Worker, isMainThread, parentPort, workerData, type MessagePort } from 'node:worker_threads';
 
 import { B2Error, type ErrorKind, type ExitCode, errnoOf, messageOf } from './errors.js';
 
@@ -158,6 +158,8 @@ export interface RunWorkersOptions<Message> {
   readonly what: string;
   readonly signal?: AbortSignal | undefined;
   readonly onMessage?: (index: number, message: Message) => void;
+  /** Message ports in the job with this index, which move to its thread. */
+  readonly transfer?: (index: number) => readonly MessagePort[];
   /** JavaScript heap of one worker at most, in MiB; buffers do not count. Default: Node's own limit. */
   readonly heapMiB?: number;
   /** How long a worker may take to stop by itself after an abort, or after its result, before it is ended. Default 10000. */
@@ -236,6 +238,7 @@ export async function runWorkers<Job, Result, Message = never>(
         const start: WorkerStart<Job> = { b2Worker: true, index, job, stop };
         worker = new Worker(file, {
           workerData: start,
+          transferList: [...(options.transfer?.(index) ?? [])],
           name: `b2 ${what}`.slice(0, 60),
           ...(options.heapMiB === undefined
             ? {}

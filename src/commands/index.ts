@@ -13,9 +13,21 @@
  * 4. `npm run man` rewrites man/; commit the pages (`npm run lint` fails until they agree).
  */
 import { completionCommand } from './completion.js';
+import { initCommand } from './init.js';
+import { keyAddCommand } from './key-add.js';
+import { keyListCommand } from './key-list.js';
+import { keyRemoveCommand } from './key-remove.js';
 import type { CommandSpec } from './spec.js';
 
-export const COMMANDS: readonly CommandSpec[] = [completionCommand];
+export const COMMANDS: readonly CommandSpec[] = [
+  initCommand,
+  keyListCommand,
+  keyAddCommand,
+  keyRemoveCommand,
+  completionCommand,
+];
 
 /** What the first word of commands with two words stands for: summary, no full stop. */
-export const GROUPS: Readonly<Record<string, string>> = {};
+export const GROUPS: Readonly<Record<string, string>> = {
+  key: 'passwords and key files of the repository',
+};

@@ -6,8 +6,24 @@ import { B2Error, errnoOf, ioError } from '../errors.js';
 import { blkZeroOut, punchHole, syscallsAvailable } from '../syscalls.js';
 import { roundDown, roundUp } from '../units.js';
 import type { ByteRange, DeviceFacts, ReadDevice, WriteDevice } from './device.js';
-import { closeFd, EdgeLock, openFd, readRange, syncFd, writeRange, writeZeros, type RawRange } from './raw-io.js';
-import { blockInfo, blockNameOf, devNumberOf, SYSTEM_ROOTS, type BlockInfo, type SystemRoots } from './sysfs.js';
+import {
+  closeFd,
+  EdgeLock,
+  openFd,
+  readRange,
+  syncFd,
+  writeRange,
+  writeZeros,
+  type RawRange,
+} from './raw-io.js';
+import {
+  blockInfo,
+  blockNameOf,
+  devNumberOf,
+  SYSTEM_ROOTS,
+  type BlockInfo,
+  type SystemRoots,
+} from './sysfs.js';
 
 const { O_RDONLY, O_RDWR, O_DIRECT, O_EXCL } = constants;
 
@@ -15,7 +31,10 @@ const { O_RDONLY, O_RDWR, O_DIRECT, O_EXCL } = constants;
 const ZERO_STEP_BYTES = 128 * 1024 * 1024;
 
 /** Facts of the block device at `path`, and what sysfs says of it. */
-async function describe(path: string, roots: SystemRoots): Promise<{ facts: DeviceFacts; info: BlockInfo }> {
+async function describe(
+  path: string,
+  roots: SystemRoots,
+): Promise<{ facts: DeviceFacts; info: BlockInfo }> {
   let real: string;
   let devNumber: string;
   try {
@@ -26,12 +45,17 @@ async function describe(path: string, roots: SystemRoots): Promise<{ facts: Devi
   }
   const name = await blockNameOf(devNumber, roots);
   if (name === undefined) {
-    throw new B2Error('not-found', `${path} is a node for block device ${devNumber}, but the kernel has no such device`, {
-      hint: 'Check that the disk is attached (lsblk).',
-    });
+    throw new B2Error(
+      'not-found',
+      `${path} is a node for block device ${devNumber}, but the kernel has no such device`,
+      {
+        hint: 'Check that the disk is attached (lsblk).',
+      },
+    );
   }
   const info = await blockInfo(name, roots);
-  const disk = info.partition === undefined ? undefined : await blockInfo(info.partition.diskName, roots);
+  const disk =
+    info.partition === undefined ? undefined : await blockInfo(info.partition.diskName, roots);
   return {
     info,
     facts: {
@@ -69,8 +93,18 @@ async function wrapped<T>(operation: string, path: string, task: Promise<T>): Pr
   }
 }
 
-async function readWhole(range: RawRange, facts: DeviceFacts, into: Uint8Array, offset: number, length: number): Promise<number> {
-  const got = await wrapped(`read ${length} bytes at offset ${offset} of`, facts.path, readRange(range, into, offset, length));
+async function readWhole(
+  range: RawRange,
+  facts: DeviceFacts,
+  into: Uint8Array,
+  offset: number,
+  length: number,
+): Promise<number> {
+  const got = await wrapped(
+    `read ${length} bytes at offset ${offset} of`,
+    facts.path,
+    readRange(range, into, offset, length),
+  );
   if (got === length) return got;
   throw new B2Error(
     'io',
@@ -120,12 +154,19 @@ class BlockReadDevice implements ReadDevice {
   async refresh(): Promise<DeviceFacts> {
     const { facts } = await describe(this.current.path, this.roots);
     if (facts.devNumber !== this.current.devNumber) {
-      throw new B2Error('io', `${this.current.path} is now another device (${facts.devNumber}, was ${this.current.devNumber})`);
+      throw new B2Error(
+        'io',
+        `${this.current.path} is now another device (${facts.devNumber}, was ${this.current.devNumber})`,
+      );
     }
     if (facts.partitionOf?.offsetBytes !== this.current.partitionOf?.offsetBytes) {
-      throw new B2Error('io', `partition ${this.current.path} has moved on its disk while it was being read`, {
-        hint: 'Take a new snapshot once the partition table is settled.',
-      });
+      throw new B2Error(
+        'io',
+        `partition ${this.current.path} has moved on its disk while it was being read`,
+        {
+          hint: 'Take a new snapshot once the partition table is settled.',
+        },
+      );
     }
     this.current = facts;
     return facts;
@@ -143,12 +184,19 @@ class BlockReadDevice implements ReadDevice {
  * opened (direct reads of a mounted node make ext4 flush), else through its own node. What a page cache still held
  * of the node itself is written out first.
  */
-export async function openBlockForReading(path: string, roots: SystemRoots = SYSTEM_ROOTS): Promise<ReadDevice> {
+export async function openBlockForReading(
+  path: string,
+  roots: SystemRoots = SYSTEM_ROOTS,
+): Promise<ReadDevice> {
   const { facts } = await describe(path, roots);
   refuseEmpty(facts);
   const own = await wrapped('open', path, openFd(facts.realPath, O_RDONLY | O_DIRECT));
   if (facts.partitionOf === undefined) {
-    return new BlockReadDevice(facts, { fd: own, offset: 0, unitBytes: facts.logicalBlockBytes, path }, roots);
+    return new BlockReadDevice(
+      facts,
+      { fd: own, offset: 0, unitBytes: facts.logicalBlockBytes, path },
+      roots,
+    );
   }
   try {
     // The disk's node does not see dirty pages of the partition's; a process may have written to it and kept it open.
@@ -158,7 +206,12 @@ export async function openBlockForReading(path: string, roots: SystemRoots = SYS
       await closeTolerant([own]);
       return new BlockReadDevice(
         facts,
-        { fd: disk, offset: facts.partitionOf.offsetBytes, unitBytes: facts.logicalBlockBytes, path },
+        {
+          fd: disk,
+          offset: facts.partitionOf.offsetBytes,
+          unitBytes: facts.logicalBlockBytes,
+          path,
+        },
         roots,
       );
     }
@@ -166,7 +219,11 @@ export async function openBlockForReading(path: string, roots: SystemRoots = SYS
     await closeTolerant([own]);
     throw error;
   }
-  return new BlockReadDevice(facts, { fd: own, offset: 0, unitBytes: facts.logicalBlockBytes, path }, roots);
+  return new BlockReadDevice(
+    facts,
+    { fd: own, offset: 0, unitBytes: facts.logicalBlockBytes, path },
+    roots,
+  );
 }
 
 /** The whole disk of a partition, if /dev has its node and that node is really this disk. */
@@ -223,13 +280,17 @@ class BlockWriteDevice implements WriteDevice {
     const first = Math.min(end, roundUp(offset, this.range.unitBytes));
     const last = Math.max(first, roundDown(end, this.range.unitBytes));
     await this.writeZeros(offset, first - offset);
-    for (let at = first; at < last; at += ZERO_STEP_BYTES) await this.zeroAligned(at, Math.min(ZERO_STEP_BYTES, last - at));
+    for (let at = first; at < last; at += ZERO_STEP_BYTES)
+      await this.zeroAligned(at, Math.min(ZERO_STEP_BYTES, last - at));
     await this.writeZeros(last, end - last);
   }
 
   async truncate(sizeBytes: number): Promise<void> {
     if (sizeBytes === this.facts.sizeBytes) return;
-    throw new B2Error('refused', `${this.facts.path} has ${this.facts.sizeBytes} bytes and cannot become ${sizeBytes} bytes long`);
+    throw new B2Error(
+      'refused',
+      `${this.facts.path} has ${this.facts.sizeBytes} bytes and cannot become ${sizeBytes} bytes long`,
+    );
   }
 
   async sync(): Promise<void> {
@@ -286,21 +347,30 @@ class BlockWriteDevice implements WriteDevice {
  * Opens a block device for writing, exclusively: rejects with `refused` if it is mounted, swap, or part of another
  * device. While it is open nobody can mount it. All I/O is direct.
  */
-export async function openBlockForWriting(path: string, roots: SystemRoots = SYSTEM_ROOTS): Promise<WriteDevice> {
+export async function openBlockForWriting(
+  path: string,
+  roots: SystemRoots = SYSTEM_ROOTS,
+): Promise<WriteDevice> {
   const { facts } = await describe(path, roots);
   refuseEmpty(facts);
   if (facts.readOnly) {
-    throw new B2Error('refused', `${path} is read-only`, { hint: 'Check the write protection (blockdev --getro).' });
+    throw new B2Error('refused', `${path} is read-only`, {
+      hint: 'Check the write protection (blockdev --getro).',
+    });
   }
   try {
     const fd = await openFd(facts.realPath, O_RDWR | O_EXCL | O_DIRECT);
     return new BlockWriteDevice(facts, { fd, offset: 0, unitBytes: facts.logicalBlockBytes, path });
   } catch (error) {
     if (errnoOf(error) === 'EBUSY') {
-      throw new B2Error('refused', `${path} is in use: the kernel does not grant exclusive access to it`, {
-        cause: error,
-        hint: 'Unmount its file systems, turn off swap on it, stop LVM or RAID on it (lsblk shows what uses it).',
-      });
+      throw new B2Error(
+        'refused',
+        `${path} is in use: the kernel does not grant exclusive access to it`,
+        {
+          cause: error,
+          hint: 'Unmount its file systems, turn off swap on it, stop LVM or RAID on it (lsblk shows what uses it).',
+        },
+      );
     }
     throw ioError('open for writing', path, error);
   }

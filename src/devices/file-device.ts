@@ -5,16 +5,34 @@ import path from 'node:path';
 
 import { B2Error, errnoOf, ioError } from '../errors.js';
 import { DIRECT_ALIGN_BYTES, isPageAligned } from '../memory.js';
-import { punchHole, seekData, seekHole, syscallsAvailable, tryLock, zeroRange } from '../syscalls.js';
+import {
+  punchHole,
+  seekData,
+  seekHole,
+  syscallsAvailable,
+  tryLock,
+  zeroRange,
+} from '../syscalls.js';
 import { MAX_DEVICE_BYTES, safeNumber } from '../units.js';
 import type { ByteRange, DeviceFacts, ReadDevice, WriteDevice } from './device.js';
-import { closeFd, EdgeLock, openFd, readRange, syncFd, writeRange, writeZeros, type RawRange } from './raw-io.js';
+import {
+  closeFd,
+  EdgeLock,
+  openFd,
+  readRange,
+  syncFd,
+  writeRange,
+  writeZeros,
+  type RawRange,
+} from './raw-io.js';
 
 const { O_RDONLY, O_RDWR, O_CREAT, O_EXCL, O_NOFOLLOW, O_DIRECT, O_DIRECTORY } = constants;
 
 function fstatFd(fd: number): Promise<BigIntStats> {
   return new Promise((resolve, reject) => {
-    fstat(fd, { bigint: true }, (error, facts) => (error === null ? resolve(facts) : reject(error)));
+    fstat(fd, { bigint: true }, (error, facts) =>
+      error === null ? resolve(facts) : reject(error),
+    );
   });
 }
 
@@ -24,7 +42,12 @@ function truncateFd(fd: number, sizeBytes: number): Promise<void> {
   });
 }
 
-async function factsOf(fd: number, named: string, real: string, readOnly: boolean): Promise<DeviceFacts> {
+async function factsOf(
+  fd: number,
+  named: string,
+  real: string,
+  readOnly: boolean,
+): Promise<DeviceFacts> {
   const found = await fstatFd(fd);
   if (!found.isFile()) throw new B2Error('refused', `${named} is not a regular file`);
   if (found.size > BigInt(MAX_DEVICE_BYTES)) {
@@ -77,12 +100,19 @@ class FileHandles {
   async read(into: Uint8Array, offset: number, length: number): Promise<number> {
     // Small or unaligned requests gain nothing from going around the cache.
     if (this.directFd !== undefined && isPageAligned(into) && offset % DIRECT_ALIGN_BYTES === 0) {
-      const range = { fd: this.directFd, offset: 0, unitBytes: DIRECT_ALIGN_BYTES, path: this.path };
+      const range = {
+        fd: this.directFd,
+        offset: 0,
+        unitBytes: DIRECT_ALIGN_BYTES,
+        path: this.path,
+      };
       try {
         const got = await readRange(range, into, offset, length);
         if (got === length) return got;
         // A short direct read is the end of the file, or a failure in the middle of it: the cache's way tells which.
-        return got + (await readRange(this.buffered(), into.subarray(got), offset + got, length - got));
+        return (
+          got + (await readRange(this.buffered(), into.subarray(got), offset + got, length - got))
+        );
       } catch (error) {
         if (errnoOf(error) !== 'EINVAL') throw error;
         this.dropDirect();
@@ -94,7 +124,12 @@ class FileHandles {
   async write(data: Uint8Array, offset: number): Promise<void> {
     const aligned = offset % DIRECT_ALIGN_BYTES === 0 && data.byteLength % DIRECT_ALIGN_BYTES === 0;
     if (this.directFd !== undefined && aligned && isPageAligned(data)) {
-      const range = { fd: this.directFd, offset: 0, unitBytes: DIRECT_ALIGN_BYTES, path: this.path };
+      const range = {
+        fd: this.directFd,
+        offset: 0,
+        unitBytes: DIRECT_ALIGN_BYTES,
+        path: this.path,
+      };
       try {
         await writeRange(range, this.edges, data, offset);
         return;
@@ -113,7 +148,11 @@ class FileHandles {
   async close(): Promise<void> {
     if (this.closed) return;
     this.closed = true;
-    for (const fd of [...this.retiredFds, this.bufferedFd, ...(this.directFd === undefined ? [] : [this.directFd])]) {
+    for (const fd of [
+      ...this.retiredFds,
+      this.bufferedFd,
+      ...(this.directFd === undefined ? [] : [this.directFd]),
+    ]) {
       try {
         await closeFd(fd);
       } catch {
@@ -157,7 +196,7 @@ class FileReadDevice implements ReadDevice {
       // Data that waits in memory without a place on disk is reported as a hole by some file systems (ZFS, older
       // btrfs); after this it has a place.
       await syncFd(fd);
-      for (let at = offset; at < end; ) {
+      for (let at = offset; at < end;) {
         const data = await seekData(fd, at);
         if (data === undefined || data >= end) break;
         const hole = await seekHole(fd, data);
@@ -175,7 +214,12 @@ class FileReadDevice implements ReadDevice {
   }
 
   async refresh(): Promise<DeviceFacts> {
-    const facts = await factsOf(this.handles.bufferedFd, this.current.path, this.current.realPath, true);
+    const facts = await factsOf(
+      this.handles.bufferedFd,
+      this.current.path,
+      this.current.realPath,
+      true,
+    );
     this.current = facts;
     return facts;
   }
@@ -240,13 +284,15 @@ class FileWriteDevice implements WriteDevice {
         await punchHole(bufferedFd, offset, length);
         return;
       } catch (error) {
-        if (errnoOf(error) === 'ENOSPC') throw ioError(`zero ${length} bytes at offset ${offset} of`, this.current.path, error);
+        if (errnoOf(error) === 'ENOSPC')
+          throw ioError(`zero ${length} bytes at offset ${offset} of`, this.current.path, error);
       }
       try {
         await zeroRange(bufferedFd, offset, length);
         return;
       } catch (error) {
-        if (errnoOf(error) === 'ENOSPC') throw ioError(`zero ${length} bytes at offset ${offset} of`, this.current.path, error);
+        if (errnoOf(error) === 'ENOSPC')
+          throw ioError(`zero ${length} bytes at offset ${offset} of`, this.current.path, error);
         this.canPunch = false;
       }
     }
@@ -293,7 +339,10 @@ class FileWriteDevice implements WriteDevice {
  * a symbolic link too. `existing`: what is there, which must be a regular file and not a symbolic link; nothing of it
  * changes before it is written to. Only one opener at a time (flock): rejects with `refused` otherwise.
  */
-export async function openFileForWriting(named: string, mode: 'new' | 'existing'): Promise<WriteDevice> {
+export async function openFileForWriting(
+  named: string,
+  mode: 'new' | 'existing',
+): Promise<WriteDevice> {
   const parent = path.dirname(path.resolve(named));
   let real: string;
   let fd: number;
@@ -302,17 +351,26 @@ export async function openFileForWriting(named: string, mode: 'new' | 'existing'
     fd = await openFd(real, O_RDWR | O_NOFOLLOW | (mode === 'new' ? O_CREAT | O_EXCL : 0), 0o600);
   } catch (error) {
     if (errnoOf(error) === 'ELOOP') throw symbolicLink(named);
-    if (errnoOf(error) === 'EISDIR') throw new B2Error('refused', `${named} is a directory; a target is a file or a device`);
+    if (errnoOf(error) === 'EISDIR')
+      throw new B2Error('refused', `${named} is a directory; a target is a file or a device`);
     throw ioError(mode === 'new' ? 'create' : 'open for writing', named, error);
   }
   try {
     if (syscallsAvailable() && !tryLock(fd)) {
-      throw new B2Error('refused', `${named} is being written by another program that has locked it`, {
-        hint: 'Wait for the other restore to end, or choose another file.',
-      });
+      throw new B2Error(
+        'refused',
+        `${named} is being written by another program that has locked it`,
+        {
+          hint: 'Wait for the other restore to end, or choose another file.',
+        },
+      );
     }
     const facts = await factsOf(fd, named, real, false);
-    return new FileWriteDevice(facts, new FileHandles(named, fd, await openDirect(real, O_RDWR)), mode === 'new');
+    return new FileWriteDevice(
+      facts,
+      new FileHandles(named, fd, await openDirect(real, O_RDWR)),
+      mode === 'new',
+    );
   } catch (error) {
     await closeFd(fd);
     throw ioError('open for writing', named, error);
@@ -321,5 +379,7 @@ export async function openFileForWriting(named: string, mode: 'new' | 'existing'
 
 /** The refusal of a target that is a symbolic link to a file: the link may have been put there by somebody else. */
 export function symbolicLink(named: string): B2Error {
-  return new B2Error('refused', `${named} is a symbolic link`, { hint: 'Name the file it points to, if that is what you mean.' });
+  return new B2Error('refused', `${named} is a symbolic link`, {
+    hint: 'Name the file it points to, if that is what you mean.',
+  });
 }

@@ -76,19 +76,25 @@ export function looksLikeGptHeader(sector: Uint8Array): boolean {
 
 /** Parses and checks a header that was read from LBA `lba` of a disk with `sectorBytes` = `sector.byteLength`. */
 export function parseGptHeader(sector: Uint8Array, lba: number): GptHeader {
-  const damaged = (why: string): B2Error => new B2Error('damaged', `GPT header in sector ${lba}: ${why}`);
+  const damaged = (why: string): B2Error =>
+    new B2Error('damaged', `GPT header in sector ${lba}: ${why}`);
   if (sector.byteLength < 512 || !looksLikeGptHeader(sector)) throw damaged('no signature');
   const v = view(sector);
   const revision = v.getUint32(8, true);
   if (revision !== REVISION_1_0) {
-    throw new B2Error('unsupported', `GPT header in sector ${lba}: revision 0x${revision.toString(16)} is not known`);
+    throw new B2Error(
+      'unsupported',
+      `GPT header in sector ${lba}: revision 0x${revision.toString(16)} is not known`,
+    );
   }
   const headerBytes = v.getUint32(12, true);
-  if (headerBytes < MIN_HEADER_BYTES || headerBytes > sector.byteLength) throw damaged(`header size ${headerBytes}`);
+  if (headerBytes < MIN_HEADER_BYTES || headerBytes > sector.byteLength)
+    throw damaged(`header size ${headerBytes}`);
   if (headerCrc(sector, headerBytes) !== v.getUint32(16, true)) throw damaged('wrong checksum');
   const lbaAt = (offset: number, what: string): number => {
     const value = v.getBigUint64(offset, true);
-    if (value > BigInt(Number.MAX_SAFE_INTEGER)) throw damaged(`${what} ${value} is beyond any disk`);
+    if (value > BigInt(Number.MAX_SAFE_INTEGER))
+      throw damaged(`${what} ${value} is beyond any disk`);
     return safeNumber(value, what);
   };
   const header: GptHeader = {
@@ -127,7 +133,8 @@ export function gptEntriesBytes(header: GptHeader): number {
 
 /** Checks `entries` (exactly {@link gptEntriesBytes} of them) against the header's checksum and for sense. */
 export function parseGptEntries(header: GptHeader, entries: Uint8Array): readonly GptPartition[] {
-  const damaged = (why: string): B2Error => new B2Error('damaged', `GPT entries in sector ${header.entriesLba}: ${why}`);
+  const damaged = (why: string): B2Error =>
+    new B2Error('damaged', `GPT entries in sector ${header.entriesLba}: ${why}`);
   if (entries.byteLength !== gptEntriesBytes(header)) throw damaged('cut short');
   if (crc32(entries) !== header.entriesCrc32) throw damaged('wrong checksum');
   const v = view(entries);
@@ -138,8 +145,14 @@ export function parseGptEntries(header: GptHeader, entries: Uint8Array): readonl
     if (typeGuid === ZERO_GUID) continue;
     const first = v.getBigUint64(at + 32, true);
     const last = v.getBigUint64(at + 40, true);
-    if (first < BigInt(header.firstUsableLba) || last > BigInt(header.lastUsableLba) || first > last) {
-      throw damaged(`partition ${i + 1} covers sectors ${first} to ${last}, outside of ${header.firstUsableLba} to ${header.lastUsableLba}`);
+    if (
+      first < BigInt(header.firstUsableLba) ||
+      last > BigInt(header.lastUsableLba) ||
+      first > last
+    ) {
+      throw damaged(
+        `partition ${i + 1} covers sectors ${first} to ${last}, outside of ${header.firstUsableLba} to ${header.lastUsableLba}`,
+      );
     }
     found.push({
       number: i + 1,
@@ -200,22 +213,41 @@ export interface GptMove {
  * Refuses (`refused`, `unsupported`) what it does not understand: a smaller disk, a hybrid MBR, a table whose parts
  * lie in unusual places.
  */
-export function moveGpt(gpt: Gpt, sector0: Uint8Array, diskBytes: number, options: { readonly growLast: boolean }): GptMove {
+export function moveGpt(
+  gpt: Gpt,
+  sector0: Uint8Array,
+  diskBytes: number,
+  options: { readonly growLast: boolean },
+): GptMove {
   const { header, sectorBytes } = gpt;
   const sectors = Math.floor(diskBytes / sectorBytes);
   const lastLba = sectors - 1;
-  if (header.myLba !== 1) throw new B2Error('unsupported', `the GPT to move is the one in sector ${header.myLba}, not the primary one`);
+  if (header.myLba !== 1)
+    throw new B2Error(
+      'unsupported',
+      `the GPT to move is the one in sector ${header.myLba}, not the primary one`,
+    );
   const entriesSectors = Math.ceil(gptEntriesBytes(header) / sectorBytes);
   if (header.entriesLba < 2 || header.entriesLba + entriesSectors > header.firstUsableLba) {
-    throw new B2Error('unsupported', `the GPT keeps its entries in an unusual place (sector ${header.entriesLba})`);
+    throw new B2Error(
+      'unsupported',
+      `the GPT keeps its entries in an unusual place (sector ${header.entriesLba})`,
+    );
   }
   if (header.alternateLba <= header.lastUsableLba) {
-    throw new B2Error('unsupported', `the GPT's backup lies among the partitions (sector ${header.alternateLba})`);
+    throw new B2Error(
+      'unsupported',
+      `the GPT's backup lies among the partitions (sector ${header.alternateLba})`,
+    );
   }
   const last = lastPartition(gpt.partitions);
   const backupEntriesLba = lastLba - entriesSectors;
   const lastUsableLba = backupEntriesLba - 1;
-  if (lastLba < header.alternateLba || (last !== undefined && last.lastLba > lastUsableLba) || lastUsableLba <= header.firstUsableLba) {
+  if (
+    lastLba < header.alternateLba ||
+    (last !== undefined && last.lastLba > lastUsableLba) ||
+    lastUsableLba <= header.firstUsableLba
+  ) {
     throw new B2Error(
       'refused',
       `the disk ends at sector ${lastLba}, before the end of its partition table (sector ${header.alternateLba})`,
@@ -227,7 +259,10 @@ export function moveGpt(gpt: Gpt, sector0: Uint8Array, diskBytes: number, option
   const entries = Uint8Array.from(gpt.entries);
   let grown: GrownPartition | undefined;
   if (options.growLast && last !== undefined) {
-    const end = Math.max(last.lastLba, roundDown((lastUsableLba + 1) * sectorBytes, ALIGN_BYTES) / sectorBytes - 1);
+    const end = Math.max(
+      last.lastLba,
+      roundDown((lastUsableLba + 1) * sectorBytes, ALIGN_BYTES) / sectorBytes - 1,
+    );
     if (end > last.lastLba) {
       view(entries).setBigUint64((last.number - 1) * header.entryBytes + 40, BigInt(end), true);
       grown = {
@@ -242,8 +277,20 @@ export function moveGpt(gpt: Gpt, sector0: Uint8Array, diskBytes: number, option
   if (!moved && grown === undefined) return { steps: [], grown: undefined };
 
   const entriesCrc32 = crc32(entries);
-  const primary = gptHeaderSector(gpt, { myLba: 1, alternateLba: lastLba, entriesLba: header.entriesLba, lastUsableLba, entriesCrc32 });
-  const backup = gptHeaderSector(gpt, { myLba: lastLba, alternateLba: 1, entriesLba: backupEntriesLba, lastUsableLba, entriesCrc32 });
+  const primary = gptHeaderSector(gpt, {
+    myLba: 1,
+    alternateLba: lastLba,
+    entriesLba: header.entriesLba,
+    lastUsableLba,
+    entriesCrc32,
+  });
+  const backup = gptHeaderSector(gpt, {
+    myLba: lastLba,
+    alternateLba: 1,
+    entriesLba: backupEntriesLba,
+    lastUsableLba,
+    entriesCrc32,
+  });
   const paddedEntries = new Uint8Array(entriesSectors * sectorBytes);
   paddedEntries.set(entries);
 
@@ -267,7 +314,11 @@ export function moveGpt(gpt: Gpt, sector0: Uint8Array, diskBytes: number, option
 }
 
 /** Reads back what was built, before it goes anywhere. */
-function checkMove(steps: readonly (readonly TableWrite[])[], sectorBytes: number, lastLba: number): void {
+function checkMove(
+  steps: readonly (readonly TableWrite[])[],
+  sectorBytes: number,
+  lastLba: number,
+): void {
   const at = (lba: number): Uint8Array => {
     const found = steps.flat().find((write) => write.offset === lba * sectorBytes);
     if (found === undefined) throw new Error(`no write for sector ${lba}`);
@@ -301,8 +352,13 @@ function gptHeaderSector(
 }
 
 /** The partition that lies last on the disk, whatever its number. */
-export function lastPartition<P extends { readonly lastLba: number }>(partitions: readonly P[]): P | undefined {
-  return partitions.reduce<P | undefined>((last, p) => (last === undefined || p.lastLba > last.lastLba ? p : last), undefined);
+export function lastPartition<P extends { readonly lastLba: number }>(
+  partitions: readonly P[],
+): P | undefined {
+  return partitions.reduce<P | undefined>(
+    (last, p) => (last === undefined || p.lastLba > last.lastLba ? p : last),
+    undefined,
+  );
 }
 
 // ---- MBR ----
@@ -344,7 +400,9 @@ export function parseMbr(sector: Uint8Array, diskSectors: number): Mbr | undefin
   const entries = mbrEntries(sector);
   if (entries === undefined) return undefined;
   const oem = Buffer.from(sector.subarray(3, 11)).toString('latin1');
-  const fat = Buffer.from(sector.subarray(0x36, 0x3e)).toString('latin1') + Buffer.from(sector.subarray(0x52, 0x5a)).toString('latin1');
+  const fat =
+    Buffer.from(sector.subarray(0x36, 0x3e)).toString('latin1') +
+    Buffer.from(sector.subarray(0x52, 0x5a)).toString('latin1');
   if (/^(NTFS|EXFAT|-FVE-FS-)/.test(oem) || /FAT(12|16|32)? {3}/.test(fat)) return undefined;
   const id = view(sector).getUint32(440, true);
   if (entries.length === 0 && id === 0) return undefined;
@@ -368,7 +426,13 @@ export function mbrEntries(sector: Uint8Array): readonly MbrEntry[] | undefined 
     const type = v.getUint8(at + 4);
     const sectors = v.getUint32(at + 12, true);
     if (type === 0 || sectors === 0) continue;
-    found.push({ slot, active: status === 0x80, type, firstLba: v.getUint32(at + 8, true), sectors });
+    found.push({
+      slot,
+      active: status === 0x80,
+      type,
+      firstLba: v.getUint32(at + 8, true),
+      sectors,
+    });
   }
   return found;
 }
@@ -390,9 +454,13 @@ function protectiveMbr(sector0: Uint8Array, sectors: number, sectorBytes: number
     });
   }
   if (entries.length !== 1 || only.type !== MBR_PROTECTIVE || only.firstLba !== 1) {
-    throw new B2Error('unsupported', 'the disk has a hybrid MBR beside its GPT; b2 does not change such tables', {
-      hint: 'Move the backup table with gdisk (x, e, w) after the restore.',
-    });
+    throw new B2Error(
+      'unsupported',
+      'the disk has a hybrid MBR beside its GPT; b2 does not change such tables',
+      {
+        hint: 'Move the backup table with gdisk (x, e, w) after the restore.',
+      },
+    );
   }
   setMbrEntrySectors(copy, only.slot, Math.min(sectors - 1, MAX_U32));
   return copy;
@@ -405,15 +473,26 @@ function protectiveMbr(sector0: Uint8Array, sectors: number, sectorBytes: number
  */
 export function growMbrLast(sector0: Uint8Array, sectorBytes: number, diskBytes: number): GptMove {
   const mbr = parseMbr(sector0, Math.floor(diskBytes / sectorBytes));
-  const last = lastPartition((mbr?.entries ?? []).map((e) => ({ ...e, lastLba: e.firstLba + e.sectors - 1 })));
-  if (mbr === undefined || last === undefined) throw new B2Error('unsupported', 'there is no partition in the MBR');
+  const last = lastPartition(
+    (mbr?.entries ?? []).map((e) => ({ ...e, lastLba: e.firstLba + e.sectors - 1 })),
+  );
+  if (mbr === undefined || last === undefined)
+    throw new B2Error('unsupported', 'there is no partition in the MBR');
   if (mbr.protective) throw new B2Error('unsupported', 'the MBR only protects a GPT');
   if (isExtended(last.type)) {
-    throw new B2Error('unsupported', `partition ${last.slot} lies last and is an extended one; b2 does not grow logical partitions`, {
-      hint: 'Grow it with parted or fdisk after the restore.',
-    });
+    throw new B2Error(
+      'unsupported',
+      `partition ${last.slot} lies last and is an extended one; b2 does not grow logical partitions`,
+      {
+        hint: 'Grow it with parted or fdisk after the restore.',
+      },
+    );
   }
-  const endLba = Math.min(roundDown(diskBytes, ALIGN_BYTES) / sectorBytes, last.firstLba + MAX_U32, MAX_U32);
+  const endLba = Math.min(
+    roundDown(diskBytes, ALIGN_BYTES) / sectorBytes,
+    last.firstLba + MAX_U32,
+    MAX_U32,
+  );
   const sectors = endLba - last.firstLba;
   if (sectors <= last.sectors) return { steps: [], grown: undefined };
   const data = Uint8Array.from(sector0.subarray(0, sectorBytes));

@@ -72,7 +72,9 @@ export async function growTarget(target: string, options: GrowOptions = {}): Pro
 export async function settleGpt(device: WriteDevice): Promise<boolean> {
   const table = await readPartitionTable(device);
   if (table?.primaryGpt === undefined) return false;
-  const change = moveGpt(table.primaryGpt, table.sector0, device.facts.sizeBytes, { growLast: false });
+  const change = moveGpt(table.primaryGpt, table.sector0, device.facts.sizeBytes, {
+    growLast: false,
+  });
   await applyTableChange(device, change);
   return change.steps.length > 0;
 }
@@ -91,31 +93,48 @@ async function growTable(context: Context): Promise<Area | undefined> {
     await device.close();
   }
   if (change === undefined) return undefined;
-  if (table.facts.type === 'gpt' && change.steps.length > 0) context.done.push('moved the backup partition table to the end of the disk');
+  if (table.facts.type === 'gpt' && change.steps.length > 0)
+    context.done.push('moved the backup partition table to the end of the disk');
   if (change.steps.length > 0) await tellKernel(context);
   const { grown } = change;
   if (grown !== undefined) {
-    context.done.push(`grew partition ${grown.number} from ${inMiB(grown.oldBytes)} to ${inMiB(grown.newBytes)}`);
+    context.done.push(
+      `grew partition ${grown.number} from ${inMiB(grown.oldBytes)} to ${inMiB(grown.newBytes)}`,
+    );
   }
   return placeOfLast(table, grown);
 }
 
-function planTable(context: Context, table: PartitionTable, device: WriteDevice): GptMove | undefined {
+function planTable(
+  context: Context,
+  table: PartitionTable,
+  device: WriteDevice,
+): GptMove | undefined {
   const { sizeBytes } = device.facts;
   try {
-    if (table.facts.type === 'mbr') return growMbrLast(table.sector0, table.facts.sectorBytes, sizeBytes);
+    if (table.facts.type === 'mbr')
+      return growMbrLast(table.sector0, table.facts.sectorBytes, sizeBytes);
     if (table.primaryGpt === undefined) {
-      context.notDone.push(`the partition table was left as it is: ${table.facts.problems.join('; ')}`);
+      context.notDone.push(
+        `the partition table was left as it is: ${table.facts.problems.join('; ')}`,
+      );
       return undefined;
     }
-    if (device.facts.kind === 'block' && table.facts.sectorBytes !== device.facts.logicalBlockBytes) {
-      context.notDone.push(`the partition table was left as it is: ${table.facts.problems.join('; ')}`);
+    if (
+      device.facts.kind === 'block' &&
+      table.facts.sectorBytes !== device.facts.logicalBlockBytes
+    ) {
+      context.notDone.push(
+        `the partition table was left as it is: ${table.facts.problems.join('; ')}`,
+      );
       return undefined;
     }
     return moveGpt(table.primaryGpt, table.sector0, sizeBytes, { growLast: true });
   } catch (error) {
     if (!(error instanceof B2Error)) throw error;
-    context.notDone.push(`the partition table was left as it is: ${error.message}${error.hint === undefined ? '' : `. ${error.hint}`}`);
+    context.notDone.push(
+      `the partition table was left as it is: ${error.message}${error.hint === undefined ? '' : `. ${error.hint}`}`,
+    );
     return undefined;
   }
 }
@@ -124,7 +143,9 @@ function placeOfLast(table: PartitionTable, grown: GrownPartition | undefined): 
   if (grown !== undefined) return { offsetBytes: grown.offsetBytes, sizeBytes: grown.newBytes };
   const candidates = table.facts.partitions.filter((p) => p.kind !== 'extended');
   const last = candidates.toSorted((a, b) => a.offsetBytes - b.offsetBytes).at(-1);
-  return last === undefined ? undefined : { offsetBytes: last.offsetBytes, sizeBytes: last.sizeBytes };
+  return last === undefined
+    ? undefined
+    : { offsetBytes: last.offsetBytes, sizeBytes: last.sizeBytes };
 }
 
 /** The tools wrote through the page cache of the target. */
@@ -153,7 +174,9 @@ async function tellKernel(context: Context): Promise<void> {
   } catch (error) {
     // EINVAL: partitions are off for this device, so there is nothing that could be out of date.
     if (!messageOf(error).startsWith('EINVAL')) {
-      context.notDone.push(`the kernel has not read the new partition table (${messageOf(error)}): run "partprobe ${context.target}" or reboot`);
+      context.notDone.push(
+        `the kernel has not read the new partition table (${messageOf(error)}): run "partprobe ${context.target}" or reboot`,
+      );
     }
   } finally {
     await closeFd(fd);
@@ -171,7 +194,9 @@ async function growContents(context: Context, area: Area): Promise<void> {
   const [signature, second] = found;
   if (signature === undefined) return;
   if (second !== undefined) {
-    context.notDone.push(`nothing was grown inside: there is ${describeSignature(signature)} and also ${describeSignature(second)}`);
+    context.notDone.push(
+      `nothing was grown inside: there is ${describeSignature(signature)} and also ${describeSignature(second)}`,
+    );
     return;
   }
   const free = signature.sizeBytes === undefined ? undefined : area.sizeBytes - signature.sizeBytes;
@@ -197,7 +222,9 @@ async function growContents(context: Context, area: Area): Promise<void> {
     context.done.push(`grew ${what} to ${inMiB(area.sizeBytes)}`);
   } catch (error) {
     if (!(error instanceof B2Error)) throw error;
-    context.notDone.push(`${what} was left at its size: ${error.message}${error.hint === undefined ? '' : `. ${error.hint}`}`);
+    context.notDone.push(
+      `${what} was left at its size: ${error.message}${error.hint === undefined ? '' : `. ${error.hint}`}`,
+    );
   }
 }
 
@@ -219,9 +246,17 @@ function adviceFor(signature: Signature): string {
 }
 
 /** Runs a tool that must succeed; `good` are the statuses that count as success. */
-async function must(context: Context, tool: string, args: readonly string[], good: readonly number[] = [0]): Promise<string> {
+async function must(
+  context: Context,
+  tool: string,
+  args: readonly string[],
+  good: readonly number[] = [0],
+): Promise<string> {
   const result = await context.run(tool, args, TOOL_TIMEOUT_MS);
-  if (result === undefined) throw new B2Error('unsupported', `${tool} is not installed`, { hint: `Install the package that has ${tool}.` });
+  if (result === undefined)
+    throw new B2Error('unsupported', `${tool} is not installed`, {
+      hint: `Install the package that has ${tool}.`,
+    });
   if (!good.includes(result.status)) throw new B2Error('failed', `${tool}: ${lastWords(result)}`);
   return result.stdout;
 }
@@ -230,9 +265,15 @@ async function must(context: Context, tool: string, args: readonly string[], goo
  * Runs `use` with a loop device over `area` of the target. The loop device goes away with this process's last
  * descriptor on it, also if the process is killed.
  */
-async function withLoop<T>(context: Context, area: Area, use: (loop: string) => Promise<T>): Promise<T> {
+async function withLoop<T>(
+  context: Context,
+  area: Area,
+  use: (loop: string) => Promise<T>,
+): Promise<T> {
   const place = ['--offset', String(area.offsetBytes), '--sizelimit', String(area.sizeBytes)];
-  const loop = (await must(context, 'losetup', ['--find', '--show', ...place, '--', context.target])).trim();
+  const loop = (
+    await must(context, 'losetup', ['--find', '--show', ...place, '--', context.target])
+  ).trim();
   const fd = await openFd(loop, constants.O_RDONLY).catch(async (error: unknown) => {
     await context.run('losetup', ['--detach', loop], SHORT_TIMEOUT_MS);
     throw new B2Error('failed', `cannot open ${loop}: ${messageOf(error)}`, { cause: error });
@@ -252,10 +293,14 @@ async function growExt(context: Context, area: Area): Promise<void> {
     try {
       await must(context, 'e2fsck', ['-f', '-p', loop], [0, 1, 2, 3]);
     } catch (error) {
-      throw new B2Error('failed', `its check failed, so it was not touched further (${messageOf(error)})`, {
-        cause: error,
-        hint: 'Run e2fsck -f by hand, then resize2fs.',
-      });
+      throw new B2Error(
+        'failed',
+        `its check failed, so it was not touched further (${messageOf(error)})`,
+        {
+          cause: error,
+          hint: 'Run e2fsck -f by hand, then resize2fs.',
+        },
+      );
     }
     await must(context, 'resize2fs', [loop]);
   });
@@ -274,7 +319,18 @@ async function growMounted(
     const directory = await mkdtemp(path.join(tmpdir(), 'b2-grow-'));
     try {
       const script = `mount -t ${type} -o ${mountOptions} "$1" "$2" || exit; ${command}; status=$?; umount "$2" || exit; ${afterwards}; exit $status`;
-      await must(context, 'unshare', ['--mount', '--propagation', 'private', '--', 'sh', '-c', script, 'sh', loop, directory]);
+      await must(context, 'unshare', [
+        '--mount',
+        '--propagation',
+        'private',
+        '--',
+        'sh',
+        '-c',
+        script,
+        'sh',
+        loop,
+        directory,
+      ]);
     } finally {
       await rmdir(directory);
     }
@@ -290,9 +346,13 @@ async function growBtrfs(context: Context, area: Area, signature: Signature): Pr
   // btrfs tells devices apart by UUID only: with the original mounted, a mount of the copy reaches the original.
   const online = await readdir(path.join(context.roots.sys, 'fs/btrfs')).catch((): string[] => []);
   if (signature.uuid === undefined || online.includes(signature.uuid)) {
-    throw new B2Error('refused', 'a btrfs file system with the same UUID is mounted on this machine', {
-      hint: 'Unmount the original, or give the copy a UUID of its own (btrfstune -u), then run btrfs filesystem resize max.',
-    });
+    throw new B2Error(
+      'refused',
+      'a btrfs file system with the same UUID is mounted on this machine',
+      {
+        hint: 'Unmount the original, or give the copy a UUID of its own (btrfstune -u), then run btrfs filesystem resize max.',
+      },
+    );
   }
   // The last word before it is changed: the file system that was mounted is the one on our loop device.
   const mine = `test -e /sys/fs/btrfs/${signature.uuid}/devices/"$(basename "$1")"`;

@@ -10,7 +10,16 @@ import { errnoOf, ioError } from '../errors.js';
 import { listMounts, listSwaps, type Mount } from './mounts.js';
 import { targetKind } from './open.js';
 import { closeFd, openFd } from './raw-io.js';
-import { blockInfo, blockNameOf, blockNameOfPath, blockNames, devNumberOf, SYSTEM_ROOTS, type BlockInfo, type SystemRoots } from './sysfs.js';
+import {
+  blockInfo,
+  blockNameOf,
+  blockNameOfPath,
+  blockNames,
+  devNumberOf,
+  SYSTEM_ROOTS,
+  type BlockInfo,
+  type SystemRoots,
+} from './sysfs.js';
 
 /**
  * - `mounted`, `swap`, `holder` (device mapper, MD, bcache built on it), `loop` (a loop device shows it);
@@ -43,12 +52,18 @@ interface World {
   readonly mounts: readonly Mount[];
   readonly swaps: readonly string[];
   /** Loop devices in use, with the inode or device behind each. */
-  readonly loops: readonly { readonly name: string; readonly backing: string; readonly key: string | undefined }[];
+  readonly loops: readonly {
+    readonly name: string;
+    readonly backing: string;
+    readonly key: string | undefined;
+  }[];
 }
 
 /** Tells block devices and files apart from each other, whatever name they have. */
 function keyOf(facts: BigIntStats): string {
-  return facts.isBlockDevice() ? `block ${devNumberOf(facts.rdev)}` : `file ${facts.dev}:${facts.ino}`;
+  return facts.isBlockDevice()
+    ? `block ${devNumberOf(facts.rdev)}`
+    : `file ${facts.dev}:${facts.ino}`;
 }
 
 async function keyOfPath(file: string): Promise<string | undefined> {
@@ -64,7 +79,9 @@ async function observe(roots: SystemRoots): Promise<World> {
   for (const name of await blockNames(roots)) {
     if (!/^loop\d+$/.test(name)) continue;
     try {
-      const backing = (await readFile(path.join(roots.sys, 'class/block', name, 'loop/backing_file'), 'utf8')).replace(/\n$/, '');
+      const backing = (
+        await readFile(path.join(roots.sys, 'class/block', name, 'loop/backing_file'), 'utf8')
+      ).replace(/\n$/, '');
       loops.push({ name, backing, key: await keyOfPath(backing) });
     } catch {
       // Not attached.
@@ -77,7 +94,10 @@ async function observe(roots: SystemRoots): Promise<World> {
  * Why `target` must not be written to; empty if nothing uses it, or if it does not exist yet. Rejects for a target
  * that can never be one (a directory, a symbolic link to a file).
  */
-export async function inUseReasons(target: string, options: InUseOptions = {}): Promise<readonly InUseReason[]> {
+export async function inUseReasons(
+  target: string,
+  options: InUseOptions = {},
+): Promise<readonly InUseReason[]> {
   const roots = options.roots ?? SYSTEM_ROOTS;
   const kind = await targetKind(target);
   const reasons: InUseReason[] = [];
@@ -99,30 +119,39 @@ export async function inUseReasons(target: string, options: InUseOptions = {}): 
     if (name !== undefined) {
       const info = await blockInfo(name, roots);
       for (const above of await standingOn(info, world)) await addUses(reasons, above, world);
-      if (options.repositoryPath !== undefined) await addRepositoryDevice(reasons, target, keyOf(own), options.repositoryPath, world);
+      if (options.repositoryPath !== undefined)
+        await addRepositoryDevice(reasons, target, keyOf(own), options.repositoryPath, world);
     }
     if (reasons.length === 0) await addExclusive(reasons, target, real);
   } else {
     for (const swap of world.swaps) {
-      if ((await keyOfPath(swap)) === keyOf(own)) reasons.push({ kind: 'swap', text: `${target} is in use as swap` });
+      if ((await keyOfPath(swap)) === keyOf(own))
+        reasons.push({ kind: 'swap', text: `${target} is in use as swap` });
     }
     for (const loop of world.loops) {
       if (loop.key !== keyOf(own)) continue;
       const device = path.join(roots.dev, loop.name);
       reasons.push({ kind: 'loop', text: `${target} is attached as loop device ${device}` });
       for (const above of await standingOn(await blockInfo(loop.name, roots), world)) {
-        await addUses(reasons, { ...above, trail: `${above.trail}, which lies in ${target}` }, world);
+        await addUses(
+          reasons,
+          { ...above, trail: `${above.trail}, which lies in ${target}` },
+          world,
+        );
       }
     }
     await addRepositoryFile(reasons, target, options.repositoryPath);
-    if (options.repositoryPath !== undefined) await addRepositoryDevice(reasons, target, keyOf(own), options.repositoryPath, world);
+    if (options.repositoryPath !== undefined)
+      await addRepositoryDevice(reasons, target, keyOf(own), options.repositoryPath, world);
   }
   await addOpeners(reasons, target, real, roots);
   return unique(reasons);
 }
 
 function unique(reasons: readonly InUseReason[]): readonly InUseReason[] {
-  return reasons.filter((reason, i) => reasons.findIndex((other) => other.text === reason.text) === i);
+  return reasons.filter(
+    (reason, i) => reasons.findIndex((other) => other.text === reason.text) === i,
+  );
 }
 
 /** The device, its partitions, and every device built on one of them, at any height. */
@@ -133,11 +162,13 @@ async function standingOn(first: BlockInfo, world: World): Promise<readonly Abov
     if (seen.has(info.name)) return;
     seen.add(info.name);
     found.push({ info, trail });
-    for (const partition of info.partitions) await visit(await blockInfo(partition, world.roots), trail);
+    for (const partition of info.partitions)
+      await visit(await blockInfo(partition, world.roots), trail);
     const on = `, which lies on ${info.displayPath}`;
     for (const holder of info.holders) await visit(await blockInfo(holder, world.roots), on);
     for (const loop of world.loops) {
-      if (loop.key === `block ${info.devNumber}`) await visit(await blockInfo(loop.name, world.roots), on);
+      if (loop.key === `block ${info.devNumber}`)
+        await visit(await blockInfo(loop.name, world.roots), on);
     }
   };
   await visit(first, '');
@@ -145,23 +176,31 @@ async function standingOn(first: BlockInfo, world: World): Promise<readonly Abov
 }
 
 async function addUses(reasons: InUseReason[], above: Above, world: World): Promise<void> {
-  const { info, trail } = above;
+  const { info } = above;
+  const subject = above.trail === '' ? info.displayPath : `${info.displayPath}${above.trail},`;
   const key = `block ${info.devNumber}`;
   for (const mount of world.mounts) {
     if (!(await isMountOf(mount, info, world))) continue;
-    const also = mount.fsType === 'btrfs' && (await keyOfPath(mount.source)) !== key ? ' (as one device of a btrfs file system)' : '';
-    reasons.push({ kind: 'mounted', text: `${info.displayPath}${trail} is mounted on ${mount.mountPoint}${also}` });
+    const also =
+      mount.fsType === 'btrfs' && (await keyOfPath(mount.source)) !== key
+        ? ' (as one device of a btrfs file system)'
+        : '';
+    reasons.push({ kind: 'mounted', text: `${subject} is mounted on ${mount.mountPoint}${also}` });
   }
   for (const swap of world.swaps) {
-    if ((await keyOfPath(swap)) === key) reasons.push({ kind: 'swap', text: `${info.displayPath}${trail} is in use as swap` });
+    if ((await keyOfPath(swap)) === key)
+      reasons.push({ kind: 'swap', text: `${subject} is in use as swap` });
   }
   for (const holder of info.holders) {
     const upper = await blockInfo(holder, world.roots);
-    reasons.push({ kind: 'holder', text: `${info.displayPath}${trail} is part of ${upper.displayPath}` });
+    reasons.push({ kind: 'holder', text: `${subject} is part of ${upper.displayPath}` });
   }
   for (const loop of world.loops) {
     if (loop.key === key) {
-      reasons.push({ kind: 'loop', text: `${info.displayPath}${trail} is attached as loop device ${path.join(world.roots.dev, loop.name)}` });
+      reasons.push({
+        kind: 'loop',
+        text: `${subject} is attached as loop device ${path.join(world.roots.dev, loop.name)}`,
+      });
     }
   }
 }
@@ -204,18 +243,28 @@ async function addExclusive(reasons: InUseReason[], target: string, real: string
 }
 
 /** Processes that have the target open for writing. Without root only one's own are seen. */
-async function addOpeners(reasons: InUseReason[], target: string, real: string, roots: SystemRoots): Promise<void> {
+async function addOpeners(
+  reasons: InUseReason[],
+  target: string,
+  real: string,
+  roots: SystemRoots,
+): Promise<void> {
   for (const pid of await readdir(roots.proc).catch((): string[] => [])) {
     if (!/^\d+$/.test(pid) || pid === String(process.pid)) continue;
     const fds = path.join(roots.proc, pid, 'fd');
     for (const fd of await readdir(fds).catch((): string[] => [])) {
       try {
         if ((await readlink(path.join(fds, fd))) !== real) continue;
-        const flags = /^flags:\s+([0-7]+)$/m.exec(await readFile(path.join(roots.proc, pid, 'fdinfo', fd), 'utf8'))?.[1];
+        const flags = /^flags:\s+([0-7]+)$/m.exec(
+          await readFile(path.join(roots.proc, pid, 'fdinfo', fd), 'utf8'),
+        )?.[1];
         // The lowest two bits are the access mode; 0 is reading only.
         if (flags === undefined || (Number.parseInt(flags, 8) & 3) === 0) continue;
         const program = (await readFile(path.join(roots.proc, pid, 'comm'), 'utf8')).trim();
-        reasons.push({ kind: 'open', text: `${target} is open for writing in ${program} (process ${pid})` });
+        reasons.push({
+          kind: 'open',
+          text: `${target} is open for writing in ${program} (process ${pid})`,
+        });
         break;
       } catch {
         // The process or the descriptor has gone meanwhile.
@@ -224,13 +273,23 @@ async function addOpeners(reasons: InUseReason[], target: string, real: string, 
   }
 }
 
-async function addRepositoryFile(reasons: InUseReason[], target: string, repositoryPath: string | undefined): Promise<void> {
+async function addRepositoryFile(
+  reasons: InUseReason[],
+  target: string,
+  repositoryPath: string | undefined,
+): Promise<void> {
   if (repositoryPath === undefined) return;
   try {
-    const inside = path.join(await realpath(path.dirname(path.resolve(target))), path.basename(target));
+    const inside = path.join(
+      await realpath(path.dirname(path.resolve(target))),
+      path.basename(target),
+    );
     const relative = path.relative(await realpath(repositoryPath), inside);
     if (relative !== '..' && !relative.startsWith('../') && !path.isAbsolute(relative)) {
-      reasons.push({ kind: 'repository', text: `${target} lies inside the repository ${repositoryPath}` });
+      reasons.push({
+        kind: 'repository',
+        text: `${target} lies inside the repository ${repositoryPath}`,
+      });
     }
   } catch (error) {
     if (errnoOf(error) === 'ENOENT') return;
@@ -267,7 +326,8 @@ async function carriersOf(file: string, world: World): Promise<ReadonlySet<strin
       const source = await blockNameOfPath(mount.source, world.roots);
       if (source === undefined) continue;
       await visitDevice(source);
-      if (mount.fsType === 'btrfs') for (const member of await btrfsMembers(source, world.roots)) await visitDevice(member);
+      if (mount.fsType === 'btrfs')
+        for (const member of await btrfsMembers(source, world.roots)) await visitDevice(member);
     }
   };
   const visitDevice = async (name: string): Promise<void> => {

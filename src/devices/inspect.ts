@@ -2,7 +2,13 @@
 import { B2Error } from '../errors.js';
 import { runTool, type RunTool } from './run.js';
 import { findSignatures, type Area, type Signature, type SignatureUsage } from './signatures.js';
-import { readExactly, readPartitionTable, type PartitionFacts, type Readable, type TableFacts } from './table.js';
+import {
+  readExactly,
+  readPartitionTable,
+  type PartitionFacts,
+  type Readable,
+  type TableFacts,
+} from './table.js';
 
 const BLKID_TIMEOUT_MS = 10_000;
 /** A target whose first and last bytes of this length are zeros, and that nothing recognises, counts as empty. */
@@ -16,13 +22,18 @@ export interface InspectedPartition extends PartitionFacts {
 /** What is on a device. JSON-able: goes into a volume's meta as it is. */
 export interface DeviceContents {
   /** Absent if there is no partition table. */
-  readonly table?: Omit<TableFacts, 'partitions'> & { readonly partitions: readonly InspectedPartition[] };
+  readonly table?: Omit<TableFacts, 'partitions'> & {
+    readonly partitions: readonly InspectedPartition[];
+  };
   /** What lies on the device itself, outside of partitions. Usually empty where there is a table. */
   readonly contents: readonly Signature[];
 }
 
 /** Reads what is on `device`. Tools that are missing make the answer poorer, never an error. */
-export async function inspectDevice(device: Readable, run: RunTool = runTool): Promise<DeviceContents> {
+export async function inspectDevice(
+  device: Readable,
+  run: RunTool = runTool,
+): Promise<DeviceContents> {
   const table = await readPartitionTable(device);
   const whole = await findSignatures(device, { offsetBytes: 0, sizeBytes: device.facts.sizeBytes });
   if (table === undefined) {
@@ -39,18 +50,35 @@ export async function inspectDevice(device: Readable, run: RunTool = runTool): P
   return { table: { ...table.facts, partitions }, contents: whole };
 }
 
-async function contentsOf(device: Readable, area: Area, run: RunTool): Promise<readonly Signature[]> {
+async function contentsOf(
+  device: Readable,
+  area: Area,
+  run: RunTool,
+): Promise<readonly Signature[]> {
   const own = await findSignatures(device, area);
   return own.length > 0 ? own : askBlkid(device, area, run);
 }
 
-const USAGE: Readonly<Record<string, SignatureUsage>> = { filesystem: 'filesystem', raid: 'raid', crypto: 'encrypted' };
+const USAGE: Readonly<Record<string, SignatureUsage>> = {
+  filesystem: 'filesystem',
+  raid: 'raid',
+  crypto: 'encrypted',
+};
 
 /** What blkid knows of the area; empty if it is not installed, knows nothing, or fails. */
-async function askBlkid(device: Readable, area: Area | undefined, run: RunTool): Promise<readonly Signature[]> {
-  const place = area === undefined ? [] : ['-O', String(area.offsetBytes), '-S', String(area.sizeBytes)];
+async function askBlkid(
+  device: Readable,
+  area: Area | undefined,
+  run: RunTool,
+): Promise<readonly Signature[]> {
+  const place =
+    area === undefined ? [] : ['-O', String(area.offsetBytes), '-S', String(area.sizeBytes)];
   try {
-    const result = await run('blkid', ['-p', '-o', 'export', ...place, '--', device.facts.realPath], BLKID_TIMEOUT_MS);
+    const result = await run(
+      'blkid',
+      ['-p', '-o', 'export', ...place, '--', device.facts.realPath],
+      BLKID_TIMEOUT_MS,
+    );
     if (result === undefined) return [];
     // Status 8: several signatures that contradict each other.
     if (result.status === 8) return [{ type: 'several signatures', usage: 'other' }];
@@ -93,7 +121,8 @@ const USAGE_WORDS: Readonly<Record<SignatureUsage, string>> = {
 export function describeSignature(signature: Signature): string {
   const label = signature.label === undefined ? '' : ` labelled ${JSON.stringify(signature.label)}`;
   if (signature.usage === 'swap') return `swap space${label}`;
-  if (signature.type === 'several signatures') return 'several signatures that contradict each other';
+  if (signature.type === 'several signatures')
+    return 'several signatures that contradict each other';
   const article = /^([aeio]|xfs|ntfs|f2fs|LVM)/.test(signature.type) ? 'an' : 'a';
   return `${article} ${signature.type} ${USAGE_WORDS[signature.usage]}${label}`;
 }
@@ -102,14 +131,20 @@ export function describeSignature(signature: Signature): string {
  * What a restore to `target` would destroy, one phrase each, for the refusal without --force: partition table, file
  * systems and all else that b2 or blkid knows, and data in the first and last MiB. Empty means: nothing was found.
  */
-export async function describeContents(target: Readable, run: RunTool = runTool): Promise<readonly string[]> {
+export async function describeContents(
+  target: Readable,
+  run: RunTool = runTool,
+): Promise<readonly string[]> {
   const found: string[] = [];
   const { table, contents } = await inspectDevice(target, run);
   if (table !== undefined) {
     const count = table.partitions.length;
-    found.push(`a ${table.type.toUpperCase()} partition table with ${count === 1 ? 'one partition' : `${count} partitions`}`);
+    found.push(
+      `a ${table.type.toUpperCase()} partition table with ${count === 1 ? 'one partition' : `${count} partitions`}`,
+    );
     for (const partition of table.partitions) {
-      for (const signature of partition.contents) found.push(`${describeSignature(signature)} in partition ${partition.number}`);
+      for (const signature of partition.contents)
+        found.push(`${describeSignature(signature)} in partition ${partition.number}`);
     }
   }
   for (const signature of contents) found.push(describeSignature(signature));
@@ -121,7 +156,8 @@ export async function describeContents(target: Readable, run: RunTool = runTool)
     [sizeBytes - edge, 'at the end'],
   ] as const) {
     const bytes = await readExactly(target, offset, edge);
-    if (bytes === undefined) throw new B2Error('io', `${target.facts.path} changed its size while it was being looked at`);
+    if (bytes === undefined)
+      throw new B2Error('io', `${target.facts.path} changed its size while it was being looked at`);
     if (bytes.some((byte) => byte !== 0)) found.push(`unknown data ${where} (not all zeros)`);
   }
   return found;

@@ -37,8 +37,19 @@ export function parseMountInfo(text: string): readonly Mount[] {
     const [left, right] = line.split(' - ', 2);
     const [, , devNumber, , mountPoint] = left?.split(' ') ?? [];
     const [fsType, source] = right?.split(' ') ?? [];
-    if (devNumber === undefined || mountPoint === undefined || fsType === undefined || source === undefined) continue;
-    mounts.push({ devNumber, mountPoint: unescapeOctal(mountPoint), fsType, source: unescapeOctal(source) });
+    if (
+      devNumber === undefined ||
+      mountPoint === undefined ||
+      fsType === undefined ||
+      source === undefined
+    )
+      continue;
+    mounts.push({
+      devNumber,
+      mountPoint: unescapeOctal(mountPoint),
+      fsType,
+      source: unescapeOctal(source),
+    });
   }
   return mounts;
 }

@@ -35,8 +35,13 @@ export async function kindOfPath(path: string): Promise<'block' | 'file'> {
 }
 
 /** Opens a block device, partition or image file for reading. */
-export async function openReadDevice(path: string, roots: SystemRoots = SYSTEM_ROOTS): Promise<ReadDevice> {
-  return (await kindOfPath(path)) === 'block' ? openBlockForReading(path, roots) : openFileForReading(path);
+export async function openReadDevice(
+  path: string,
+  roots: SystemRoots = SYSTEM_ROOTS,
+): Promise<ReadDevice> {
+  return (await kindOfPath(path)) === 'block'
+    ? openBlockForReading(path, roots)
+    : openFileForReading(path);
 }
 
 /**
@@ -57,7 +62,8 @@ export async function openWriteDevice(
     return openFileForWriting(path, 'new');
   }
   if (kind === 'block') {
-    if (file === 'new') throw new B2Error('exists', `${path} is there already: it is a block device`);
+    if (file === 'new')
+      throw new B2Error('exists', `${path} is there already: it is a block device`);
     return openBlockForWriting(path, roots);
   }
   return openFileForWriting(path, file === 'new' ? 'new' : 'existing');

@@ -28,18 +28,28 @@ export function syncFd(fd: number): Promise<void> {
 
 function readOnce(fd: number, into: Uint8Array, length: number, position: number): Promise<number> {
   return new Promise((resolve, reject) => {
-    read(fd, into, 0, length, position, (error, bytes) => (error === null ? resolve(bytes) : reject(error)));
+    read(fd, into, 0, length, position, (error, bytes) =>
+      error === null ? resolve(bytes) : reject(error),
+    );
   });
 }
 
 function writeOnce(fd: number, data: Uint8Array, position: number): Promise<number> {
   return new Promise((resolve, reject) => {
-    write(fd, data, 0, data.byteLength, position, (error, bytes) => (error === null ? resolve(bytes) : reject(error)));
+    write(fd, data, 0, data.byteLength, position, (error, bytes) =>
+      error === null ? resolve(bytes) : reject(error),
+    );
   });
 }
 
 /** Reads until `length` bytes are there or the end comes. With direct I/O, `unit` keeps continued reads aligned. */
-async function readLoop(fd: number, into: Uint8Array, length: number, position: number, unit: number): Promise<number> {
+async function readLoop(
+  fd: number,
+  into: Uint8Array,
+  length: number,
+  position: number,
+  unit: number,
+): Promise<number> {
   let done = 0;
   for (;;) {
     const got = await readOnce(fd, into.subarray(done), length - done, position + done);
@@ -54,7 +64,8 @@ async function writeLoop(fd: number, data: Uint8Array, position: number): Promis
   let done = 0;
   while (done < data.byteLength) {
     const put = await writeOnce(fd, data.subarray(done), position + done);
-    if (put === 0) throw Object.assign(new Error('the device accepts no more bytes'), { code: 'EIO' });
+    if (put === 0)
+      throw Object.assign(new Error('the device accepts no more bytes'), { code: 'EIO' });
     done += put;
   }
 }
@@ -73,7 +84,12 @@ export interface RawRange {
  * read, less only where the file or device ends. An unaligned request goes through a bounce buffer.
  * Rejects with a B2Error that names path, offset and length.
  */
-export async function readRange(range: RawRange, into: Uint8Array, offset: number, length: number): Promise<number> {
+export async function readRange(
+  range: RawRange,
+  into: Uint8Array,
+  offset: number,
+  length: number,
+): Promise<number> {
   const { fd, unitBytes } = range;
   try {
     if (unitBytes === 1) return await readLoop(fd, into, length, range.offset + offset, 1);
@@ -118,7 +134,13 @@ async function patchUnit(range: RawRange, data: Uint8Array, offset: number): Pro
   const from = roundDown(offset, range.unitBytes);
   await withBounce(async (slot) => {
     const unit = slot.subarray(0, range.unitBytes);
-    const got = await readLoop(range.fd, unit, range.unitBytes, range.offset + from, range.unitBytes);
+    const got = await readLoop(
+      range.fd,
+      unit,
+      range.unitBytes,
+      range.offset + from,
+      range.unitBytes,
+    );
     unit.fill(0, got);
     unit.set(data, offset - from);
     await writeLoop(range.fd, unit, range.offset + from);
@@ -129,7 +151,12 @@ async function patchUnit(range: RawRange, data: Uint8Array, offset: number): Pro
  * Writes all of `data` at `offset` of `range`. Unaligned edges are read, patched and written under `edges`.
  * Rejects with a B2Error that names path, offset and length.
  */
-export async function writeRange(range: RawRange, edges: EdgeLock, data: Uint8Array, offset: number): Promise<void> {
+export async function writeRange(
+  range: RawRange,
+  edges: EdgeLock,
+  data: Uint8Array,
+  offset: number,
+): Promise<void> {
   const { fd, unitBytes } = range;
   const end = offset + data.byteLength;
   try {
@@ -166,12 +193,20 @@ export async function writeRange(range: RawRange, edges: EdgeLock, data: Uint8Ar
 }
 
 /** Writes zeros over the range: what is left when no cheaper way exists. */
-export async function writeZeros(range: RawRange, edges: EdgeLock, offset: number, length: number): Promise<void> {
+export async function writeZeros(
+  range: RawRange,
+  edges: EdgeLock,
+  offset: number,
+  length: number,
+): Promise<void> {
   const zeros = zeroSlab();
-  for (let done = 0; done < length; ) {
+  for (let done = 0; done < length;) {
     // The first piece ends on a boundary, so that the others are aligned.
     const position = offset + done;
-    const span = Math.min(length - done, roundDown(position, BOUNCE_BYTES) + BOUNCE_BYTES - position);
+    const span = Math.min(
+      length - done,
+      roundDown(position, BOUNCE_BYTES) + BOUNCE_BYTES - position,
+    );
     await writeRange(range, edges, zeros.subarray(0, span), position);
     done += span;
   }

@@ -14,7 +14,11 @@ export interface ToolResult {
  * Runs `tool` with `args`, no shell, in the C locale, with an empty standard input. Resolves with whatever status it
  * ended; undefined if there is no such program. Rejects with `failed` if it was killed, by `timeoutMs` too.
  */
-export type RunTool = (tool: string, args: readonly string[], timeoutMs: number) => Promise<ToolResult | undefined>;
+export type RunTool = (
+  tool: string,
+  args: readonly string[],
+  timeoutMs: number,
+) => Promise<ToolResult | undefined>;
 
 /** sbin is not in every user's search path, and these tools live there. */
 const SEARCH_PATH = `${process.env['PATH'] ?? ''}:/usr/local/sbin:/usr/sbin:/sbin:/usr/bin:/bin`;
@@ -34,7 +38,10 @@ export const runTool: RunTool = (tool, args, timeoutMs) =>
         if (error === null) return resolve({ status: 0, stdout, stderr });
         if (errnoOf(error) === 'ENOENT') return resolve(undefined);
         if (typeof error.code === 'number') return resolve({ status: error.code, stdout, stderr });
-        const why = error.signal === undefined || error.signal === null ? messageOf(error) : `ended by ${error.signal}`;
+        const why =
+          error.signal === undefined || error.signal === null
+            ? messageOf(error)
+            : `ended by ${error.signal}`;
         return reject(new B2Error('failed', `${tool} ${args.join(' ')}: ${why}`, { cause: error }));
       },
     );
@@ -43,7 +50,9 @@ export const runTool: RunTool = (tool, args, timeoutMs) =>
 
 /** The tools need none of our passwords, and their environment can be read in /proc. */
 function withoutSecrets(environment: NodeJS.ProcessEnv): NodeJS.ProcessEnv {
-  return Object.fromEntries(Object.entries(environment).filter(([key]) => !/^(B2_|AWS_)/.test(key)));
+  return Object.fromEntries(
+    Object.entries(environment).filter(([key]) => !/^(B2_|AWS_)/.test(key)),
+  );
 }
 
 /** The last line that says something, for a message. */

@@ -39,7 +39,9 @@ function latin1(bytes: Uint8Array, start: number, length: number): string {
 function labelAt(bytes: Uint8Array, start: number, length: number): string {
   const raw = bytes.subarray(start, start + length);
   const end = raw.indexOf(0);
-  return Buffer.from(end === -1 ? raw : raw.subarray(0, end)).toString('utf8').trimEnd();
+  return Buffer.from(end === -1 ? raw : raw.subarray(0, end))
+    .toString('utf8')
+    .trimEnd();
 }
 
 function uuidAt(bytes: Uint8Array, start: number): string {
@@ -50,7 +52,12 @@ function uuidAt(bytes: Uint8Array, start: number): string {
 function make(
   type: string,
   usage: SignatureUsage,
-  more: { readonly label?: string; readonly uuid?: string; readonly sizeBytes?: number; readonly devices?: number } = {},
+  more: {
+    readonly label?: string;
+    readonly uuid?: string;
+    readonly sizeBytes?: number;
+    readonly devices?: number;
+  } = {},
 ): Signature {
   const { label, uuid, ...rest } = more;
   return {
@@ -76,13 +83,20 @@ function ext(head: Uint8Array, v: DataView): Signature | undefined {
   const type = beyondExt3 ? 'ext4' : (compat & 0x4) !== 0 ? 'ext3' : 'ext2';
   const high = (incompat & 0x80) !== 0 ? v.getUint32(0x550, true) : 0;
   const blocks = high * 2 ** 32 + v.getUint32(0x404, true);
-  return make(type, 'filesystem', { ...common, sizeBytes: blocks * 1024 * 2 ** v.getUint32(0x418, true) });
+  return make(type, 'filesystem', {
+    ...common,
+    sizeBytes: blocks * 1024 * 2 ** v.getUint32(0x418, true),
+  });
 }
 
 function xfs(head: Uint8Array, v: DataView): Signature | undefined {
   if (latin1(head, 0, 4) !== 'XFSB') return undefined;
   const sizeBytes = v.getUint32(4, false) * Number(v.getBigUint64(8, false));
-  return make('xfs', 'filesystem', { label: labelAt(head, 108, 12), uuid: uuidAt(head, 32), sizeBytes });
+  return make('xfs', 'filesystem', {
+    label: labelAt(head, 108, 12),
+    uuid: uuidAt(head, 32),
+    sizeBytes,
+  });
 }
 
 function btrfs(head: Uint8Array, v: DataView): Signature | undefined {
@@ -101,7 +115,10 @@ function fatFamily(head: Uint8Array, v: DataView): Signature | undefined {
   const oem = latin1(head, 3, 8);
   if (oem === 'NTFS    ') {
     const serial = v.getBigUint64(0x48, true).toString(16).toUpperCase().padStart(16, '0');
-    return make('ntfs', 'filesystem', { uuid: serial, sizeBytes: Number(v.getBigUint64(0x28, true)) * v.getUint16(0x0b, true) });
+    return make('ntfs', 'filesystem', {
+      uuid: serial,
+      sizeBytes: Number(v.getBigUint64(0x28, true)) * v.getUint16(0x0b, true),
+    });
   }
   const shortSerial = (at: number): string => {
     const hex = v.getUint32(at, true).toString(16).toUpperCase().padStart(8, '0');
@@ -126,7 +143,8 @@ function fatFamily(head: Uint8Array, v: DataView): Signature | undefined {
 function swap(head: Uint8Array): Signature | undefined {
   for (const page of [4096, 8192, 16384, 32768, 65536]) {
     const magic = latin1(head, page - 10, 10);
-    if (magic === 'SWAPSPACE2' || magic === 'SWAP-SPACE') return make('swap', 'swap', { label: labelAt(head, 0x41c, 16), uuid: uuidAt(head, 0x40c) });
+    if (magic === 'SWAPSPACE2' || magic === 'SWAP-SPACE')
+      return make('swap', 'swap', { label: labelAt(head, 0x41c, 16), uuid: uuidAt(head, 0x40c) });
     if (/^(S1SUSPEND|S2SUSPEND|LINHIB0001)/.test(magic)) return make('swsuspend', 'swap');
   }
   return undefined;
@@ -138,7 +156,10 @@ function lvm(head: Uint8Array): Signature | undefined {
     if (latin1(head, at, 8) !== 'LABELONE' || latin1(head, at + 24, 8) !== 'LVM2 001') continue;
     const id = latin1(head, at + 32, 32);
     const uuid = [6, 4, 4, 4, 4, 4, 6].reduce<{ at: number; parts: string[] }>(
-      (state, length) => ({ at: state.at + length, parts: [...state.parts, id.slice(state.at, state.at + length)] }),
+      (state, length) => ({
+        at: state.at + length,
+        parts: [...state.parts, id.slice(state.at, state.at + length)],
+      }),
       { at: 0, parts: [] },
     );
     return make('LVM2_member', 'raid', { uuid: uuid.parts.join('-') });
@@ -156,16 +177,28 @@ function luks(head: Uint8Array, v: DataView): Signature | undefined {
 
 function md1(bytes: Uint8Array, at: number): Signature | undefined {
   const v = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
-  if (at + 64 > bytes.byteLength || v.getUint32(at, true) !== MD_MAGIC || v.getUint32(at + 4, true) !== 1) return undefined;
-  return make('linux_raid_member', 'raid', { label: labelAt(bytes, at + 32, 32), uuid: uuidAt(bytes, at + 16) });
+  if (
+    at + 64 > bytes.byteLength ||
+    v.getUint32(at, true) !== MD_MAGIC ||
+    v.getUint32(at + 4, true) !== 1
+  )
+    return undefined;
+  return make('linux_raid_member', 'raid', {
+    label: labelAt(bytes, at + 32, 32),
+    uuid: uuidAt(bytes, at + 16),
+  });
 }
 
 function others(head: Uint8Array, v: DataView): Signature | undefined {
   if (latin1(head, 0, 4) === 'hsqs') return make('squashfs', 'filesystem');
   if (v.getUint32(1024, true) === 0xe0f5_e1e2) return make('erofs', 'filesystem');
   if (v.getUint32(1024, true) === 0xf2f5_2010) return make('f2fs', 'filesystem');
-  if (latin1(head, 0x8001, 5) === 'CD001') return make('iso9660', 'filesystem', { label: labelAt(head, 0x8028, 32) });
-  if (Buffer.from(head.subarray(4096 + 24, 4096 + 40)).toString('hex') === 'c68573f64e1a45ca8265f57f48ba6d81') {
+  if (latin1(head, 0x8001, 5) === 'CD001')
+    return make('iso9660', 'filesystem', { label: labelAt(head, 0x8028, 32) });
+  if (
+    Buffer.from(head.subarray(4096 + 24, 4096 + 40)).toString('hex') ===
+    'c68573f64e1a45ca8265f57f48ba6d81'
+  ) {
     return make('bcache', 'other');
   }
   return undefined;
@@ -174,7 +207,10 @@ function others(head: Uint8Array, v: DataView): Signature | undefined {
 /** Everything this module recognises in `area` of `device`; empty if nothing. */
 export async function findSignatures(device: Readable, area: Area): Promise<readonly Signature[]> {
   const head = new Uint8Array(HEAD_BYTES);
-  const usable = Math.max(0, Math.min(HEAD_BYTES, area.sizeBytes, device.facts.sizeBytes - area.offsetBytes));
+  const usable = Math.max(
+    0,
+    Math.min(HEAD_BYTES, area.sizeBytes, device.facts.sizeBytes - area.offsetBytes),
+  );
   await device.read(head.subarray(0, usable), area.offsetBytes);
   const v = new DataView(head.buffer);
   const found = [
@@ -206,5 +242,7 @@ async function mdAtEnd(device: Readable, area: Area): Promise<Signature | undefi
   const at090Bytes = await readExactly(device, area.offsetBytes + at090, 64);
   if (at090 < 0 || at090Bytes === undefined) return undefined;
   const v = new DataView(at090Bytes.buffer);
-  return v.getUint32(0, true) === MD_MAGIC && v.getUint32(4, true) === 0 ? make('linux_raid_member', 'raid') : undefined;
+  return v.getUint32(0, true) === MD_MAGIC && v.getUint32(4, true) === 0
+    ? make('linux_raid_member', 'raid')
+    : undefined;
 }

@@ -30,7 +30,9 @@ export interface BlockInfo {
   readonly physicalBlockBytes: number;
   readonly readOnly: boolean;
   readonly diskSequence: bigint | undefined;
-  readonly partition: { readonly number: number; readonly diskName: string; readonly offsetBytes: number } | undefined;
+  readonly partition:
+    | { readonly number: number; readonly diskName: string; readonly offsetBytes: number }
+    | undefined;
   /** Partitions of this disk, in order of their numbers. */
   readonly partitions: readonly string[];
   /** Devices built on this one: device mapper, MD, bcache. */
@@ -67,7 +69,10 @@ async function names(directory: string): Promise<string[]> {
 }
 
 /** Kernel name of the block device `major:minor`, or undefined if there is none. */
-export async function blockNameOf(devNumber: string, roots: SystemRoots = SYSTEM_ROOTS): Promise<string | undefined> {
+export async function blockNameOf(
+  devNumber: string,
+  roots: SystemRoots = SYSTEM_ROOTS,
+): Promise<string | undefined> {
   try {
     return path.basename(await readlink(path.join(roots.sys, 'dev/block', devNumber)));
   } catch {
@@ -76,7 +81,10 @@ export async function blockNameOf(devNumber: string, roots: SystemRoots = SYSTEM
 }
 
 /** Kernel name of the block device that `file` (a node or a link to one) is; undefined if it is not one. */
-export async function blockNameOfPath(file: string, roots: SystemRoots = SYSTEM_ROOTS): Promise<string | undefined> {
+export async function blockNameOfPath(
+  file: string,
+  roots: SystemRoots = SYSTEM_ROOTS,
+): Promise<string | undefined> {
   try {
     const facts = await stat(file, { bigint: true });
     return facts.isBlockDevice() ? await blockNameOf(devNumberOf(facts.rdev), roots) : undefined;
@@ -100,7 +108,11 @@ async function udevProperties(devNumber: string): Promise<ReadonlyMap<string, st
   return found;
 }
 
-async function identityOf(own: string, disk: string, devNumber: string): Promise<Record<string, string>> {
+async function identityOf(
+  own: string,
+  disk: string,
+  devNumber: string,
+): Promise<Record<string, string>> {
   const identity: Record<string, string> = {};
   const add = (key: string, value: string | undefined): void => {
     const clean = value?.replaceAll('\0', '').trim();
@@ -134,17 +146,28 @@ function integer(value: string | undefined, fallback: number): number {
 }
 
 /** Everything sysfs says about the block device of that kernel name. Rejects with `not-found` if it has gone. */
-export async function blockInfo(name: string, roots: SystemRoots = SYSTEM_ROOTS): Promise<BlockInfo> {
+export async function blockInfo(
+  name: string,
+  roots: SystemRoots = SYSTEM_ROOTS,
+): Promise<BlockInfo> {
   let own: string;
   try {
     own = await realpath(path.join(roots.sys, 'class/block', name));
   } catch (error) {
-    if (errnoOf(error) === 'ENOENT') throw new B2Error('not-found', `there is no block device ${name} in ${roots.sys}/class/block`);
+    if (errnoOf(error) === 'ENOENT')
+      throw new B2Error(
+        'not-found',
+        `there is no block device ${name} in ${roots.sys}/class/block`,
+      );
     throw ioError('look up', path.join(roots.sys, 'class/block', name), error);
   }
   const need = async (attribute: string): Promise<string> => {
     const value = await text(path.join(own, attribute));
-    if (value === undefined) throw new B2Error('io', `the kernel does not tell ${attribute} of block device ${name}: has it been removed?`);
+    if (value === undefined)
+      throw new B2Error(
+        'io',
+        `the kernel does not tell ${attribute} of block device ${name}: has it been removed?`,
+      );
     return value;
   };
   const partitionNumber = await text(path.join(own, 'partition'));
@@ -152,7 +175,10 @@ export async function blockInfo(name: string, roots: SystemRoots = SYSTEM_ROOTS)
   const devNumber = await need('dev');
   const sizeBytes = Number(await need('size')) * SYSFS_SECTOR_BYTES;
   if (!Number.isSafeInteger(sizeBytes) || sizeBytes > MAX_DEVICE_BYTES) {
-    throw new B2Error('unsupported', `block device ${name} is larger than b2 can address (2^53 bytes)`);
+    throw new B2Error(
+      'unsupported',
+      `block device ${name} is larger than b2 can address (2^53 bytes)`,
+    );
   }
   const logicalBlockBytes = integer(await text(path.join(disk, 'queue/logical_block_size')), 512);
   const sequence = await text(path.join(disk, 'diskseq'));
@@ -173,8 +199,12 @@ export async function blockInfo(name: string, roots: SystemRoots = SYSTEM_ROOTS)
     devNumber,
     sizeBytes,
     logicalBlockBytes,
-    physicalBlockBytes: integer(await text(path.join(disk, 'queue/physical_block_size')), logicalBlockBytes),
-    readOnly: (await text(path.join(own, 'ro'))) === '1' || (await text(path.join(disk, 'ro'))) === '1',
+    physicalBlockBytes: integer(
+      await text(path.join(disk, 'queue/physical_block_size')),
+      logicalBlockBytes,
+    ),
+    readOnly:
+      (await text(path.join(own, 'ro'))) === '1' || (await text(path.join(disk, 'ro'))) === '1',
     diskSequence: sequence === undefined || !/^\d+$/.test(sequence) ? undefined : BigInt(sequence),
     partition:
       partitionNumber === undefined
@@ -182,7 +212,10 @@ export async function blockInfo(name: string, roots: SystemRoots = SYSTEM_ROOTS)
         : {
             number: safeNumber(Number(partitionNumber), `partition number of ${name}`),
             diskName: path.basename(disk),
-            offsetBytes: safeNumber(Number(await need('start')) * SYSFS_SECTOR_BYTES, `start of partition ${name}`),
+            offsetBytes: safeNumber(
+              Number(await need('start')) * SYSFS_SECTOR_BYTES,
+              `start of partition ${name}`,
+            ),
           },
     partitions: partitions.toSorted((a, b) => a.number - b.number).map((p) => p.name),
     holders: await names(path.join(own, 'holders')),

@@ -57,7 +57,11 @@ export interface PartitionTable {
 }
 
 /** Exactly `length` bytes at `offset`, or undefined where the device ends before. */
-export async function readExactly(device: Readable, offset: number, length: number): Promise<Uint8Array | undefined> {
+export async function readExactly(
+  device: Readable,
+  offset: number,
+  length: number,
+): Promise<Uint8Array | undefined> {
   if (offset < 0 || length < 0 || offset + length > device.facts.sizeBytes) return undefined;
   const bytes = new Uint8Array(length);
   return (await device.read(bytes, offset)) === length ? bytes : undefined;
@@ -65,23 +69,42 @@ export async function readExactly(device: Readable, offset: number, length: numb
 
 async function readGpt(device: Readable, sectorBytes: number, lba: number): Promise<Gpt> {
   const headerSector = await readExactly(device, lba * sectorBytes, sectorBytes);
-  if (headerSector === undefined) throw new B2Error('damaged', `GPT header in sector ${lba}: the disk ends before it`);
+  if (headerSector === undefined)
+    throw new B2Error('damaged', `GPT header in sector ${lba}: the disk ends before it`);
   const header = parseGptHeader(headerSector, lba);
-  const entries = await readExactly(device, header.entriesLba * sectorBytes, gptEntriesBytes(header));
-  if (entries === undefined) throw new B2Error('damaged', `GPT entries in sector ${header.entriesLba}: the disk ends before their end`);
-  return { sectorBytes, header, headerSector, entries, partitions: parseGptEntries(header, entries) };
+  const entries = await readExactly(
+    device,
+    header.entriesLba * sectorBytes,
+    gptEntriesBytes(header),
+  );
+  if (entries === undefined)
+    throw new B2Error(
+      'damaged',
+      `GPT entries in sector ${header.entriesLba}: the disk ends before their end`,
+    );
+  return {
+    sectorBytes,
+    header,
+    headerSector,
+    entries,
+    partitions: parseGptEntries(header, entries),
+  };
 }
 
 async function attempt<T>(task: () => Promise<T>): Promise<T | string> {
   try {
     return await task();
   } catch (error) {
-    if (error instanceof B2Error && (error.kind === 'damaged' || error.kind === 'unsupported')) return error.message;
+    if (error instanceof B2Error && (error.kind === 'damaged' || error.kind === 'unsupported'))
+      return error.message;
     throw error;
   }
 }
 
-async function readGptTable(device: Readable, sectorBytes: number): Promise<PartitionTable | undefined> {
+async function readGptTable(
+  device: Readable,
+  sectorBytes: number,
+): Promise<PartitionTable | undefined> {
   const sectors = Math.floor(device.facts.sizeBytes / sectorBytes);
   const problems: string[] = [];
   const first = await readExactly(device, sectorBytes, sectorBytes);
@@ -89,18 +112,24 @@ async function readGptTable(device: Readable, sectorBytes: number): Promise<Part
   const looksPrimary = first !== undefined && looksLikeGptHeader(first);
   if (!looksPrimary && !(final !== undefined && looksLikeGptHeader(final))) return undefined;
 
-  const primary = looksPrimary ? await attempt(() => readGpt(device, sectorBytes, 1)) : 'the primary GPT is missing';
+  const primary = looksPrimary
+    ? await attempt(() => readGpt(device, sectorBytes, 1))
+    : 'the primary GPT is missing';
   if (typeof primary === 'string') problems.push(primary);
   const backupLba = typeof primary === 'string' ? sectors - 1 : primary.header.alternateLba;
   const backup = await attempt(() => readGpt(device, sectorBytes, backupLba));
   if (typeof backup === 'string') problems.push(`backup: ${backup}`);
   if (typeof primary !== 'string') {
-    if (backupLba !== sectors - 1) problems.push(`the backup is in sector ${backupLba}, not at the end of the disk (${sectors - 1})`);
+    if (backupLba !== sectors - 1)
+      problems.push(
+        `the backup is in sector ${backupLba}, not at the end of the disk (${sectors - 1})`,
+      );
     if (typeof backup !== 'string' && backup.header.entriesCrc32 !== primary.header.entriesCrc32) {
       problems.push('the backup lists other partitions than the primary table');
     }
   }
-  const sound = typeof primary !== 'string' ? primary : typeof backup !== 'string' ? backup : undefined;
+  const sound =
+    typeof primary !== 'string' ? primary : typeof backup !== 'string' ? backup : undefined;
   const sector0 = await readExactly(device, 0, sectorBytes);
   if (sector0 === undefined) return undefined;
   return {
@@ -124,7 +153,10 @@ async function readGptTable(device: Readable, sectorBytes: number): Promise<Part
   };
 }
 
-async function readMbrTable(device: Readable, sectorBytes: number): Promise<PartitionTable | undefined> {
+async function readMbrTable(
+  device: Readable,
+  sectorBytes: number,
+): Promise<PartitionTable | undefined> {
   const sectors = Math.floor(device.facts.sizeBytes / sectorBytes);
   const sector0 = await readExactly(device, 0, sectorBytes);
   if (sector0 === undefined) return undefined;
@@ -132,8 +164,14 @@ async function readMbrTable(device: Readable, sectorBytes: number): Promise<Part
   if (mbr === undefined) return undefined;
   const problems: string[] = [];
   const partitions: PartitionFacts[] = [];
-  const add = (entry: MbrEntry, firstLba: number, number: number, kind: PartitionFacts['kind']): void => {
-    if (firstLba + entry.sectors > sectors) problems.push(`partition ${number} ends after the end of the disk`);
+  const add = (
+    entry: MbrEntry,
+    firstLba: number,
+    number: number,
+    kind: PartitionFacts['kind'],
+  ): void => {
+    if (firstLba + entry.sectors > sectors)
+      problems.push(`partition ${number} ends after the end of the disk`);
     partitions.push({
       number,
       offsetBytes: firstLba * sectorBytes,
@@ -143,7 +181,8 @@ async function readMbrTable(device: Readable, sectorBytes: number): Promise<Part
       uuid: `${mbr.id}-${number.toString(16).padStart(2, '0')}`,
     });
   };
-  for (const entry of mbr.entries) add(entry, entry.firstLba, entry.slot, isExtended(entry.type) ? 'extended' : 'primary');
+  for (const entry of mbr.entries)
+    add(entry, entry.firstLba, entry.slot, isExtended(entry.type) ? 'extended' : 'primary');
 
   const extended = mbr.entries.find((entry) => isExtended(entry.type));
   let ebrLba = extended?.firstLba;
@@ -164,7 +203,11 @@ async function readMbrTable(device: Readable, sectorBytes: number): Promise<Part
     const link = entries.find((entry) => isExtended(entry.type));
     ebrLba = link === undefined ? undefined : extended.firstLba + link.firstLba;
   }
-  return { sector0, primaryGpt: undefined, facts: { type: 'mbr', id: mbr.id, sectorBytes, partitions, problems } };
+  return {
+    sector0,
+    primaryGpt: undefined,
+    facts: { type: 'mbr', id: mbr.id, sectorBytes, partitions, problems },
+  };
 }
 
 /**
@@ -190,10 +233,14 @@ export async function applyTableChange(device: WriteDevice, change: GptMove): Pr
       for (const write of step) await device.write(write.data, write.offset);
       await device.sync();
     } catch (error) {
-      throw new B2Error('io', `partition table of ${device.facts.path}, step ${i + 1} of ${change.steps.length}: ${messageOf(error)}`, {
-        cause: error,
-        hint: 'One of the two copies of the table is whole; sgdisk --verify shows which.',
-      });
+      throw new B2Error(
+        'io',
+        `partition table of ${device.facts.path}, step ${i + 1} of ${change.steps.length}: ${messageOf(error)}`,
+        {
+          cause: error,
+          hint: 'One of the two copies of the table is whole; sgdisk --verify shows which.',
+        },
+      );
     }
   }
 }

@@ -328,8 +328,8 @@ export interface SegmentIndex {
   readonly prevHash: Buffer;
   /** Of the segment's last commit, 32 bytes. */
   readonly lastHash: Buffer;
-  /** Sequence number of the last commit with flag full; 0 if there is none. */
-  readonly lastFullSeq: number;
+  /** First sequence number of the last commit with flag full; 0 if there is none. */
+  readonly lastFullFirstSeq: number;
 }
 
 /** Tables with room for `length` pages each. */
@@ -382,7 +382,7 @@ export function encodeSegmentIndex(x: SegmentIndex): Buffer {
   if (x.prevHash.length !== 32 || x.lastHash.length !== 32) throw new RangeError('a hash is 32 bytes');
   x.prevHash.copy(out, 32);
   x.lastHash.copy(out, 64);
-  writeU64(out, x.lastFullSeq, 96);
+  writeU64(out, x.lastFullFirstSeq, 96);
   let at = INDEX_FIXED_BYTES;
   for (let i = 0; i < a; i++, at += EXTENT_ENTRY_BYTES) {
     writeU64(out, column(x.extents.offset, i), at);
@@ -412,8 +412,8 @@ export function encodeSegmentIndex(x: SegmentIndex): Buffer {
 }
 
 /**
- * Decodes and validates the index of the segment with `header`. `indexOffset` is where the index page starts: all other
- * pages must lie before it.
+ * Decodes and validates the index of the segment with `header`. `indexOffset` is where the index page starts: the other
+ * pages must fill the space between the header and it.
  */
 export function decodeSegmentIndex(
   plain: Buffer,
@@ -438,19 +438,21 @@ export function decodeSegmentIndex(
     commitCount: readU64(plain, 24, what),
     prevHash: Buffer.from(plain.subarray(32, 64)),
     lastHash: Buffer.from(plain.subarray(64, 96)),
-    lastFullSeq: readU64(plain, 96, what),
+    lastFullFirstSeq: readU64(plain, 96, what),
   };
+  let nextOffset = SEGMENT_HEADER_BYTES;
+  let nextNumber = 0;
   const common = (t: PageTable, i: number, at: number, storedAt: number, most: number): void => {
     t.offset[i] = readU64(plain, at, what);
     t.number[i] = plain.readUInt32LE(at + 8);
     t.records[i] = plain.readUInt32LE(at + 12);
     t.stored[i] = plain.readUInt32LE(storedAt);
-    const end = column(t.offset, i) + PAGE_HEADER_BYTES + column(t.stored, i);
-    if (column(t.offset, i) < SEGMENT_HEADER_BYTES || end > indexOffset || column(t.stored, i) < SEAL_BYTES) {
-      throw bad(at, 'a page lies outside the segment');
+    if (t.offset[i] !== nextOffset || t.number[i] !== nextNumber || column(t.stored, i) < SEAL_BYTES) {
+      throw bad(at, `page ${t.number[i]} is not where it belongs`);
     }
     if (column(t.records, i) < 1 || column(t.records, i) > most) throw bad(at + 12, 'a page with too many records, or none');
-    if (i > 0 && column(t.number, i) <= column(t.number, i - 1)) throw bad(at + 8, 'pages out of order');
+    nextNumber++;
+    nextOffset += PAGE_HEADER_BYTES + column(t.stored, i);
   };
   let at = INDEX_FIXED_BYTES;
   for (let i = 0; i < a; i++, at += EXTENT_ENTRY_BYTES) {
@@ -479,6 +481,7 @@ export function decodeSegmentIndex(
     checkZero(plain, at + 20, at + 24, what);
     if (i + 1 < d && index.packs.records[i] !== PACK_IDS_PER_PAGE) throw bad(at + 12, 'a pack id page that is not full');
   }
+  if (nextOffset !== indexOffset) throw bad(0, 'the pages do not fill the segment');
   const sum = (t: PageTable): number => t.records.reduce((n, r) => n + r, 0);
   if (
     sum(index.extents) !== index.extentCount ||
@@ -490,7 +493,7 @@ export function decodeSegmentIndex(
   if (index.commitCount < 1 || (header.level === undefined && index.commitCount !== 1)) {
     throw bad(24, `${index.commitCount} commits`);
   }
-  if (index.lastFullSeq > header.lastSeq) throw bad(96, 'a full commit outside the segment');
+  if (index.lastFullFirstSeq > header.lastSeq) throw bad(96, 'a full commit outside the segment');
   return index;
 }
 

@@ -7,20 +7,18 @@ import { ZERO_HASH } from '../format/commit.js';
 import {
   journalName,
   packName,
-  parseSegmentName,
   segmentName,
   type SegmentName,
 } from '../format/names.js';
 import { encodeFooter } from '../format/pack.js';
 import type { CommitRecord } from '../format/segment.js';
 import { buildChain, readCommits, type Chain, type ChainEnd, type ReadCommit } from './commits.js';
+import { listSegments, segmentContext, segmentTarget } from './maintenance.js';
 import type { Repository } from './repository.js';
 import { memorySegment } from './segments/memory.js';
-import { PageCache } from './segments/page-cache.js';
 import { openSegment, type SegmentReader } from './segments/reader.js';
 import { commitRecordOf, type SegmentSource } from './segments/source.js';
 import { putMemorySegment } from './segments/writer.js';
-import { blocksOf } from '../units.js';
 
 /** A journal entry: a pack that may hold commits which no segment holds. */
 export interface JournalPack {
@@ -110,18 +108,8 @@ export class VolumeHistory {
       const id = name.split('/').at(-1) ?? '';
       if (/^[0-9a-f]{32}$/.test(id)) packIds.push(id);
     }
-    const names: SegmentName[] = [];
-    for await (const { name } of repo.store.list(`volumes/${volumeId}/manifest`)) {
-      const parsed = parseSegmentName(name);
-      if (parsed !== undefined) names.push(parsed);
-    }
-    const context = {
-      store: repo.store,
-      keys: repo.keys,
-      repositoryId: repo.id,
-      volumeId,
-      cache: new PageCache(),
-    };
+    const names = await listSegments(repo, volumeId);
+    const context = segmentContext(repo, volumeId);
     const open = async (name: SegmentName): Promise<SegmentReader | undefined> => {
       const text = segmentName(name);
       try {
@@ -244,15 +232,7 @@ export class VolumeHistory {
     prevHash: Buffer,
   ): Promise<void> {
     await putMemorySegment(
-      {
-        store: repo.store,
-        keys: repo.keys,
-        repositoryId: repo.id,
-        volumeId,
-        chunkBlocks: blocksOf(repo.chunkBytes),
-        salt: repo.newSalt(),
-        createdNs: repo.env.clock.nowNs(),
-      },
+      segmentTarget(repo, volumeId),
       memorySegment(commits, prevHash),
     );
     for (const packId of new Set(commits.map((c) => c.packId))) {

@@ -123,7 +123,12 @@ function decodeRecord(bytes: Uint8Array): LeaseRecord {
   let value: Record<string, unknown> = {};
   try {
     const parsed: unknown = JSON.parse(Buffer.from(bytes).toString('utf8'));
-    if (typeof parsed === 'object' && parsed !== null && 'b2lease' in parsed && parsed.b2lease === 1) {
+    if (
+      typeof parsed === 'object' &&
+      parsed !== null &&
+      'b2lease' in parsed &&
+      parsed.b2lease === 1
+    ) {
       value = { ...parsed };
     }
   } catch {
@@ -321,7 +326,11 @@ export async function acquireLease(
       isProvablyDead(record.holder.owner, machine) ||
       silentMs >= record.ttlMs;
     if (isFree) {
-      const holder = { owner: options.owner, purpose: options.purpose ?? '', sinceNs: clock.nowNs() };
+      const holder = {
+        owner: options.owner,
+        purpose: options.purpose ?? '',
+        sinceNs: clock.nowNs(),
+      };
       const own: LeaseRecord = { state: 'held', token, ttlMs, holder };
       const claimed = elapsedBase(clock);
       try {
@@ -347,9 +356,13 @@ export async function readLease(store: Store, name: string): Promise<LeaseHolder
 }
 
 function heldBy(name: string, holder: LeaseHolder): B2Error {
-  return new B2Error('held', `the ${name} lease of this repository is held by ${describe(holder)}`, {
-    hint: 'Wait until that command has ended, then repeat this one. If it is stuck, end that process: its lease then lapses by itself.',
-  });
+  return new B2Error(
+    'held',
+    `the ${name} lease of this repository is held by ${describe(holder)}`,
+    {
+      hint: 'Wait until that command has ended, then repeat this one. If it is stuck, end that process: its lease then lapses by itself.',
+    },
+  );
 }
 
 function monotonicMs(clock: Clock): number {
@@ -425,7 +438,8 @@ class HeldLease implements Lease {
         throw await this.#lose();
       }
       // The store may have taken its time to answer.
-      if (elapsedMs(this.#clock, this.#renewed) >= (this.#record.ttlMs * 3) / 4) await this.#renew();
+      if (elapsedMs(this.#clock, this.#renewed) >= (this.#record.ttlMs * 3) / 4)
+        await this.#renew();
     });
   }
 
@@ -446,7 +460,8 @@ class HeldLease implements Lease {
 
   #throwIfOver(): void {
     if (this.#lost.signal.aborted) throw this.#lost.signal.reason as B2Error;
-    if (this.#stop.signal.aborted) throw new Error(`the ${this.name} lease is used after its release`);
+    if (this.#stop.signal.aborted)
+      throw new Error(`the ${this.name} lease is used after its release`);
   }
 
   async #renew(): Promise<void> {
@@ -508,10 +523,14 @@ class HeldLease implements Lease {
     const why =
       this.#lastFailure === undefined ? 'it does not answer' : messageOf(this.#lastFailure);
     this.#setLost(
-      new B2Error('held', `could not renew the ${this.name} lease of this repository in time: ${why}`, {
-        cause: this.#lastFailure,
-        hint: 'Repeat the command when the repository can be reached again.',
-      }),
+      new B2Error(
+        'held',
+        `could not renew the ${this.name} lease of this repository in time: ${why}`,
+        {
+          cause: this.#lastFailure,
+          hint: 'Repeat the command when the repository can be reached again.',
+        },
+      ),
     );
   }
 

@@ -234,7 +234,8 @@ export class OpenPack {
   }
 }
 
-async function readFooter(
+/** The footer of an open pack and its offset, or undefined if it has none that is good. */
+export async function readFooter(
   ctx: PackReadContext,
   reader: ObjectReader,
   packId: string,

@@ -33,6 +33,7 @@ import type { RepositoryHandle } from './handle.js';
 import { makeKey, unlock, withMac, type ScryptCost, type Secret } from './keys.js';
 import { acquireLease } from './lease.js';
 import { PackCache } from './pack-reader.js';
+import { PageCache } from './segments/page-cache.js';
 import type { PackContext } from './pack-writer.js';
 import type { ProcessIdentity } from '../process-identity.js';
 import { checkName, type Store } from './store.js';
@@ -71,6 +72,8 @@ export class Repository implements AsyncDisposable {
   readonly keys: KeyRing;
   /** Packs and chunks read lately, shared by every image of this repository. */
   readonly packs: PackCache;
+  /** Pages of segments read lately. */
+  readonly pages: PageCache = new PageCache();
   /** Id of the key that opened it. */
   readonly keyId: string;
   private currentConfig: RepositoryConfig;

@@ -112,13 +112,18 @@ export function parseRepositoryUrl(text: string): RepositoryUrl {
       if (url.username !== '') {
         throw malformed(shown, 'keys do not belong in it; set AWS_ACCESS_KEY_ID and its secret');
       }
-      const [bucket, ...rest] = decodePath(url, shown).replace(/^\/+|\/+$/g, '').split('/');
+      const [bucket, ...rest] = decodePath(url, shown)
+        .replace(/^\/+|\/+$/g, '')
+        .split('/');
       if (bucket === undefined || bucket === '') throw malformed(shown, 'no bucket');
       const prefix = rest.join('/');
       try {
         if (prefix !== '') checkName(prefix);
       } catch {
-        throw malformed(shown, 'its prefix may have letters, digits, ".", "_" and "-" between slashes');
+        throw malformed(
+          shown,
+          'its prefix may have letters, digits, ".", "_" and "-" between slashes',
+        );
       }
       return { scheme: 's3', endpoint: url.origin, bucket, prefix };
     }

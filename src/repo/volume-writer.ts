@@ -20,6 +20,7 @@ import { blocksOf } from '../units.js';
 import { recordOf, type ReadCommit } from './commits.js';
 import { CondemnedPlaces } from './condemned.js';
 import { VolumeHistory } from './history.js';
+import { maintainVolume } from './maintenance.js';
 import { PackWriter } from './pack-writer.js';
 import type { Repository } from './repository.js';
 
@@ -71,6 +72,8 @@ export class CondemnedError extends B2Error {
 
 const MAX_EPOCH = 0xffff_ffff;
 const MAX_CLAIM_TRIES = 100;
+/** Commits in packs of their own (a store without append) that wait for a segment. */
+const MAX_UNSEGMENTED = 64;
 
 /** The writer of one volume. One call at a time. After a rejection of `commit` (other than CondemnedError) only `close` is allowed. */
 export class VolumeWriter implements AsyncDisposable {
@@ -83,9 +86,9 @@ export class VolumeWriter implements AsyncDisposable {
   private tip: { readonly seq: number; readonly hash: Buffer } | undefined;
   private lastSizeBytes: number | undefined;
   private pack: PackWriter | undefined;
-  /** Commits in the open pack. */
+  /** Acknowledged commits that are in no segment yet: those of the open pack, or of packs of their own. */
   private packCommits: ReadCommit[] = [];
-  /** Hash before the first of them. */
+  /** Hash of the commit before the first of them. */
   private packPrevHash: Buffer = ZERO_HASH;
   private dead = false;
 
@@ -112,7 +115,7 @@ export class VolumeWriter implements AsyncDisposable {
     const epoch = await claimEpoch(repo, volumeId);
     const history = await VolumeHistory.open(repo, volumeId);
     try {
-      history.refuseGap();
+      await history.settle();
       const last = history.lastCommit;
       const writer = new VolumeWriter(
         repo,
@@ -149,8 +152,7 @@ export class VolumeWriter implements AsyncDisposable {
       created: repo.env.clock.nowNs(),
     });
     this.pack = await PackWriter.create(repo.packContext(), packId, repo.env.clock.nowNs());
-    this.packCommits = [];
-    this.packPrevHash = this.tip?.hash ?? ZERO_HASH;
+    if (this.packCommits.length === 0) this.packPrevHash = this.tip?.hash ?? ZERO_HASH;
     this.ownPacks.add(packId);
     return this.pack;
   }
@@ -166,12 +168,18 @@ export class VolumeWriter implements AsyncDisposable {
 
   /** Writes a commit and makes it durable. When it resolves the point is acknowledged. */
   async commit(draft: CommitDraft): Promise<Acknowledged> {
-    this.checkAlive();
-    this.dead = true; // until it has gone well
     checkDraft(draft, this.lastSizeBytes);
     const pack = await this.openPack();
+    this.dead = true; // until it has gone well
     const { repo } = this;
-    const { packIds, extents } = tabled(draft.extents, pack.packId);
+    const grownFrom =
+      draft.full || this.lastSizeBytes === undefined || draft.sizeBytes <= this.lastSizeBytes
+        ? undefined
+        : blocksOf(this.lastSizeBytes);
+    const { packIds, extents } = tabled(
+      grownFrom === undefined ? draft.extents : withHoles(draft.extents, grownFrom, blocksOf(draft.sizeBytes)),
+      pack.packId,
+    );
     const refs: ExtentsRef[] = [];
     let inline = extents;
     if (extents.length > MAX_FRAME_EXTENTS) {
@@ -304,22 +312,34 @@ export class VolumeWriter implements AsyncDisposable {
     const prevHash = this.packPrevHash;
     this.packPrevHash = this.tip?.hash ?? ZERO_HASH;
     await VolumeHistory.putCommits(repo, this.volumeId, commits, prevHash);
+    await maintainVolume(repo, this.volumeId);
   }
 
   /** True when the open pack should be finished because of its size. */
   get wantsFinish(): boolean {
-    return this.pack !== undefined && (this.pack.isFull || this.pack.sizeBytes >= this.repo.config.packBytes);
+    const { pack } = this;
+    if (pack === undefined) return this.packCommits.length >= MAX_UNSEGMENTED;
+    return pack.isFull || pack.sizeBytes >= this.repo.config.packBytes;
   }
 
-  /** Seals what is open. Nothing acknowledged depends on it: after a crash the pack is read forward. */
-  async close(): Promise<void> {
-    if (this.dead) {
+  /**
+   * Seals what is open and moves it to the manifest. Nothing acknowledged depends on that: where the store fails, the packs are read
+   * forward next time, and the failure is told to `warn`.
+   */
+  async close(warn: (error: B2Error) => void = () => undefined): Promise<void> {
+    const wasDead = this.dead;
+    this.dead = true;
+    if (wasDead) {
       await this.pack?.abandon();
       this.pack = undefined;
       return;
     }
-    this.dead = true;
-    await this.finishPack();
+    try {
+      await this.finishPack();
+    } catch (error) {
+      if (!isKind(error, 'io', 'no-space')) throw error;
+      warn(error);
+    }
   }
 
   async [Symbol.asyncDispose](): Promise<void> {
@@ -353,7 +373,27 @@ async function claimEpoch(repo: Repository, volumeId: string): Promise<number> {
   });
 }
 
-/** Splits at stripes, checks order, and gives the extents a pack table. */
+/** `list` with the gaps of [from, to) named as zeros: what a commit that grows the device must do (FORMAT.md section 8). */
+function withHoles(list: readonly PlacedExtent[], from: number, to: number): PlacedExtent[] {
+  const out: PlacedExtent[] = [];
+  let next = from;
+  const fill = (end: number): void => {
+    while (next < end) {
+      const count = Math.min(end - next, STRIPE_BLOCKS - (next % STRIPE_BLOCKS));
+      out.push({ block: next, count, packId: undefined, frame: 0, sub: 0, skip: 0 });
+      next += count;
+    }
+  };
+  for (const e of list) {
+    fill(Math.min(e.block, to));
+    out.push(e);
+    next = Math.max(next, e.block + e.count);
+  }
+  fill(to);
+  return out;
+}
+
+/** Checks that no extent crosses a stripe and gives the extents a pack table. */
 function tabled(list: readonly PlacedExtent[], ownPackId: string): { packIds: string[]; extents: Extent[] } {
   const packIds: string[] = [];
   const index = new Map<string, number>();

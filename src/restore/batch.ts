@@ -71,7 +71,10 @@ export function pieceOffset(batch: Batch, piece: number): number {
 
 /** Bytes that a piece covers of the image. */
 export function pieceLength(batch: Batch, piece: number): number {
-  return Math.min((batch.blocks[piece] ?? 0) * BLOCK_BYTES, batch.imageBytes - pieceOffset(batch, piece));
+  return Math.min(
+    (batch.blocks[piece] ?? 0) * BLOCK_BYTES,
+    batch.imageBytes - pieceOffset(batch, piece),
+  );
 }
 
 interface Arrays {
@@ -111,11 +114,11 @@ export interface BatchOptions {
 }
 
 /**
- * Cuts `extents` (ascending, without overlap; gaps are zeros) into batches that together cover the image without
+ * Cuts `extents` (lists that together ascend without overlap; gaps are zeros) into batches that together cover the image without
  * gaps. Memory is used again: a batch is dead when the one after the next is asked for.
  */
 export async function* planBatches(
-  extents: AsyncIterable<SourceExtent>,
+  extents: AsyncIterable<readonly SourceExtent[]>,
   options: BatchOptions,
 ): AsyncGenerator<Batch, void> {
   const { imageBytes } = options;
@@ -137,7 +140,8 @@ export async function* planBatches(
       const next = (arrays.pack[i] ?? 0) + 1;
       packStart[next] = (packStart[next] ?? 0) + 1;
     }
-    for (let p = 1; p < packStart.length; p++) packStart[p] = (packStart[p] ?? 0) + (packStart[p - 1] ?? 0);
+    for (let p = 1; p < packStart.length; p++)
+      packStart[p] = (packStart[p] ?? 0) + (packStart[p - 1] ?? 0);
     const at = packStart.slice();
     for (let i = 0; i < count; i++) {
       const p = arrays.pack[i] ?? 0;
@@ -163,36 +167,37 @@ export async function* planBatches(
     return batch;
   };
 
-  for await (const extent of extents) {
-    if (extent.block < reached) {
-      throw new Error(`extents overlap or do not ascend at block ${extent.block}`);
-    }
-    const end = Math.min(extent.block + extent.count, imageBlocks);
-    reached = Math.max(reached, end);
-    if (extent.packId === undefined || extent.block >= imageBlocks) continue;
-    const isRun = extent.skip + extent.count > chunkBlocks;
-    let { block, frame, skip } = extent;
-    while (block < end) {
-      if (count === capacity) yield finish(block);
-      let pack = packs.get(extent.packId);
-      if (pack === undefined) {
-        pack = packs.size;
-        packs.set(extent.packId, pack);
+  for await (const list of extents)
+    for (const extent of list) {
+      if (extent.block < reached) {
+        throw new Error(`extents overlap or do not ascend at block ${extent.block}`);
       }
-      const blocks = Math.min(end - block, isRun ? chunkBlocks - skip : end - block);
-      arrays.block[count] = block;
-      arrays.blocks[count] = blocks;
-      arrays.pack[count] = pack;
-      arrays.frame[count] = frame;
-      arrays.sub[count] = extent.sub;
-      arrays.skip[count] = skip;
-      arrays.bytes[count] = 0;
-      arrays.state[count] = 0;
-      count++;
-      block += blocks;
-      skip = 0;
-      frame++;
+      const end = Math.min(extent.block + extent.count, imageBlocks);
+      reached = Math.max(reached, end);
+      if (extent.packId === undefined || extent.block >= imageBlocks) continue;
+      const isRun = extent.skip + extent.count > chunkBlocks;
+      let { block, frame, skip } = extent;
+      while (block < end) {
+        if (count === capacity) yield finish(block);
+        let pack = packs.get(extent.packId);
+        if (pack === undefined) {
+          pack = packs.size;
+          packs.set(extent.packId, pack);
+        }
+        const blocks = Math.min(end - block, isRun ? chunkBlocks - skip : end - block);
+        arrays.block[count] = block;
+        arrays.blocks[count] = blocks;
+        arrays.pack[count] = pack;
+        arrays.frame[count] = frame;
+        arrays.sub[count] = extent.sub;
+        arrays.skip[count] = skip;
+        arrays.bytes[count] = 0;
+        arrays.state[count] = 0;
+        count++;
+        block += blocks;
+        skip = 0;
+        frame++;
+      }
     }
-  }
   if (imageBlocks > startBlock) yield finish(imageBlocks);
 }

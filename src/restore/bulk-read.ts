@@ -47,7 +47,9 @@ interface Piece<T> {
 const endOf = (f: FooterFrame): number => f.offset + FRAME_HEADER_BYTES + f.storedBytes;
 
 /** How the frames of one pack are read: a list of pieces. */
-export function piecesOf<T>(frames: readonly WantedFrame<T>[]): { from: number; to: number; offset: number; length: number }[] {
+export function piecesOf<T>(
+  frames: readonly WantedFrame<T>[],
+): { from: number; to: number; offset: number; length: number }[] {
   const pieces: { from: number; to: number; offset: number; length: number }[] = [];
   let from = 0;
   while (from < frames.length) {
@@ -73,7 +75,10 @@ export function piecesOf<T>(frames: readonly WantedFrame<T>[]): { from: number; 
 /** Two buffers of {@link READ_BYTES}, to be kept and used again: their memory is freed late. */
 export function readSlots(): readonly [Buffer, Buffer] {
   const slab = alignedMemory(READ_BYTES * 2);
-  return [Buffer.from(slab.buffer, 0, READ_BYTES), Buffer.from(slab.buffer, READ_BYTES, READ_BYTES)];
+  return [
+    Buffer.from(slab.buffer, 0, READ_BYTES),
+    Buffer.from(slab.buffer, READ_BYTES, READ_BYTES),
+  ];
 }
 
 /**
@@ -100,7 +105,10 @@ export async function* bulkRead<T>(
     const { pack, frames, offset, length } = next.value;
     turn ^= 1;
     // A single frame larger than a slot (up to 16 MiB) is rare: it gets memory of its own.
-    const into = length <= READ_BYTES ? slots[turn === 0 ? 0 : 1].subarray(0, length) : Buffer.allocUnsafeSlow(length);
+    const into =
+      length <= READ_BYTES
+        ? slots[turn === 0 ? 0 : 1].subarray(0, length)
+        : Buffer.allocUnsafeSlow(length);
     let got = 0;
     let failure: unknown;
     try {

@@ -86,6 +86,11 @@ export interface CheckResult {
   readonly notZero: readonly number[];
 }
 
+/** The slots in a core's slab. */
+export function slotsOf(slab: ArrayBufferLike): readonly Buffer[] {
+  return Array.from({ length: SLOTS }, (_, i) => Buffer.from(slab, i * SLOT_BYTES, SLOT_BYTES));
+}
+
 const ZEROS = Buffer.alloc(256 * 1024);
 
 function isZero(view: Buffer): boolean {
@@ -217,7 +222,15 @@ export class RestoreCore {
 
   /** Works on packs of the batch until none is left that no thread has taken. */
   async pass(batch: Batch, options: PassOptions): Promise<PassResult> {
-    return new Pass(this.ctx, this.slots, this.host, this.read, (bytes) => this.scratchOf(bytes), batch, options).run();
+    return new Pass(
+      this.ctx,
+      this.slots,
+      this.host,
+      this.read,
+      (bytes) => this.scratchOf(bytes),
+      batch,
+      options,
+    ).run();
   }
 
   /** Compares what slot `window.slot` holds with what the batch says, and marks the pieces that differ. */
@@ -231,7 +244,7 @@ export class RestoreCore {
     let differingBytes = 0;
     const hole = (from: number, to: number): void => {
       if (from >= to || isZero(slot.subarray(from, to))) return;
-      for (let at = from; at < to; ) {
+      for (let at = from; at < to;) {
         const end = Math.min(to, at + BLOCK_BYTES);
         if (!isZero(slot.subarray(at, end))) {
           const last = notZero.length - 1;
@@ -256,7 +269,9 @@ export class RestoreCore {
       const same =
         (state & PieceState.known) !== 0 &&
         (bytes === 0 ||
-          keys.chunkId(slot.subarray(from, from + bytes)).compare(hashes, piece * HASH_BYTES, (piece + 1) * HASH_BYTES) === 0) &&
+          keys
+            .chunkId(slot.subarray(from, from + bytes))
+            .compare(hashes, piece * HASH_BYTES, (piece + 1) * HASH_BYTES) === 0) &&
         (bytes === length || isZero(slot.subarray(from + bytes, at)));
       batch.state[piece] = same ? state & ~PieceState.differs : state | PieceState.differs;
       if (same) continue;
@@ -286,7 +301,10 @@ class Pass {
   private frames = 0;
   private readBytes = 0;
   /** The pieces at work of the packs that are open, and what opens their frames. */
-  private readonly work = new Map<OpenPack, { readonly pieces: Uint32Array; readonly sealer: Sealer }>();
+  private readonly work = new Map<
+    OpenPack,
+    { readonly pieces: Uint32Array; readonly sealer: Sealer }
+  >();
   /** The pack that was opened anew last, because a frame was not where the footer remembered says. */
   private fresh: { readonly packId: string; readonly pack: Promise<OpenPack> } | undefined;
 
@@ -359,7 +377,7 @@ class Pass {
         }
         const frames: WantedFrame<Span>[] = [];
         const missing: Span[] = [];
-        for (let from = 0; from < pieces.length; ) {
+        for (let from = 0; from < pieces.length;) {
           const number = this.frameOf(pieces, from);
           let to = from + 1;
           while (to < pieces.length && this.frameOf(pieces, to) === number) to++;
@@ -374,7 +392,8 @@ class Pass {
           continue;
         }
         const work = { pieces, sealer: this.ctx.keys.packSealer(packId) };
-        for (const span of missing) await this.frame(pack, work, this.frameOf(pieces, span.from), 0, undefined, span);
+        for (const span of missing)
+          await this.frame(pack, work, this.frameOf(pieces, span.from), 0, undefined, span);
         if (frames.length === 0) continue;
         this.work.set(pack, work);
         handedOn = true;
@@ -400,7 +419,9 @@ class Pass {
       return (state & (PieceState.known | PieceState.damaged)) === 0;
     });
     const compare = (a: number, b: number): number =>
-      (batch.frame[a] ?? 0) - (batch.frame[b] ?? 0) || (batch.sub[a] ?? 0) - (batch.sub[b] ?? 0) || a - b;
+      (batch.frame[a] ?? 0) - (batch.frame[b] ?? 0) ||
+      (batch.sub[a] ?? 0) - (batch.sub[b] ?? 0) ||
+      a - b;
     for (let i = 1; i < pieces.length; i++) {
       if (compare(pieces[i - 1] ?? 0, pieces[i] ?? 0) > 0) return pieces.sort(compare);
     }
@@ -417,7 +438,12 @@ class Pass {
       if (chunk === undefined) continue;
       const length = pack.footer.lengths[chunk] ?? 0;
       if (length > pieceLength(batch, i)) continue;
-      pack.footer.ids.copy(this.hashes, i * HASH_BYTES, chunk * HASH_BYTES, (chunk + 1) * HASH_BYTES);
+      pack.footer.ids.copy(
+        this.hashes,
+        i * HASH_BYTES,
+        chunk * HASH_BYTES,
+        (chunk + 1) * HASH_BYTES,
+      );
       batch.bytes[i] = length;
       batch.state[i] = (batch.state[i] ?? 0) | PieceState.known;
     }
@@ -496,10 +522,20 @@ class Pass {
     return true;
   }
 
-  private verified(packId: string, sealer: Sealer, number: number, bytes: Buffer, into: Buffer): FrameChunks {
+  private verified(
+    packId: string,
+    sealer: Sealer,
+    number: number,
+    bytes: Buffer,
+    into: Buffer,
+  ): FrameChunks {
     const open = openFrameBytes(this.ctx, sealer, packId, bytes, into);
     if (open.header.number !== number) {
-      throw damaged(frameWhat(packId, number), 0, 'another frame lies where the footer says this one is');
+      throw damaged(
+        frameWhat(packId, number),
+        0,
+        'another frame lies where the footer says this one is',
+      );
     }
     return verifiedChunks(open, packId, this.ctx.keys);
   }
@@ -511,12 +547,17 @@ class Pass {
     const entry = chunks.entries[sub];
     if (entry === undefined) return `it has no chunk ${sub}`;
     const skip = (batch.skip[piece] ?? 0) * BLOCK_BYTES;
-    if (entry.lengthBytes <= skip) return `block ${batch.skip[piece]} lies past the end of chunk ${sub}`;
+    if (entry.lengthBytes <= skip)
+      return `block ${batch.skip[piece]} lies past the end of chunk ${sub}`;
     const bytes = Math.min(entry.lengthBytes - skip, pieceLength(batch, piece));
     const start = (chunks.starts[sub] ?? 0) + skip;
     // Blocks between a chunk's end and the end of the piece are zeros only where the device ended: at most one, in part.
-    if (roundUp(bytes, BLOCK_BYTES) < pieceLength(batch, piece)) return `chunk ${sub} is shorter than the extent says`;
-    const id = bytes === entry.lengthBytes ? entry.id : this.ctx.keys.chunkId(chunks.body.subarray(start, start + bytes));
+    if (roundUp(bytes, BLOCK_BYTES) < pieceLength(batch, piece))
+      return `chunk ${sub} is shorter than the extent says`;
+    const id =
+      bytes === entry.lengthBytes
+        ? entry.id
+        : this.ctx.keys.chunkId(chunks.body.subarray(start, start + bytes));
     id.copy(this.hashes, piece * HASH_BYTES);
     batch.bytes[piece] = bytes;
     batch.state[piece] = (batch.state[piece] ?? 0) | PieceState.known;
@@ -533,7 +574,9 @@ class Pass {
   }
 
   private fillFrom(chunks: FrameChunks, piece: number, to: Buffer): void {
-    const start = (chunks.starts[this.batch.sub[piece] ?? 0] ?? 0) + (this.batch.skip[piece] ?? 0) * BLOCK_BYTES;
+    const start =
+      (chunks.starts[this.batch.sub[piece] ?? 0] ?? 0) +
+      (this.batch.skip[piece] ?? 0) * BLOCK_BYTES;
     const bytes = this.batch.bytes[piece] ?? 0;
     chunks.body.copy(to, 0, start, start + bytes);
     to.fill(0, bytes);
@@ -543,7 +586,12 @@ class Pass {
    * The second way to a frame, after the first one failed: through a footer read now (compaction may have moved it) and
    * by a read of its own. `place` is where its only piece goes if that has room in a slot already.
    */
-  private async again(packId: string, number: number, pieces: Iterable<number>, place: Buffer | undefined): Promise<void> {
+  private async again(
+    packId: string,
+    number: number,
+    pieces: Iterable<number>,
+    place: Buffer | undefined,
+  ): Promise<void> {
     const list = [...pieces];
     let chunks: FrameChunks;
     try {
@@ -555,7 +603,13 @@ class Pass {
     for (const piece of list) {
       const problem = this.note(chunks, piece);
       if (problem !== undefined) {
-        await this.damage(packId, number, [piece], damaged(frameWhat(packId, number), 0, problem), place);
+        await this.damage(
+          packId,
+          number,
+          [piece],
+          damaged(frameWhat(packId, number), 0, problem),
+          place,
+        );
       } else if (place !== undefined) {
         this.fillFrom(chunks, piece, place);
       } else if (this.options.mode === 'write') {
@@ -586,7 +640,7 @@ class Pass {
   private async lost(packId: string, pieces: Uint32Array, error: unknown): Promise<void> {
     // What footers do not tell is found out, and reported, by the passes that need the data.
     if (this.options.mode === 'ids' || this.options.mode === 'cost') return;
-    for (let from = 0; from < pieces.length; ) {
+    for (let from = 0; from < pieces.length;) {
       const number = this.frameOf(pieces, from);
       let to = from + 1;
       while (to < pieces.length && this.frameOf(pieces, to) === number) to++;
@@ -614,7 +668,8 @@ class Pass {
         hint: 'Choose another point, or restore everything else with --skip-damaged. "b2 verify" says what is damaged and which points are whole.',
       });
     }
-    if (this.found.length < MAX_DESCRIBED) this.found.push({ packId, frame: number, reason: messageOf(error) });
+    if (this.found.length < MAX_DESCRIBED)
+      this.found.push({ packId, frame: number, reason: messageOf(error) });
     for (const piece of pieces) {
       batch.bytes[piece] = 0;
       batch.state[piece] = (batch.state[piece] ?? 0) | PieceState.known | PieceState.damaged;

@@ -99,7 +99,12 @@ export function terminalProgress(stream: NodeJS.WriteStream): ProgressView {
     const { default: ora } = await import('ora');
     if (closed || latest === undefined) return;
     // discardStdin would take Ctrl-C away from our own handler; whether to draw is decided here already.
-    spinner = ora({ stream, discardStdin: false, isEnabled: true, text: progressText(latest) }).start();
+    spinner = ora({
+      stream,
+      discardStdin: false,
+      isEnabled: true,
+      text: progressText(latest),
+    }).start();
   };
   return {
     show(event) {

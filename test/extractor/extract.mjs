@@ -462,7 +462,7 @@ class Yaml {
         const from = this.p;
         this.plainStart(false);
         while (!(this.s[this.p] === ':' && (this.eol(this.p + 1) || this.white(this.s[this.p + 1])))) this.p++;
-        key = String(this.s.slice(from, this.p).trimEnd());
+        key = trimWhite(this.s.slice(from, this.p));
       }
       this.spaces();
       this.p++;
@@ -480,7 +480,7 @@ class Yaml {
     const next = this.s[this.p + 1];
     if ('&*!'.includes(c)) this.bad('anchors, aliases and tags are not allowed');
     if (',[]{}#|>@`"\'%'.includes(c)) this.bad(`a plain scalar cannot start with ${c}`);
-    if ('-?:'.includes(c) && (next === undefined || /\s/.test(next) || (inFlow && ',[]{}'.includes(next)))) {
+    if ('-?:'.includes(c) && (next === undefined || /[ \t\n]/.test(next) || (inFlow && ',[]{}'.includes(next)))) {
       this.bad(`unexpected ${c}`);
     }
   }
@@ -497,7 +497,7 @@ class Yaml {
         if (this.eol(this.p + 1) || this.white(next) || (inFlow && ',[]{}'.includes(next))) break;
       }
     }
-    return this.s.slice(from, this.p).trim();
+    return trimWhite(this.s.slice(from, this.p));
   }
 
   plain(parent) {
@@ -751,13 +751,19 @@ class Yaml {
         start = at;
         while (this.white(this.s[at])) at++;
       }
-      if (at >= this.s.length || this.s[at] === '#' || ',[]{}:'.includes(this.s[at])) break;
+      if (at >= this.s.length || '#,[]{}'.includes(this.s[at])) break;
+      if (this.s[at] === ':' && (this.eol(at + 1) || ' \t,[]{}'.includes(this.s[at + 1]))) break;
       if (at - start <= parent) this.bad('a line of a flow collection is not indented');
       this.p = at;
       text += (breaks === 1 ? ' ' : '\n'.repeat(breaks - 1)) + this.plainLine(true);
     }
     return text;
   }
+}
+
+/** YAML's white space is space and tab; JavaScript's trim() takes away more. */
+function trimWhite(text) {
+  return text.replace(/^[ \t]+|[ \t]+$/g, '');
 }
 
 /** The core schema of YAML 1.2 (section 10.3.2 of its specification). */
@@ -1136,6 +1142,12 @@ export class Repository {
     } else this.packs.delete(id);
     this.packs.set(id, pack);
     return pack;
+  }
+
+  /** Closes the packs that are open. */
+  close() {
+    for (const pack of this.packs.values()) pack.object.close();
+    this.packs.clear();
   }
 
   /** A pack that something names and that therefore must be there. */
@@ -1560,7 +1572,7 @@ function readCommit(repo, packId, number, namedBy) {
 function parseRecord(repo, bytes, at, packs, object, offset) {
   const bad = (what) => fail(object, offset, `extent record: ${what}`);
   const wide = bytes.readBigUInt64LE(at);
-  if (wide > BigInt(Number.MAX_SAFE_INTEGER / BLOCK)) bad(`block ${wide} is impossibly large`);
+  if (wide > BigInt(Math.floor(Number.MAX_SAFE_INTEGER / BLOCK))) bad(`block ${wide} is impossibly large`);
   const block = Number(wide);
   const count = bytes.readUInt32LE(at + 8);
   const seq = bytes.readUInt32LE(at + 12);
@@ -1961,7 +1973,8 @@ class Painter {
       const within = record.run ? place % per : place;
       const count = Math.min(to - block, per - within);
       const chunk = this.repo.chunk(record.pack, record.frame + index, record.run ? 0 : record.sub, record.run, namedBy);
-      if (record.run && chunk.length < this.repo.chunkBytes && block + count < record.block + record.count) {
+      const lastIndex = record.run ? Math.floor((record.skip + record.count - 1) / per) : 0;
+      if (index < lastIndex && chunk.length !== this.repo.chunkBytes) {
         fail(`packs/${record.pack.slice(0, 2)}/${record.pack}`, null, `the chunk in frame ${record.frame + index} is short but not the last of a run (${namedBy})`);
       }
       if (Math.ceil(chunk.length / BLOCK) < within + count) {
@@ -2104,9 +2117,9 @@ class Manifest {
         while (commits.length > 0 && commits.at(-1).seq >= commit.first) commits.pop();
         const before = commits.at(-1);
         const leads = segment.full
-          ? before === undefined || before.seq < commit.first
+          ? before === undefined
           : before === undefined
-            ? commit.first === 1 || last !== undefined
+            ? commit.first === 1
             : before.seq === commit.first - 1 && (previous.seq !== before.seq || previous.hash === before.hash);
         if (!leads) fail(segment.name, null, `commit ${commit.seq} does not follow commit ${before?.seq ?? 0} ${before?.hash ?? ''}`);
         if (before !== undefined && commit.epoch < before.epoch) fail(segment.name, null, `commit ${commit.seq} has a lower epoch than the one before it`);

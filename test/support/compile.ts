@@ -9,6 +9,12 @@ import { fileURLToPath } from 'node:url';
 
 const PROJECT = fileURLToPath(new URL('../..', import.meta.url));
 
+/** As in tsconfig.json, which tsc does not read when it is given files. */
+const OPTIONS = (
+  '--ignoreConfig --target es2023 --lib es2023,esnext.disposable --module nodenext --types node ' +
+  '--strict --skipLibCheck --jsx react-jsx'
+).split(' ');
+
 /**
  * Compiles `source` (below src/, as `repo/store-directory.ts`) and what it imports. Returns the path of the
  * JavaScript file, and the directory to remove afterwards; it lies in node_modules/.cache so that packages resolve.
@@ -21,10 +27,11 @@ export function compileForChild(source: string): { file: string; directory: stri
     process.execPath,
     [
       path.join(PROJECT, 'node_modules/typescript/bin/tsc'),
-      '--ignoreConfig',
-      ...['--target', 'es2023', '--lib', 'es2023,esnext.disposable', '--module', 'nodenext'],
-      ...['--types', 'node', '--strict', '--skipLibCheck', '--jsx', 'react-jsx'],
-      ...['--rootDir', path.join(PROJECT, 'src'), '--outDir', directory],
+      ...OPTIONS,
+      '--rootDir',
+      path.join(PROJECT, 'src'),
+      '--outDir',
+      directory,
       path.join(PROJECT, 'src', source),
     ],
     { cwd: PROJECT, encoding: 'utf8' },

@@ -27,8 +27,14 @@ async function readAll(device: Pick<ReadDevice, 'read' | 'facts'>): Promise<Uint
 
 function sameBytes(actual: Uint8Array, expected: Uint8Array): void {
   // Buffer.equals reports nothing useful; the first difference does.
-  const at = Buffer.compare(actual, expected) === 0 ? -1 : actual.findIndex((byte, i) => byte !== expected[i]);
-  expect({ firstDifferenceAt: at, length: actual.byteLength }).toEqual({ firstDifferenceAt: -1, length: expected.byteLength });
+  const at =
+    Buffer.compare(actual, expected) === 0
+      ? -1
+      : actual.findIndex((byte, i) => byte !== expected[i]);
+  expect({ firstDifferenceAt: at, length: actual.byteLength }).toEqual({
+    firstDifferenceAt: -1,
+    length: expected.byteLength,
+  });
 }
 
 export function readDeviceSuite(name: string, make: (dir: TempDir) => Promise<MadeDevice>): void {
@@ -76,7 +82,8 @@ export function readDeviceSuite(name: string, make: (dir: TempDir) => Promise<Ma
           const isAligned = i % 3 === 0;
           const offset = isAligned ? roll(Math.ceil(size / 4096)) * 4096 : roll(size);
           const length = isAligned ? (1 + roll(16)) * 4096 : 1 + roll(65536);
-          const into = i % 2 === 0 ? slab.subarray(i * 65536, i * 65536 + length) : new Uint8Array(length);
+          const into =
+            i % 2 === 0 ? slab.subarray(i * 65536, i * 65536 + length) : new Uint8Array(length);
           const expected = made.content.subarray(offset, offset + length);
           expect(await device.read(into, offset)).toBe(expected.byteLength);
           sameBytes(into.subarray(0, expected.byteLength), expected);
@@ -178,8 +185,13 @@ export function writeDeviceSuite(name: string, make: (dir: TempDir) => Promise<M
       const roll = dice(11);
       for (let i = 0; i < 120; i++) {
         const isAligned = roll(3) === 0;
-        const offset = isAligned ? roll(Math.floor(made.sizeBytes / 4096)) * 4096 : roll(made.sizeBytes);
-        const length = Math.min(isAligned ? 4096 * (1 + roll(8)) : 1 + roll(40_000), made.sizeBytes - offset);
+        const offset = isAligned
+          ? roll(Math.floor(made.sizeBytes / 4096)) * 4096
+          : roll(made.sizeBytes);
+        const length = Math.min(
+          isAligned ? 4096 * (1 + roll(8)) : 1 + roll(40_000),
+          made.sizeBytes - offset,
+        );
         if (roll(3) === 0) {
           await target.zero(offset, length);
           model.fill(0, offset, offset + length);
@@ -199,8 +211,14 @@ export function writeDeviceSuite(name: string, make: (dir: TempDir) => Promise<M
       const { made, target } = await fresh();
       const model = noise(21, made.sizeBytes);
       const roll = dice(5);
-      const cuts = [0, ...Array.from({ length: 80 }, () => roll(made.sizeBytes)).toSorted((a, b) => a - b), made.sizeBytes];
-      await Promise.all(cuts.slice(1).map((end, i) => target.write(model.subarray(cuts[i], end), cuts[i] ?? 0)));
+      const cuts = [
+        0,
+        ...Array.from({ length: 80 }, () => roll(made.sizeBytes)).toSorted((a, b) => a - b),
+        made.sizeBytes,
+      ];
+      await Promise.all(
+        cuts.slice(1).map((end, i) => target.write(model.subarray(cuts[i], end), cuts[i] ?? 0)),
+      );
       sameBytes(await readAll(target), model);
       await target.sync();
       await target.close();
@@ -226,7 +244,9 @@ export function writeDeviceSuite(name: string, make: (dir: TempDir) => Promise<M
           () => target.zero(made.sizeBytes, 512),
           () => target.truncate(made.sizeBytes - 512),
         ]) {
-          await expect(attempt()).rejects.toSatisfy((error) => isKind(error, 'no-space', 'refused') && error.message.includes(made.path));
+          await expect(attempt()).rejects.toSatisfy(
+            (error) => isKind(error, 'no-space', 'refused') && error.message.includes(made.path),
+          );
         }
       } else {
         await target.truncate(5000);

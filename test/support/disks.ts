@@ -9,11 +9,24 @@ import type { TempDir } from './tmp.js';
 /** What {@link addPartitions} and {@link tool} need besides loop devices. */
 export const DISK_NEEDS: Needs = {
   ...LOOP_NEEDS,
-  tools: [...(LOOP_NEEDS.tools ?? []), 'sfdisk', 'sgdisk', 'partx', 'blkid', 'wipefs', 'mkfs.ext4', 'mkswap'],
+  tools: [
+    ...(LOOP_NEEDS.tools ?? []),
+    'sfdisk',
+    'sgdisk',
+    'partx',
+    'blkid',
+    'wipefs',
+    'mkfs.ext4',
+    'mkswap',
+  ],
 };
 
 /** Runs a tool and returns its output; throws with what it said when it fails. */
-export function tool(name: string, args: readonly string[], input: string | Uint8Array = ''): string {
+export function tool(
+  name: string,
+  args: readonly string[],
+  input: string | Uint8Array = '',
+): string {
   return execFileSync(findTool(name) ?? name, [...args], {
     encoding: 'utf8',
     input,
@@ -66,5 +79,16 @@ export function addPartitions(dir: TempDir, device: string, count: number): read
 
 /** Writes `data` to a device or file by dd, around b2's code. */
 export function pokeWithDd(path: string, offset: number, data: Uint8Array): void {
-  tool('dd', [`of=${path}`, 'bs=4096', 'oflag=seek_bytes', `seek=${offset}`, 'conv=notrunc,fsync', 'status=none'], data);
+  tool(
+    'dd',
+    [
+      `of=${path}`,
+      'bs=4096',
+      'oflag=seek_bytes',
+      `seek=${offset}`,
+      'conv=notrunc,fsync',
+      'status=none',
+    ],
+    data,
+  );
 }

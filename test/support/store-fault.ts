@@ -99,7 +99,11 @@ export function faultMaps(maps: FaultMaps): FaultRule {
 }
 
 /** The rule that fails call number `n` (from 0) of all calls of these kinds together, and no other. */
-export function failNth(n: number, fault: Fault, kinds: readonly CallKind[] = CALL_KINDS): FaultRule {
+export function failNth(
+  n: number,
+  fault: Fault,
+  kinds: readonly CallKind[] = CALL_KINDS,
+): FaultRule {
   let seen = 0;
   return ({ kind }) => (kinds.includes(kind) && seen++ === n ? fault : undefined);
 }
@@ -120,7 +124,10 @@ export class FaultStore implements Store {
 
   constructor(inner: Store, ...faults: readonly (FaultMaps | FaultRule)[]) {
     this.inner = inner;
-    this.calls = Object.fromEntries(CALL_KINDS.map((kind) => [kind, 0])) as Record<CallKind, number>;
+    this.calls = Object.fromEntries(CALL_KINDS.map((kind) => [kind, 0])) as Record<
+      CallKind,
+      number
+    >;
     this.#rules = faults.map((fault) => (typeof fault === 'function' ? fault : faultMaps(fault)));
   }
 

@@ -112,7 +112,8 @@ export class MemoryStore implements Store {
     this.canAppend = options.canAppend ?? true;
     this.#record = options.record ?? true;
     this.#base = new Map([...base].map(([name, data]) => [name, Buffer.from(data)]));
-    for (const [name, data] of this.#base) this.#files.set(name, new MemoryFile(data, this.#tick()));
+    for (const [name, data] of this.#base)
+      this.#files.set(name, new MemoryFile(data, this.#tick()));
   }
 
   /** Operations in the log so far. */
@@ -206,7 +207,9 @@ export class MemoryStore implements Store {
   async *list(prefix: string): AsyncIterable<ObjectInfo> {
     if (prefix !== '') checkName(prefix);
     await nextTurn();
-    for (const [name, file] of [...this.#files]) {
+    // A copy: the map may change while the caller takes its time.
+    const files = Array.from(this.#files);
+    for (const [name, file] of files) {
       if (prefix !== '' && !name.startsWith(`${prefix}/`)) continue;
       yield { name, sizeBytes: file.length, modifiedMs: file.modifiedMs };
     }

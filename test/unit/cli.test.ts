@@ -6,7 +6,11 @@ import { CaptureStream } from '../support/capture-stream.js';
 import { ManualClock } from '../support/manual-clock.js';
 import { sampleCommands, type SampleRun } from '../support/sample-commands.js';
 
-async function b2(args: readonly string[], run: SampleRun = () => Promise.resolve({ data: 'x' }), env = {}) {
+async function b2(
+  args: readonly string[],
+  run: SampleRun = () => Promise.resolve({ data: 'x' }),
+  env = {},
+) {
   const stdout = new CaptureStream();
   const stderr = new CaptureStream();
   const abort = new AbortController();
@@ -56,7 +60,20 @@ describe('parsing', () => {
 
   it('gives what was typed, global options on either side', async () => {
     expect(
-      await inputOf('--repo', '/r', 'v', '--no-verify', '-f', 't', '--chunk-size=64K', '-t', 'a', '--tag', 'b', '-q'),
+      await inputOf(
+        '--repo',
+        '/r',
+        'v',
+        '--no-verify',
+        '-f',
+        't',
+        '--chunk-size=64K',
+        '-t',
+        'a',
+        '--tag',
+        'b',
+        '-q',
+      ),
     ).toMatchObject({
       arguments: { volume: 'v', target: 't' },
       options: { 'chunk-size': 65_536, tag: ['a', 'b'], force: true, 'no-verify': true },
@@ -96,9 +113,21 @@ describe('parsing', () => {
   });
 
   it('shows help on stdout when asked and on stderr when nothing was asked', async () => {
-    expect(await b2(['--help'])).toMatchObject({ code: 0, stdout: expect.stringContaining('restore'), stderr: '' });
-    expect(await b2([])).toMatchObject({ code: 2, stdout: '', stderr: expect.stringContaining('restore') });
-    expect(await b2(['key'])).toMatchObject({ code: 2, stdout: '', stderr: expect.stringContaining('add') });
+    expect(await b2(['--help'])).toMatchObject({
+      code: 0,
+      stdout: expect.stringContaining('restore'),
+      stderr: '',
+    });
+    expect(await b2([])).toMatchObject({
+      code: 2,
+      stdout: '',
+      stderr: expect.stringContaining('restore'),
+    });
+    expect(await b2(['key'])).toMatchObject({
+      code: 2,
+      stdout: '',
+      stderr: expect.stringContaining('add'),
+    });
     const help = await b2(['restore', '--help']);
     expect(help.stdout).toContain('b2 restore [options] VOLUME TARGET');
     expect(help.stdout).toContain('b2 restore web1/sda /dev/sdb --at "5m ago"');
@@ -111,13 +140,25 @@ describe('parsing', () => {
 describe('running', () => {
   it('prints the answer as text or as one JSON document, with its code', async () => {
     const run: SampleRun = () => Promise.resolve({ data: { a: 1 }, code: ExitCode.damage });
-    expect(await b2(['restore', 'v', 't'], run)).toMatchObject({ code: 5, stdout: 'answer [object Object]\n' });
-    expect(await b2(['restore', 'v', 't', '--json'], run)).toMatchObject({ code: 5, stdout: '{"a":1}\n' });
+    expect(await b2(['restore', 'v', 't'], run)).toMatchObject({
+      code: 5,
+      stdout: 'answer [object Object]\n',
+    });
+    expect(await b2(['restore', 'v', 't', '--json'], run)).toMatchObject({
+      code: 5,
+      stdout: '{"a":1}\n',
+    });
   });
 
   it('maps errors to codes and words', async () => {
-    const fails = (error: unknown): SampleRun => () => Promise.reject(error);
-    const error = new B2Error('not-found', 'no point', { hint: 'see b2 points', cause: new Error('deep') });
+    const fails =
+      (error: unknown): SampleRun =>
+      () =>
+        Promise.reject(error);
+    const error = new B2Error('not-found', 'no point', {
+      hint: 'see b2 points',
+      cause: new Error('deep'),
+    });
     expect(await b2(['restore', 'v', 't'], fails(error))).toEqual({
       code: 4,
       stdout: '',
@@ -131,14 +172,20 @@ describe('running', () => {
       message: 'no point',
       hint: 'see b2 points',
     });
-    const system = Object.assign(new Error('ENOENT: no such file, open /x'), { code: 'ENOENT', syscall: 'open' });
+    const system = Object.assign(new Error('ENOENT: no such file, open /x'), {
+      code: 'ENOENT',
+      syscall: 'open',
+    });
     expect(await b2(['restore', 'v', 't'], fails(system))).toEqual({
       code: 1,
       stdout: '',
       stderr: 'b2: ENOENT: no such file, open /x\n',
     });
     const bug = await b2(['restore', 'v', 't'], fails(new TypeError('oops')));
-    expect(bug).toMatchObject({ code: 1, stderr: expect.stringMatching(/internal error: oops[\s\S]*\n {4}at /) });
+    expect(bug).toMatchObject({
+      code: 1,
+      stderr: expect.stringMatching(/internal error: oops[\s\S]*\n {4}at /),
+    });
   });
 
   it('ends with 130 when a signal stopped it', () => {
@@ -156,7 +203,10 @@ describe('running', () => {
 
   it('reads the configuration file that the environment names', async () => {
     const result = await b2(['restore', 'v', 't'], undefined, { B2_CONFIG: '/nonexistent/c.yaml' });
-    expect(result).toMatchObject({ code: 2, stderr: expect.stringContaining('/nonexistent/c.yaml') });
+    expect(result).toMatchObject({
+      code: 2,
+      stderr: expect.stringContaining('/nonexistent/c.yaml'),
+    });
   });
 
   it('ends with 3, without a word, when the reader of the output left', async () => {

@@ -34,7 +34,11 @@ describe('parseConfig', () => {
   ])('refuses %j', async (text, message) => {
     const error: unknown = await parseConfig(text, 'c.yaml').catch((e: unknown) => e);
     expect(error).toBeInstanceOf(B2Error);
-    expect(error).toMatchObject({ kind: 'config', code: 2, message: expect.stringMatching(message) });
+    expect(error).toMatchObject({
+      kind: 'config',
+      code: 2,
+      message: expect.stringMatching(message),
+    });
   });
 
   it('suggests the key that was meant', async () => {
@@ -91,15 +95,25 @@ describe('loadConfig', () => {
 });
 
 describe('resolveSettings', () => {
-  const base: SettingsInput = { options: {}, env: {}, config: {}, homeDir: '/home/u', isRoot: false };
+  const base: SettingsInput = {
+    options: {},
+    env: {},
+    config: {},
+    homeDir: '/home/u',
+    isRoot: false,
+  };
 
   it('goes by option, environment, file, default', () => {
     const config = { repository: '/from-file' };
     const env = { B2_REPOSITORY: '/from-env' };
-    const get = (input: Partial<SettingsInput>) => resolveSettings({ ...base, ...input }).repository;
+    const get = (input: Partial<SettingsInput>) =>
+      resolveSettings({ ...base, ...input }).repository;
     expect(get({ options: { repo: '/o' }, env, config })).toEqual({ url: '/o', origin: 'option' });
     expect(get({ env, config })).toEqual({ url: '/from-env', origin: 'environment' });
-    expect(get({ env: { B2_REPOSITORY: '' }, config })).toEqual({ url: '/from-file', origin: 'config' });
+    expect(get({ env: { B2_REPOSITORY: '' }, config })).toEqual({
+      url: '/from-file',
+      origin: 'config',
+    });
     expect(get({})).toEqual({ url: '/home/u/.local/share/b2/repo', origin: 'default' });
     expect(get({ env: { XDG_DATA_HOME: '/d' } }).url).toBe('/d/b2/repo');
     expect(get({ env: { XDG_DATA_HOME: 'relative' } }).url).toBe('/home/u/.local/share/b2/repo');

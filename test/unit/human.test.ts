@@ -95,10 +95,13 @@ describe('parseSize', () => {
     expect(parseSize(text)).toBe(bytes);
   });
 
-  it.each(['', 'K', '64KB', '-1', '1e3', '0.3', '9999999T', '12Q', '1.1.1', '0x10'])('refuses %j', (text) => {
-    expect(() => parseSize(text)).toThrow(RangeError);
-    expect(() => parseSize(text)).toThrow(`"${text}"`);
-  });
+  it.each(['', 'K', '64KB', '-1', '1e3', '0.3', '9999999T', '12Q', '1.1.1', '0x10'])(
+    'refuses %j',
+    (text) => {
+      expect(() => parseSize(text)).toThrow(RangeError);
+      expect(() => parseSize(text)).toThrow(`"${text}"`);
+    },
+  );
 });
 
 describe('parseDurationMs', () => {
@@ -122,7 +125,8 @@ describe('parseDurationMs', () => {
 it('parses percentages and whole numbers', () => {
   expect(parsePercent('2.5%')).toBe(0.025);
   expect(parsePercent('100%')).toBe(1);
-  for (const text of ['0%', '101%', '5', '%', '-1%']) expect(() => parsePercent(text)).toThrow(RangeError);
+  for (const text of ['0%', '101%', '5', '%', '-1%'])
+    expect(() => parsePercent(text)).toThrow(RangeError);
   expect(parseWhole('7', 1)).toBe(7);
   for (const text of ['0', '1.5', '-1', '', '1e3', '9007199254740993']) {
     expect(() => parseWhole(text, 1)).toThrow(RangeError);

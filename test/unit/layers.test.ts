@@ -40,8 +40,16 @@ describe('check-layers', () => {
     ['capture/a.ts', "import { x } from '../ui/table.js';", 'engine must not import ui'],
     ['capture/a.ts', "import { x } from '../commands/spec.js';", 'engine must not import commands'],
     ['commands/a.ts', "import { x } from '../capture/a.js';", 'commands must not import engine'],
-    ['commands/a.ts', "import {\n  x,\n} from './run/a.js';", 'commands must not import commands/run'],
-    ['commands/a.ts', "const m = () => import('../capture/a.js');", 'commands must not import engine'],
+    [
+      'commands/a.ts',
+      "import {\n  x,\n} from './run/a.js';",
+      'commands must not import commands/run',
+    ],
+    [
+      'commands/a.ts',
+      "const m = () => import('../capture/a.js');",
+      'commands must not import engine',
+    ],
     ['ui/a.ts', "import { x } from '../repo/a.js';", 'ui must not import repo'],
     ['repo/a.ts', "import x from 'chalk';", 'chalk belongs to ui'],
     ['repo/a.ts', "import x from 'commander';", 'commander belongs to cli'],
@@ -61,11 +69,15 @@ describe('check-layers', () => {
   it('has nothing against what is allowed', async () => {
     expect(
       await layerProblems({
-        'cli.ts': "import { x } from './commands/index.js';\nimport y from 'commander';\nprocess.exit(1);",
-        'commands/a.ts': "import type { S } from '../ui/style.js';\nconst l = () => import('./run/a.js');",
-        'commands/run/a.ts': "import { x } from '../../capture/a.js';\nimport { y } from '../../ui/table.js';",
+        'cli.ts':
+          "import { x } from './commands/index.js';\nimport y from 'commander';\nprocess.exit(1);",
+        'commands/a.ts':
+          "import type { S } from '../ui/style.js';\nconst l = () => import('./run/a.js');",
+        'commands/run/a.ts':
+          "import { x } from '../../capture/a.js';\nimport { y } from '../../ui/table.js';",
         'capture/a.ts': "import { x } from '../repo/a.js';\nimport { y } from '../devices/a.js';",
-        'repo/a.ts': "import { x } from '../format/a.js';\n// new Date() and process.exit\nconst s = 'process.exit';",
+        'repo/a.ts':
+          "import { x } from '../format/a.js';\n// new Date() and process.exit\nconst s = 'process.exit';",
         'format/a.ts': "import { x } from '../errors.js';\nexport const d = new Date(5);",
         'clock.ts': 'export const x = new Date();',
       }),
@@ -89,12 +101,18 @@ describe('oxlint', () => {
     ['repo/a.ts', "import './b.js';\nexport const x = 1;", 'no-cycle'],
     ['repo/a.ts', 'export default 5;', 'no-default-export'],
   ])('%s: %s', async (file, text, rule) => {
-    await using dir = project({ [file]: text, 'repo/b.ts': "import './a.js';\nexport const y = 1;\n" });
+    await using dir = project({
+      [file]: text,
+      'repo/b.ts': "import './a.js';\nexport const y = 1;\n",
+    });
     cpSync(join(root, '.oxlintrc.json'), dir.join('.oxlintrc.json'));
     cpSync(join(root, 'tsconfig.json'), dir.join('tsconfig.json'));
     writeFileSync(dir.join('package.json'), '{"type":"module"}');
     symlinkSync(join(root, 'node_modules'), dir.join('node_modules'));
-    const done = spawnSync(join(root, 'node_modules/.bin/oxlint'), [], { cwd: dir.path, encoding: 'utf8' });
+    const done = spawnSync(join(root, 'node_modules/.bin/oxlint'), [], {
+      cwd: dir.path,
+      encoding: 'utf8',
+    });
     expect(done.stdout).toContain(rule);
     expect(done.status).toBe(1);
   });

@@ -1,6 +1,12 @@
 import { describe, expect, it } from 'vitest';
 
-import { adoptAligned, alignedMemory, BOUNCE_BYTES, isPageAligned, withBounce } from '../../src/memory.js';
+import {
+  adoptAligned,
+  alignedMemory,
+  BOUNCE_BYTES,
+  isPageAligned,
+  withBounce,
+} from '../../src/memory.js';
 
 describe('page-aligned memory', () => {
   it('is zeroed, of the size asked for, and known as aligned at page boundaries only', () => {
@@ -26,7 +32,8 @@ describe('page-aligned memory', () => {
   });
 
   it('rejects sizes that cannot be', () => {
-    for (const bytes of [0, -1, 1.5, Number.NaN, 2 ** 32 + 1]) expect(() => alignedMemory(bytes)).toThrow(RangeError);
+    for (const bytes of [0, -1, 1.5, Number.NaN, 2 ** 32 + 1])
+      expect(() => alignedMemory(bytes)).toThrow(RangeError);
   });
 
   it('lends bounce buffers, never one to two, and takes them back from who fails', async () => {

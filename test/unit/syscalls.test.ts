@@ -3,7 +3,16 @@ import { closeSync, openSync, readFileSync, statSync, writeFileSync } from 'node
 import { describe, expect, it } from 'vitest';
 
 import { errnoOf } from '../../src/errors.js';
-import { punchHole, seekData, seekHole, syncFs, tryLock, zeroRange, blkZeroOut, blockDeviceBytes } from '../../src/syscalls.js';
+import {
+  punchHole,
+  seekData,
+  seekHole,
+  syncFs,
+  tryLock,
+  zeroRange,
+  blkZeroOut,
+  blockDeviceBytes,
+} from '../../src/syscalls.js';
 import { tempDir } from '../support/tmp.js';
 
 const MIB = 1024 * 1024;
@@ -17,7 +26,11 @@ describe('system calls', () => {
     try {
       await punchHole(fd, MIB, 2 * MIB);
       expect(statSync(file).size).toBe(4 * MIB);
-      expect(readFileSync(file).subarray(MIB, 3 * MIB).every((byte) => byte === 0)).toBe(true);
+      expect(
+        readFileSync(file)
+          .subarray(MIB, 3 * MIB)
+          .every((byte) => byte === 0),
+      ).toBe(true);
       expect(readFileSync(file)[MIB - 1]).toBe(7);
       expect(await seekData(fd, 0)).toBe(0);
       expect(await seekHole(fd, 0)).toBe(MIB);
@@ -25,7 +38,11 @@ describe('system calls', () => {
       expect(await seekHole(fd, 3 * MIB)).toBe(4 * MIB);
       expect(await seekData(fd, 4 * MIB)).toBeUndefined();
       await zeroRange(fd, 0, 4096);
-      expect(readFileSync(file).subarray(0, 4096).every((byte) => byte === 0)).toBe(true);
+      expect(
+        readFileSync(file)
+          .subarray(0, 4096)
+          .every((byte) => byte === 0),
+      ).toBe(true);
       await syncFs(fd);
     } finally {
       closeSync(fd);
@@ -46,7 +63,10 @@ describe('system calls', () => {
         ),
       );
       expect(codes).toEqual(codes.map((_, i) => (i % 2 === 0 ? 'ENOTTY' : 'EBADF')));
-      await expect(punchHole(fd, 0, 4096)).rejects.toMatchObject({ code: 'EBADF', syscall: 'fallocate' });
+      await expect(punchHole(fd, 0, 4096)).rejects.toMatchObject({
+        code: 'EBADF',
+        syscall: 'fallocate',
+      });
       await expect(blkZeroOut(fd, 0, 4096)).rejects.toMatchObject({ syscall: 'BLKZEROOUT' });
     } finally {
       closeSync(fd);

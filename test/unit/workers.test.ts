@@ -34,11 +34,20 @@ describe('portable errors', () => {
     const outer = new B2Error('io', 'read y', { cause: middle, retryable: true, code: 5 });
     const back = fromPortableError(JSON.parse(JSON.stringify(toPortableError(outer))));
     expect(back).toBeInstanceOf(B2Error);
-    expect(back).toMatchObject({ kind: 'io', message: 'read y', code: 5, retryable: true, hint: undefined });
+    expect(back).toMatchObject({
+      kind: 'io',
+      message: 'read y',
+      code: 5,
+      retryable: true,
+      hint: undefined,
+    });
     expect(back.stack).toBe(outer.stack);
     expect(back.cause).toBeInstanceOf(B2Error);
     expect(back.cause).toMatchObject({ kind: 'damaged', hint: 'verify', code: 5 });
-    expect((back.cause as Error).cause).toMatchObject({ code: 'EIO', message: 'EIO: i/o error, read' });
+    expect((back.cause as Error).cause).toMatchObject({
+      code: 'EIO',
+      message: 'EIO: i/o error, read',
+    });
   });
 
   test('what is no error becomes one, and a ring of causes ends', () => {
@@ -66,13 +75,19 @@ describe('runWorkers', () => {
     ]);
     expect(messages.sort()).toEqual(['0: hello from 0', '1: hello from 1']);
     const shared = new SharedArrayBuffer(4);
-    await runWorkers(FIXTURE, [3, 4].map((value) => ({ do: 'add', value, shared })), { what });
+    await runWorkers(
+      FIXTURE,
+      [3, 4].map((value) => ({ do: 'add', value, shared })),
+      { what },
+    );
     expect(new Int32Array(shared)[0]).toBe(7);
   });
 
   test('a B2Error of a worker arrives whole, and the others are told to stop', async () => {
     const shared = new SharedArrayBuffer(4);
-    const error = await caught(runWorkers<Job, unknown>(FIXTURE, [{ do: 'wait', shared }, { do: 'fail' }], { what }));
+    const error = await caught(
+      runWorkers<Job, unknown>(FIXTURE, [{ do: 'wait', shared }, { do: 'fail' }], { what }),
+    );
     expect(error).toBeInstanceOf(B2Error);
     expect(error).toMatchObject({
       kind: 'no-space',
@@ -93,34 +108,50 @@ describe('runWorkers', () => {
 
   test('a thread that dies is an error, not silence', async () => {
     const error = await caught(runWorkers<Job, unknown>(FIXTURE, [{ do: 'exit' }], { what }));
-    expect(error).toMatchObject({ kind: 'failed', message: 'the test: a worker thread ended without a result (exit 7)' });
+    expect(error).toMatchObject({
+      kind: 'failed',
+      message: 'the test: a worker thread ended without a result (exit 7)',
+    });
   });
 
   test('an abort reaches waiting, spinning and deaf workers', async () => {
     const abort = new AbortController();
     let ready = 0;
     const error = await caught(
-      runWorkers<Job, unknown, string>(FIXTURE, [{ do: 'spin' }, { do: 'hang' }, { do: 'wait-finish' }], {
-        what,
-        signal: abort.signal,
-        graceMs: 50,
-        onMessage: () => {
-          if (++ready === 2) abort.abort();
+      runWorkers<Job, unknown, string>(
+        FIXTURE,
+        [{ do: 'spin' }, { do: 'hang' }, { do: 'wait-finish' }],
+        {
+          what,
+          signal: abort.signal,
+          graceMs: 50,
+          onMessage: () => {
+            if (++ready === 2) abort.abort();
+          },
         },
-      }),
+      ),
     );
-    expect(error).toMatchObject({ kind: 'interrupted', message: 'the test was interrupted', code: 130 });
+    expect(error).toMatchObject({
+      kind: 'interrupted',
+      message: 'the test was interrupted',
+      code: 130,
+    });
   });
 
   test('an abort before the start starts nothing, and its reason is the error', async () => {
     const reason = new B2Error('lost-claim', 'another writer has taken over');
     const missing = new URL('./there-is-no-such-worker.js', import.meta.url);
-    const run = runWorkers<Job, unknown>(missing, [{ do: 'echo' }], { what, signal: AbortSignal.abort(reason) });
+    const run = runWorkers<Job, unknown>(missing, [{ do: 'echo' }], {
+      what,
+      signal: AbortSignal.abort(reason),
+    });
     expect(await caught(run)).toBe(reason);
   });
 
   test('a worker that leaves something open is ended after its result', async () => {
-    expect(await runWorkers<Job, unknown>(FIXTURE, [{ do: 'leak' }], { what, graceMs: 20 })).toEqual(['done']);
+    expect(
+      await runWorkers<Job, unknown>(FIXTURE, [{ do: 'leak' }], { what, graceMs: 20 }),
+    ).toEqual(['done']);
   });
 
   test('a failing message handler stops the work', async () => {
@@ -143,7 +174,9 @@ describe('workerFile', () => {
   });
 
   test('a missing module is said', () => {
-    expect(() => workerFile(new URL('../../src/no-such-worker.js', import.meta.url))).toThrow(/part of b2 is missing/);
+    expect(() => workerFile(new URL('../../src/no-such-worker.js', import.meta.url))).toThrow(
+      /part of b2 is missing/,
+    );
   });
 });
 

@@ -16,7 +16,8 @@ export function environmentOf(context: CommandContext): Environment {
 
 /** The key file that belongs to the default repository. */
 export function defaultKeyFile(context: CommandContext): string {
-  if (process.getuid?.() === 0 && context.env['XDG_CONFIG_HOME'] === undefined) return '/etc/b2/repo.key';
+  if (process.getuid?.() === 0 && context.env['XDG_CONFIG_HOME'] === undefined)
+    return '/etc/b2/repo.key';
   return join(context.env['XDG_CONFIG_HOME'] ?? join(homedir(), '.config'), 'b2', 'repo.key');
 }
 
@@ -27,10 +28,16 @@ export function secretPlaces(context: CommandContext): SecretPlaces {
   const fromEnvironment = credentials.origin === 'environment' || credentials.origin === 'default';
   return {
     ...(credentials.passwordFile === undefined ? {} : { passwordFile: credentials.passwordFile }),
-    ...(credentials.passwordCommand === undefined ? {} : { passwordCommand: credentials.passwordCommand }),
+    ...(credentials.passwordCommand === undefined
+      ? {}
+      : { passwordCommand: credentials.passwordCommand }),
     ...(credentials.keyFile === undefined ? {} : { keyFile: credentials.keyFile }),
-    ...(fromEnvironment && env['B2_PASSWORD'] !== undefined ? { password: env['B2_PASSWORD'] } : {}),
-    ...(env['CREDENTIALS_DIRECTORY'] === undefined ? {} : { credentialsDirectory: env['CREDENTIALS_DIRECTORY'] }),
+    ...(fromEnvironment && env['B2_PASSWORD'] !== undefined
+      ? { password: env['B2_PASSWORD'] }
+      : {}),
+    ...(env['CREDENTIALS_DIRECTORY'] === undefined
+      ? {}
+      : { credentialsDirectory: env['CREDENTIALS_DIRECTORY'] }),
     ...(credentials.origin === 'default' ? { defaultKeyFile: defaultKeyFile(context) } : {}),
   };
 }
@@ -51,10 +58,16 @@ export async function openRepository(context: CommandContext): Promise<Repositor
     try {
       return await Repository.open(store, secrets, env, warn);
     } catch (error) {
-      if (secrets.length > 0 || !(error instanceof B2Error) || error.kind !== 'wrong-key') throw error;
+      if (secrets.length > 0 || !(error instanceof B2Error) || error.kind !== 'wrong-key')
+        throw error;
       const password = await askPassword(`Password of ${store.url}: `);
       if (password === undefined) throw error;
-      return await Repository.open(store, [{ kind: 'password', password, source: 'the terminal' }], env, warn);
+      return await Repository.open(
+        store,
+        [{ kind: 'password', password, source: 'the terminal' }],
+        env,
+        warn,
+      );
     }
   } catch (error) {
     await store.close();
@@ -63,7 +76,10 @@ export async function openRepository(context: CommandContext): Promise<Repositor
 }
 
 /** Runs `fn` with the repository open and closes it whatever happens. */
-export async function withRepository<T>(context: CommandContext, fn: (repo: Repository) => Promise<T>): Promise<T> {
+export async function withRepository<T>(
+  context: CommandContext,
+  fn: (repo: Repository) => Promise<T>,
+): Promise<T> {
   const repo = await openRepository(context);
   try {
     return await fn(repo);
@@ -78,6 +94,10 @@ export function volumesOf(context: CommandContext, repo: Repository): Promise<Vo
 }
 
 /** The volume a person means. */
-export async function volumeNamed(context: CommandContext, repo: Repository, text: string): Promise<VolumeMeta> {
+export async function volumeNamed(
+  context: CommandContext,
+  repo: Repository,
+  text: string,
+): Promise<VolumeMeta> {
   return findVolume(await volumesOf(context, repo), text);
 }

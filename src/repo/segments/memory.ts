@@ -37,7 +37,7 @@ export function memorySegment(
   const extentPages = sortedPages(commits, firstSeq, packs);
   const commitPages: CommitPage[] = [];
   let before = firstSeq - 1;
-  let lastFullSeq = 0;
+  let lastFullFirstSeq = 0;
   for (let at = 0; at < commits.length; at += COMMITS_PER_PAGE) {
     const part = commits.slice(at, at + COMMITS_PER_PAGE);
     const bytes = Buffer.alloc(part.length * COMMIT_RECORD_BYTES);
@@ -49,7 +49,7 @@ export function memorySegment(
         throw new RangeError(`${name}: commit ${c.seq} is full and is not`);
       }
       before = c.seq;
-      if ((c.record.flags & CommitFlag.full) !== 0) lastFullSeq = c.seq;
+      if ((c.record.flags & CommitFlag.full) !== 0) lastFullFirstSeq = c.firstSeq;
       const pack = packs.indexOf(Buffer.from(c.record.packId, 'hex'), 0);
       encodeCommitRecord(c.record, pack, bytes, i * COMMIT_RECORD_BYTES);
     });
@@ -60,7 +60,7 @@ export function memorySegment(
   for (let at = 0; at < ids.length; at += PACK_ID_BYTES) {
     idStrings.push(ids.toString('hex', at, at + PACK_ID_BYTES));
   }
-  const index = indexOf(extentPages, commitPages, packs.count, prevHash, last.record.hash, lastFullSeq);
+  const index = indexOf(extentPages, commitPages, packs.count, prevHash, last.record.hash, lastFullFirstSeq);
   return {
     name,
     level: 0,
@@ -137,7 +137,7 @@ function indexOf(
   packCount: number,
   prevHash: Buffer,
   lastHash: Buffer,
-  lastFullSeq: number,
+  lastFullFirstSeq: number,
 ): SegmentIndex {
   const extents = extentPageTable(extentPages.length);
   let extentCount = 0;
@@ -177,6 +177,6 @@ function indexOf(
     commitCount,
     prevHash: Buffer.from(prevHash),
     lastHash: Buffer.from(lastHash),
-    lastFullSeq,
+    lastFullFirstSeq,
   };
 }

@@ -1,5 +1,4 @@
 /** Writes segments (FORMAT.md section 7) as a stream, in bounded memory. */
-import type { Clock, Random } from '../../clock.js';
 import { EXTENT_RECORD_BYTES, HOLE, STRIPE_BLOCKS } from '../../format/extent.js';
 import { CommitFlag, PointClass } from '../../format/commit.js';
 import { segmentName, type SegmentName } from '../../format/names.js';
@@ -26,8 +25,9 @@ import {
 } from '../../format/segment.js';
 import type { Store } from '../store.js';
 import { PackTable } from './pack-table.js';
+import { commitPageOf, type SegmentSource } from './source.js';
 
-/** What a segment is written with. */
+/** What one segment is written with. */
 export interface SegmentTarget {
   readonly store: Store;
   readonly keys: KeyRing;
@@ -35,8 +35,9 @@ export interface SegmentTarget {
   readonly volumeId: string;
   /** Blocks of a full chunk (chunkBytes / 4096). */
   readonly chunkBlocks: number;
-  readonly random: Random;
-  readonly clock: Clock;
+  /** 16 random bytes, for this segment alone. */
+  readonly salt: Uint8Array;
+  readonly createdNs: bigint;
 }
 
 /** Which segment: `level` undefined is a full map (then `firstSeq` is 1). */
@@ -62,8 +63,8 @@ class PageRows {
 }
 
 /**
- * Builds one segment. Calls: any number of `addExtent` (ascending by block, then by sequence number) and `addCommit`
- * (ascending), in any mixture; `take` now and then for the bytes that are ready; `finish` for the rest. Everything that the
+ * Builds one segment. Calls: `addExtent` for all extents (ascending by block, then by sequence number), then `addCommit` for all
+ * commits (ascending); `take` now and then for the bytes that are ready; `finish` for the rest. Everything that the
  * format demands is checked here: RangeError means a bug in the caller, and no segment is written.
  */
 export class SegmentBuilder {
@@ -97,12 +98,12 @@ export class SegmentBuilder {
   #pageCommits = 0;
   #lastSeq: number;
   #lastHash: Buffer | undefined;
-  #lastFullSeq = 0;
+  #lastFullFirstSeq = 0;
   #finished = false;
 
   /** `prevHash`: of the commit before the range (zeros for the first, and for a full map). */
   constructor(target: SegmentTarget, range: SegmentRange, prevHash: Buffer) {
-    const salt = Buffer.from(target.random(16));
+    const salt = Buffer.from(target.salt);
     this.#range = range;
     this.#prevHash = Buffer.from(prevHash);
     this.#header = encodeSegmentHeader({
@@ -113,7 +114,7 @@ export class SegmentBuilder {
       firstSeq: range.firstSeq,
       lastSeq: range.lastSeq,
       salt,
-      createdNs: target.clock.nowNs(),
+      createdNs: target.createdNs,
     });
     this.#sealer = target.keys.segmentSealer(salt);
     this.#lastSeq = range.firstSeq - 1;
@@ -139,6 +140,7 @@ export class SegmentBuilder {
     sub: number,
     skip: number,
   ): void {
+    if (this.#commits > 0) throw new RangeError('segment: an extent after the commits');
     const full = this.#range.level === undefined;
     const relative = full ? 0 : seq - this.#range.firstSeq;
     if (relative < 0 || (!full && seq > this.#range.lastSeq)) {
@@ -188,6 +190,7 @@ export class SegmentBuilder {
       throw new RangeError(`segment: commit ${c.firstSeq} to ${c.seq} after ${this.#lastSeq}`);
     }
     if (pack >= this.#packs.count) throw new RangeError('segment: no such pack');
+    if (this.#pageExtents > 0) this.#closeExtentPage();
     encodeCommitRecord(c, pack, this.#commitPage, this.#pageCommits * COMMIT_RECORD_BYTES);
     const p = this.#commitRows.number.length;
     if (this.#pageCommits === 0) {
@@ -199,7 +202,7 @@ export class SegmentBuilder {
     if (c.instantNs < (this.#least[p] ?? 0n)) this.#least[p] = c.instantNs;
     if (c.instantNs > (this.#greatest[p] ?? 0n)) this.#greatest[p] = c.instantNs;
     if (c.pointClass >= PointClass.crash) this.#points[p] = (this.#points[p] ?? 0) + 1;
-    if ((c.flags & CommitFlag.full) !== 0) this.#lastFullSeq = c.seq;
+    if ((c.flags & CommitFlag.full) !== 0) this.#lastFullFirstSeq = c.firstSeq;
     this.#lastSeq = c.seq;
     this.#lastHash = Buffer.from(c.hash);
     this.#commits++;
@@ -221,7 +224,6 @@ export class SegmentBuilder {
     if (this.#lastSeq !== this.#range.lastSeq || this.#lastHash === undefined) {
       throw new RangeError(`segment: commits end at ${this.#lastSeq}, not ${this.#range.lastSeq}`);
     }
-    if (this.#pageExtents > 0) this.#closeExtentPage();
     if (this.#pageCommits > 0) this.#closeCommitPage();
     const ids = this.#packs.bytes;
     const pageBytes = PACK_IDS_PER_PAGE * PACK_ID_BYTES;
@@ -239,7 +241,7 @@ export class SegmentBuilder {
       commitCount: this.#commits,
       prevHash: this.#prevHash,
       lastHash: this.#lastHash,
-      lastFullSeq: this.#lastFullSeq,
+      lastFullFirstSeq: this.#lastFullFirstSeq,
     };
     this.#extentRows.fill(index.extents);
     index.extents.firstBlock.set(this.#firstBlocks);
@@ -305,4 +307,71 @@ export async function putSegment(
   }
   await target.store.putStream(name, parts());
   return name;
+}
+
+/** Adds the commit records of `source` that lie in (afterSeq, uptoSeq], and yields after each page. */
+export async function* copyCommits(
+  builder: SegmentBuilder,
+  source: SegmentSource,
+  afterSeq: number,
+  uptoSeq: number,
+): AsyncGenerator<void> {
+  const pages = source.index.commits.length;
+  const map = new PackMap(builder, source);
+  for (let p = Math.max(0, commitPageOf(source, afterSeq + 1)); p < pages; p++) {
+    const page = await source.commitPage(p, false);
+    for (let i = page.lowerBound(afterSeq + 1); i < page.length; i++) {
+      const c = page.record(i);
+      if (c.seq > uptoSeq) return;
+      builder.addCommit(c, map.known(c.pack) ?? (await map.learn(c.pack)));
+    }
+    yield;
+  }
+}
+
+/** From the pack indexes of a source to those of a segment being built; only packs that are named get one. */
+export class PackMap {
+  readonly #builder: SegmentBuilder;
+  readonly #source: SegmentSource;
+  readonly #map: Uint32Array;
+
+  constructor(builder: SegmentBuilder, source: SegmentSource) {
+    this.#builder = builder;
+    this.#source = source;
+    this.#map = new Uint32Array(source.index.packCount).fill(HOLE);
+  }
+
+  /** Undefined: `learn` it first. */
+  known(pack: number): number | undefined {
+    if (pack === HOLE) return HOLE;
+    const index = this.#map[pack];
+    return index === HOLE ? undefined : index;
+  }
+
+  async learn(pack: number): Promise<number> {
+    const index = this.#builder.packIndex(Buffer.from(await this.#source.packId(pack), 'hex'));
+    this.#map[pack] = index;
+    return index;
+  }
+}
+
+/**
+ * Puts `source` (of {@link memorySegment}) as a segment of level 0. Resolves to the object's name. The packs it names must be sealed
+ * (FORMAT.md 6.6).
+ */
+export function putMemorySegment(target: SegmentTarget, source: SegmentSource): Promise<string> {
+  const range: SegmentRange = { level: 0, firstSeq: source.firstSeq, lastSeq: source.lastSeq };
+  return putSegment(target, range, source.index.prevHash, async function* (builder) {
+    const map = new PackMap(builder, source);
+    for (let p = 0; p < source.index.extents.length; p++) {
+      const page = await source.extentPage(p);
+      for (let i = 0; i < page.length; i++) {
+        const pack = map.known(page.pack(i)) ?? (await map.learn(page.pack(i)));
+        const seq = source.firstSeq + page.seq(i);
+        builder.addExtent(page.block(i), page.count(i), seq, pack, page.frame(i), page.sub(i), page.skip(i));
+      }
+      yield;
+    }
+    yield* copyCommits(builder, source, source.firstSeq - 1, source.lastSeq);
+  });
 }

@@ -34,16 +34,34 @@ function runShell(shell: string, args: readonly string[], script: string): strin
 /** What is typed (the last word is being completed) → everything that must be offered, sorted. */
 const CASES: readonly (readonly [typed: readonly string[], offered: readonly string[]])[] = [
   [['re'], ['restore']],
-  [['key', ''], ['add', 'list']],
+  [
+    ['key', ''],
+    ['add', 'list'],
+  ],
   [['--repo', 'x', '-q', 'key', 'a'], ['add']],
-  [['restore', 'v', '/d', '--fo'], ['--force', '--format']],
-  [['restore', '--format', ''], ['qcow2', 'raw']],
+  [
+    ['restore', 'v', '/d', '--fo'],
+    ['--force', '--format'],
+  ],
+  [
+    ['restore', '--format', ''],
+    ['qcow2', 'raw'],
+  ],
   [['restore', '--into', 'a'], ['a dir']],
-  [['restore', 'v', 'a'], ['a dir', 'a file']],
-  [['restore', '--tag', 'x', 'v', 'a'], ['a dir', 'a file']],
+  [
+    ['restore', 'v', 'a'],
+    ['a dir', 'a file'],
+  ],
+  [
+    ['restore', '--tag', 'x', 'v', 'a'],
+    ['a dir', 'a file'],
+  ],
   [['restore', '--at', ''], []],
   [['restore', 'v', 't', ''], []],
-  [['key', 'add', 'x', 'y', 'a'], ['a dir', 'a file']],
+  [
+    ['key', 'add', 'x', 'y', 'a'],
+    ['a dir', 'a file'],
+  ],
   [['key', 'add', '--js'], ['--json']],
   [['--password-f'], ['--password-file']],
 ];

@@ -2,8 +2,20 @@
 import { readFileSync } from 'node:fs';
 
 import { openReadDevice, openWriteDevice } from '../../../src/devices/open.js';
-import { readDeviceSuite, writeDeviceSuite, type MadeDevice, type MadeTarget } from '../../support/device-suite.js';
-import { addPartitions, DISK_NEEDS, imageFile, noise, pokeWithDd, tool } from '../../support/disks.js';
+import {
+  readDeviceSuite,
+  writeDeviceSuite,
+  type MadeDevice,
+  type MadeTarget,
+} from '../../support/device-suite.js';
+import {
+  addPartitions,
+  DISK_NEEDS,
+  imageFile,
+  noise,
+  pokeWithDd,
+  tool,
+} from '../../support/disks.js';
 import { attachLoop, newLoop } from '../../support/loop.js';
 import { requires } from '../../support/requires.js';
 import type { TempDir } from '../../support/tmp.js';
@@ -24,7 +36,12 @@ function dd(path: string, offset: number, length: number): Uint8Array {
   return readFileSync(path).subarray(offset, offset + length);
 }
 
-function opened(path: string, content: Uint8Array, logicalBlockBytes: number, poke?: MadeDevice['poke']): MadeDevice {
+function opened(
+  path: string,
+  content: Uint8Array,
+  logicalBlockBytes: number,
+  poke?: MadeDevice['poke'],
+): MadeDevice {
   return {
     path,
     content,
@@ -77,20 +94,25 @@ needs.describe('block devices', () => {
   ] as const) {
     readDeviceSuite(`loop device, ${sizeBytes} bytes in sectors of ${sectorBytes}`, async (dir) => {
       const content = patchwork(4, sizeBytes);
-      const { device } = await attachLoop(dir, imageFile(dir, 'disk.img', content), { sectorBytes });
+      const { device } = await attachLoop(dir, imageFile(dir, 'disk.img', content), {
+        sectorBytes,
+      });
       return opened(device, content, sectorBytes);
     });
 
-    writeDeviceSuite(`loop device, ${sizeBytes} bytes in sectors of ${sectorBytes}`, async (dir) => {
-      const { device } = await newLoop(dir, 'disk.img', sizeBytes, { sectorBytes });
-      return {
-        path: device,
-        sizeBytes,
-        isFixed: true,
-        open: () => openWriteDevice(device, 'existing'),
-        peek: () => dd(device, 0, sizeBytes),
-      };
-    });
+    writeDeviceSuite(
+      `loop device, ${sizeBytes} bytes in sectors of ${sectorBytes}`,
+      async (dir) => {
+        const { device } = await newLoop(dir, 'disk.img', sizeBytes, { sectorBytes });
+        return {
+          path: device,
+          sizeBytes,
+          isFixed: true,
+          open: () => openWriteDevice(device, 'existing'),
+          peek: () => dd(device, 0, sizeBytes),
+        };
+      },
+    );
   }
 
   // Sector 63 is where DOS put partitions: not a multiple of 4096 bytes.
@@ -100,10 +122,16 @@ needs.describe('block devices', () => {
     [4096, 6, 700],
   ] as const) {
     const title = `partition from sector ${firstSector} of ${sectors} sectors of ${sectorBytes}`;
-    const disk = async (dir: TempDir): Promise<{ device: string; partition: string; content: Uint8Array; at: number }> => {
+    const disk = async (
+      dir: TempDir,
+    ): Promise<{ device: string; partition: string; content: Uint8Array; at: number }> => {
       const bytes = patchwork(5, 5 * MIB);
       const { device } = await attachLoop(dir, imageFile(dir, 'disk.img', bytes), { sectorBytes });
-      tool('sfdisk', ['--quiet', '--no-reread', '--wipe=never', device], `label: dos\nstart=${firstSector}, size=${sectors}, type=83\n`);
+      tool(
+        'sfdisk',
+        ['--quiet', '--no-reread', '--wipe=never', device],
+        `label: dos\nstart=${firstSector}, size=${sectors}, type=83\n`,
+      );
       const [partition = ''] = addPartitions(dir, device, 1);
       const at = firstSector * sectorBytes;
       return { device, partition, at, content: bytes.slice(at, at + sectors * sectorBytes) };
@@ -111,7 +139,9 @@ needs.describe('block devices', () => {
 
     readDeviceSuite(title, async (dir) => {
       const { device, partition, content, at } = await disk(dir);
-      return opened(partition, content, sectorBytes, (offset, data) => pokeWithDd(device, at + offset, data));
+      return opened(partition, content, sectorBytes, (offset, data) =>
+        pokeWithDd(device, at + offset, data),
+      );
     });
 
     writeDeviceSuite(title, async (dir): Promise<MadeTarget> => {
@@ -134,7 +164,13 @@ for (const [name, sizeBytes] of [
 ] as const) {
   writeDeviceSuite(name, async (dir) => {
     const path = dir.join('target.img');
-    return { path, sizeBytes, isFixed: false, open: () => openWriteDevice(path, 'new'), peek: () => readFileSync(path) };
+    return {
+      path,
+      sizeBytes,
+      isFixed: false,
+      open: () => openWriteDevice(path, 'new'),
+      peek: () => readFileSync(path),
+    };
   });
 }
 

@@ -1,13 +1,13 @@
 /** Failing media: loop devices over files that are too short or cannot grow give real EIO and ENOSPC. */
-import { statSync, truncateSync } from 'node:fs';
+import { closeSync, ftruncateSync, openSync, statSync, truncateSync, writeSync } from 'node:fs';
 
 import { describe, expect } from 'vitest';
 
 import { openReadDevice, openWriteDevice } from '../../../src/devices/open.js';
 import { B2Error } from '../../../src/errors.js';
 import { alignedMemory } from '../../../src/memory.js';
-import { addPartitions, DISK_NEEDS, imageFile, noise, tool } from '../../support/disks.js';
-import { attachLoop, newLoop } from '../../support/loop.js';
+import { addPartitions, dice, DISK_NEEDS, imageFile, noise, tool } from '../../support/disks.js';
+import { attachLoop, makeFileSystem, makerOf, mountDevice, newLoop } from '../../support/loop.js';
 import { requires } from '../../support/requires.js';
 import { tempDir } from '../../support/tmp.js';
 
@@ -25,26 +25,31 @@ async function failure(promise: Promise<unknown>): Promise<B2Error> {
 }
 
 describe('media that fail', () => {
-  needs.it('a read error names the device, the offset and the length, and spares the rest', async () => {
-    await using dir = tempDir();
-    const content = noise(1, 4 * MIB);
-    const file = imageFile(dir, 'disk.img', content);
-    const { device } = await attachLoop(dir, file);
-    truncateSync(file, 2 * MIB);
-    const source = await openReadDevice(device);
-    try {
-      for (const into of [alignedMemory(65536), new Uint8Array(65536)]) {
-        const error = await failure(source.read(into, 3 * MIB));
-        expect(error.kind).toBe('io');
-        expect(error.retryable).toBe(true);
-        expect(error.message).toContain(`read 65536 bytes at offset ${3 * MIB} of ${device}: EIO`);
-        expect(await source.read(into, MIB)).toBe(65536);
-        expect(Buffer.compare(into, content.subarray(MIB, MIB + 65536))).toBe(0);
+  needs.it(
+    'a read error names the device, the offset and the length, and spares the rest',
+    async () => {
+      await using dir = tempDir();
+      const content = noise(1, 4 * MIB);
+      const file = imageFile(dir, 'disk.img', content);
+      const { device } = await attachLoop(dir, file);
+      truncateSync(file, 2 * MIB);
+      const source = await openReadDevice(device);
+      try {
+        for (const into of [alignedMemory(65536), new Uint8Array(65536)]) {
+          const error = await failure(source.read(into, 3 * MIB));
+          expect(error.kind).toBe('io');
+          expect(error.retryable).toBe(true);
+          expect(error.message).toContain(
+            `read 65536 bytes at offset ${3 * MIB} of ${device}: EIO`,
+          );
+          expect(await source.read(into, MIB)).toBe(65536);
+          expect(Buffer.compare(into, content.subarray(MIB, MIB + 65536))).toBe(0);
+        }
+      } finally {
+        await source.close();
       }
-    } finally {
-      await source.close();
-    }
-  });
+    },
+  );
 
   needs.it('a write error names the device, the offset and the length', async () => {
     await using dir = tempDir();
@@ -70,7 +75,9 @@ describe('media that fail', () => {
       await target.truncate(8 * MIB);
       const error = await failure(target.write(noise(2, 4 * MIB), 4096));
       expect(error.kind).toBe('no-space');
-      expect(error.message).toContain(`write ${4 * MIB} bytes at offset 4096 of ${dir.join('target.img')}: ENOSPC`);
+      expect(error.message).toContain(
+        `write ${4 * MIB} bytes at offset 4096 of ${dir.join('target.img')}: ENOSPC`,
+      );
     } finally {
       await target.close();
     }
@@ -101,7 +108,10 @@ describe('facts', () => {
       });
       expect(source.facts.diskSequence).toBeTypeOf('bigint');
       // Another process's view of what we hold: the disk, not the partition.
-      const held = tool('sh', ['-c', `for f in /proc/${process.pid}/fd/*; do readlink "$f" || true; done`]).split('\n');
+      const held = tool('sh', [
+        '-c',
+        `for f in /proc/${process.pid}/fd/*; do readlink "$f" || true; done`,
+      ]).split('\n');
       expect(held).toContain(device);
       expect(held).not.toContain(partition);
     } finally {
@@ -117,29 +127,72 @@ describe('facts', () => {
     expect(error.message).toBe(`${device} is read-only`);
   });
 
-  needs.it('a new size of the device shows after refresh, and its zeroing keeps a loop file sparse', async () => {
-    await using dir = tempDir();
-    const { device, file } = await newLoop(dir, 'disk.img', 4 * MIB);
-    const source = await openReadDevice(device);
-    try {
-      truncateSync(file, 6 * MIB);
-      tool('losetup', ['--set-capacity', device]);
-      expect(source.facts.sizeBytes).toBe(4 * MIB);
-      expect((await source.refresh()).sizeBytes).toBe(6 * MIB);
-      expect(source.facts.sizeBytes).toBe(6 * MIB);
-    } finally {
-      await source.close();
-    }
-    const target = await openWriteDevice(device, 'existing');
-    try {
-      await target.write(noise(1, 4 * MIB), 0);
-      await target.sync();
-      expect(statSync(file).blocks * 512).toBeGreaterThanOrEqual(4 * MIB);
-      await target.zero(0, 6 * MIB);
-      await target.sync();
-      expect(statSync(file).blocks * 512).toBeLessThan(MIB);
-    } finally {
-      await target.close();
-    }
-  });
+  needs.it(
+    'a new size of the device shows after refresh, and its zeroing keeps a loop file sparse',
+    async () => {
+      await using dir = tempDir();
+      const { device, file } = await newLoop(dir, 'disk.img', 4 * MIB);
+      const source = await openReadDevice(device);
+      try {
+        truncateSync(file, 6 * MIB);
+        tool('losetup', ['--set-capacity', device]);
+        expect(source.facts.sizeBytes).toBe(4 * MIB);
+        expect((await source.refresh()).sizeBytes).toBe(6 * MIB);
+        expect(source.facts.sizeBytes).toBe(6 * MIB);
+      } finally {
+        await source.close();
+      }
+      const target = await openWriteDevice(device, 'existing');
+      try {
+        await target.write(noise(1, 4 * MIB), 0);
+        await target.sync();
+        expect(statSync(file).blocks * 512).toBeGreaterThanOrEqual(4 * MIB);
+        await target.zero(0, 6 * MIB);
+        await target.sync();
+        expect(statSync(file).blocks * 512).toBeLessThan(MIB);
+      } finally {
+        await target.close();
+      }
+    },
+  );
+});
+
+describe('data ranges of a file that is being written', () => {
+  for (const type of ['ext4', 'xfs', 'btrfs'] as const) {
+    requires({ ...DISK_NEEDS, tools: [...(DISK_NEEDS.tools ?? []), makerOf(type)] }).it(
+      `hold every block that was written before they were asked for, on ${type}`,
+      async () => {
+        await using dir = tempDir();
+        const { device } = await newLoop(dir, 'fs.img', 512 * MIB);
+        await makeFileSystem(type, device);
+        const mount = await mountDevice(dir, device, 'm');
+        const path = `${mount.path}/disk.img`;
+        const fd = openSync(path, 'w+');
+        const source = await openReadDevice(path);
+        try {
+          ftruncateSync(fd, 64 * MIB);
+          await source.refresh();
+          const roll = dice(3);
+          const written = new Set<number>();
+          for (let i = 0; i < 300; i++) {
+            const block = roll((64 * MIB) / 4096);
+            // Not synced: it waits in memory, without a place on the disk.
+            writeSync(fd, noise(i, 4096), 0, 4096, block * 4096);
+            written.add(block);
+            if (i % 10 !== 0) continue;
+            const ranges = await source.dataRanges(0, 64 * MIB);
+            const missing = [...written].filter(
+              (b) =>
+                !ranges.some((r) => r.offset <= b * 4096 && r.offset + r.length >= (b + 1) * 4096),
+            );
+            expect(missing).toEqual([]);
+            expect(ranges.reduce((sum, r) => sum + r.length, 0)).toBeLessThan(64 * MIB);
+          }
+        } finally {
+          closeSync(fd);
+          await source.close();
+        }
+      },
+    );
+  }
 });

@@ -11,8 +11,14 @@ describe('opening by name', () => {
   it('says what a name is that is no device', async () => {
     await using dir = tempDir();
     await expect(openReadDevice(dir.join('none'))).rejects.toMatchObject({ kind: 'not-found' });
-    await expect(openReadDevice(dir.path)).rejects.toMatchObject({ kind: 'refused', message: `${dir.path} is a directory, not a block device or an image file` });
-    await expect(openReadDevice('/dev/null')).rejects.toMatchObject({ kind: 'refused', message: '/dev/null is a character device, not a block device or an image file' });
+    await expect(openReadDevice(dir.path)).rejects.toMatchObject({
+      kind: 'refused',
+      message: `${dir.path} is a directory, not a block device or an image file`,
+    });
+    await expect(openReadDevice('/dev/null')).rejects.toMatchObject({
+      kind: 'refused',
+      message: '/dev/null is a character device, not a block device or an image file',
+    });
   });
 
   it('follows a link for reading', async () => {
@@ -20,7 +26,11 @@ describe('opening by name', () => {
     writeFileSync(dir.join('a.img'), 'content');
     symlinkSync('a.img', dir.join('link'));
     const device = await openReadDevice(dir.join('link'));
-    expect(device.facts).toMatchObject({ path: dir.join('link'), realPath: dir.join('a.img'), sizeBytes: 7 });
+    expect(device.facts).toMatchObject({
+      path: dir.join('link'),
+      realPath: dir.join('a.img'),
+      sizeBytes: 7,
+    });
     await device.close();
   });
 
@@ -39,7 +49,9 @@ describe('opening by name', () => {
     const device = await openWriteDevice(dir.join('t.img'), 'either');
     await device.close();
     expect(readFileSync(dir.join('t.img'), 'utf8')).toBe('keep me');
-    await expect(openWriteDevice(dir.join('none'), 'existing')).rejects.toMatchObject({ kind: 'not-found' });
+    await expect(openWriteDevice(dir.join('none'), 'existing')).rejects.toMatchObject({
+      kind: 'not-found',
+    });
   });
 
   it('refuses links, to something and to nothing, as a target', async () => {
@@ -50,7 +62,8 @@ describe('opening by name', () => {
     for (const name of ['link', 'dangling']) {
       for (const mode of ['new', 'existing', 'either'] as const) {
         await expect(openWriteDevice(dir.join(name), mode)).rejects.toSatisfy(
-          (error) => isKind(error, 'refused') && error.message === `${dir.join(name)} is a symbolic link`,
+          (error) =>
+            isKind(error, 'refused') && error.message === `${dir.join(name)} is a symbolic link`,
         );
       }
     }
@@ -61,15 +74,21 @@ describe('opening by name', () => {
   it('refuses directories, and makes no files in /dev', async () => {
     await using dir = tempDir();
     mkdirSync(dir.join('d'));
-    await expect(openWriteDevice(dir.join('d'), 'either')).rejects.toMatchObject({ kind: 'refused' });
-    await expect(openWriteDevice('/dev/b2-no-such-disk', 'either')).rejects.toMatchObject({ kind: 'not-found' });
+    await expect(openWriteDevice(dir.join('d'), 'either')).rejects.toMatchObject({
+      kind: 'refused',
+    });
+    await expect(openWriteDevice('/dev/b2-no-such-disk', 'either')).rejects.toMatchObject({
+      kind: 'not-found',
+    });
     expect(await targetKind('/dev/b2-no-such-disk')).toBe('none');
   });
 
   it('lets one program at a time write to a file', async () => {
     await using dir = tempDir();
     const first = await openWriteDevice(dir.join('t.img'), 'new');
-    await expect(openWriteDevice(dir.join('t.img'), 'existing')).rejects.toMatchObject({ kind: 'refused' });
+    await expect(openWriteDevice(dir.join('t.img'), 'existing')).rejects.toMatchObject({
+      kind: 'refused',
+    });
     await first.close();
     await (await openWriteDevice(dir.join('t.img'), 'existing')).close();
   });
@@ -81,6 +100,8 @@ describe('opening by name', () => {
     expect(await inUseReasons(inside, { repositoryPath: dir.join('repo') })).toEqual([
       { kind: 'repository', text: `${inside} lies inside the repository ${dir.join('repo')}` },
     ]);
-    expect(await inUseReasons(dir.join('repository.img'), { repositoryPath: dir.join('repo') })).toEqual([]);
+    expect(
+      await inUseReasons(dir.join('repository.img'), { repositoryPath: dir.join('repo') }),
+    ).toEqual([]);
   });
 });

@@ -15,6 +15,7 @@ import {
 import { tmpdir } from 'node:os';
 import path from 'node:path';
 import { afterEach, beforeEach, describe, expect, test } from 'vitest';
+import { B2Error } from '../../../src/errors.js';
 import { type FileCalls, systemFileCalls, temporaryName } from '../../../src/fs.js';
 import { alignedMemory } from '../../../src/memory.js';
 import { currentIdentity } from '../../../src/process-identity.js';
@@ -22,8 +23,7 @@ import { openDirectoryStore } from '../../../src/repo/store-directory.js';
 import type { ObjectInfo, Store } from '../../../src/repo/store.js';
 import { compileForChild } from '../../support/compile.js';
 import { FaultStore } from '../../support/store-fault.js';
-import { patterned, storeSuite } from '../../support/store-suite.js';
-import { B2Error } from '../../../src/errors.js';
+import { patterned, type StoreFixture, storeSuite } from '../../support/store-suite.js';
 
 /** Shows a store as one that cannot append. */
 function hidingAppend(store: Store): Store {
@@ -43,8 +43,13 @@ function hidingAppend(store: Store): Store {
   };
 }
 
-function directorySuite(title: string, parent: string, wrap: (store: Store) => Store): void {
-  storeSuite(title, async () => {
+function directorySuite(
+  title: string,
+  parent: string,
+  wrap: (store: Store) => Store,
+  append = true,
+): void {
+  const make = async (): Promise<StoreFixture> => {
     const directory = await mkdtemp(path.join(parent, 'b2-store-'));
     const root = path.join(directory, 'repo');
     const store = wrap(await openDirectoryStore(root, { create: true }));
@@ -56,11 +61,12 @@ function directorySuite(title: string, parent: string, wrap: (store: Store) => S
         await rm(directory, { recursive: true });
       },
     };
-  });
+  };
+  storeSuite(title, make, { append });
 }
 
 directorySuite('DirectoryStore', tmpdir(), (store) => store);
-directorySuite('DirectoryStore that hides append', tmpdir(), hidingAppend);
+directorySuite('DirectoryStore that hides append', tmpdir(), hidingAppend, false);
 directorySuite('FaultStore around a DirectoryStore', tmpdir(), (store) => new FaultStore(store));
 if (fs.existsSync('/dev/shm')) directorySuite('DirectoryStore on tmpfs', '/dev/shm', (s) => s);
 
@@ -127,7 +133,10 @@ describe('files and directories', () => {
   });
 
   test('a missing repository is no-repository unless it is to be made', async () => {
-    await expect(openDirectoryStore(root)).rejects.toMatchObject({ kind: 'no-repository', code: 10 });
+    await expect(openDirectoryStore(root)).rejects.toMatchObject({
+      kind: 'no-repository',
+      code: 10,
+    });
     await writeFile(path.join(parent, 'file'), 'x');
     await expect(openDirectoryStore(path.join(parent, 'file'))).rejects.toMatchObject({
       kind: 'no-repository',
@@ -198,7 +207,10 @@ describe('a file system that went away', () => {
     await store.put('packs/a', Buffer.from('x'));
     await rename(root, `${root}-moved`);
     await mkdir(root);
-    const gone = { kind: 'io', message: expect.stringContaining('not the one that was opened') as string };
+    const gone = {
+      kind: 'io',
+      message: expect.stringContaining('not the one that was opened') as string,
+    };
     await expect(listed(store)).rejects.toMatchObject(gone);
     await expect(store.get('packs/a')).rejects.toMatchObject(gone);
     await expect(store.stat('packs/a')).rejects.toMatchObject(gone);
@@ -228,7 +240,8 @@ describe('temporary files', () => {
     const dead = own.replace(`-${pid}-${startTicks}-`, `-${pid}-1${startTicks}-`);
     const elsewhere = own.replace(/^~b2-.{12}-/, '~b2-0123456789ab-');
     const old = elsewhere.replace('-0123456789ab-', '-ba9876543210-');
-    for (const name of [own, dead, elsewhere, old]) await writeFile(path.join(root, 'packs', name), 'x');
+    for (const name of [own, dead, elsewhere, old])
+      await writeFile(path.join(root, 'packs', name), 'x');
     await utimes(path.join(root, 'packs', old), 1_000_000, 1_000_000);
     const store = await openHere();
     await store.put('packs/a', Buffer.from('x'));
@@ -241,7 +254,10 @@ describe('temporary files', () => {
       fsync: (fd) => (isBroken ? Promise.reject(systemError('EIO')) : systemFileCalls.fsync(fd)),
     });
     isBroken = true;
-    await expect(store.put('a', Buffer.from('x'))).rejects.toMatchObject({ kind: 'io', retryable: true });
+    await expect(store.put('a', Buffer.from('x'))).rejects.toMatchObject({
+      kind: 'io',
+      retryable: true,
+    });
     expect(await filesBelow()).toEqual([]);
   });
 });
@@ -252,7 +268,10 @@ describe('durability: what is synced before a call resolves', () => {
     const trace: string[] = [];
     const paths = new Map<number, string>();
     const short = (name: string): string =>
-      name.replace(parent, '').replace(/~b2-[^/]*~/, '*').replace(/^\/repo\/?/, '') || '/';
+      name
+        .replace(parent, '')
+        .replace(/~b2-[^/]*~/, '*')
+        .replace(/^\/repo\/?/, '') || '/';
     const calls: Partial<FileCalls> = {
       async open(name, flags, mode) {
         const fd = await systemFileCalls.open(name, flags, mode);
@@ -340,9 +359,9 @@ describe('durability: what is synced before a call resolves', () => {
     await appender.append(Buffer.from('y'));
     await appender.sync();
     await appender.close();
-    expect(trace.filter((line) => !line.startsWith('mkdir') && !line.includes('fsync /b2')).slice(-5)).toEqual(
-      ['write p', 'fdatasync p', 'fsync /', 'write p', 'fdatasync p'],
-    );
+    expect(
+      trace.filter((line) => !line.startsWith('mkdir') && !line.includes('fsync /b2')).slice(-5),
+    ).toEqual(['write p', 'fdatasync p', 'fsync /', 'write p', 'fdatasync p']);
   });
 
   test('many puts into one directory at once share directory syncs', async () => {
@@ -403,7 +422,10 @@ describe('failures', () => {
       });
       await store.put('a', Buffer.from('old'));
       isBroken = true;
-      await expect(store.put('a', Buffer.from('new'))).rejects.toMatchObject({ name: 'B2Error', kind });
+      await expect(store.put('a', Buffer.from('new'))).rejects.toMatchObject({
+        name: 'B2Error',
+        kind,
+      });
       isBroken = false;
       expect(['old', 'new']).toContain(String(await store.get('a')));
       await store.put('a', Buffer.from('again'));
@@ -426,7 +448,11 @@ describe('failures', () => {
     const appender = await store.openAppend('p', 'create');
     await appender.append(Buffer.from('x'));
     await expect(appender.sync()).rejects.toMatchObject({ kind: 'io', retryable: false });
-    const dead = { kind: 'io', retryable: false, message: expect.stringContaining('unknown') as string };
+    const dead = {
+      kind: 'io',
+      retryable: false,
+      message: expect.stringContaining('unknown') as string,
+    };
     await expect(appender.sync()).rejects.toMatchObject(dead);
     await expect(appender.append(Buffer.from('y'))).rejects.toMatchObject(dead);
     await appender.close();
@@ -447,7 +473,12 @@ describe('failures', () => {
       appender.append(Buffer.from('three')),
       appender.sync(),
     ]);
-    expect(outcomes.map(({ status }) => status)).toEqual(['fulfilled', 'rejected', 'rejected', 'rejected']);
+    expect(outcomes.map(({ status }) => status)).toEqual([
+      'fulfilled',
+      'rejected',
+      'rejected',
+      'rejected',
+    ]);
     for (const outcome of outcomes.slice(1)) {
       expect(outcome).toMatchObject({ reason: { kind: 'no-space' } });
     }
@@ -491,12 +522,19 @@ describe('failures', () => {
 
 describe('direct I/O', () => {
   /** Counts reads and writes through descriptors with O_DIRECT. */
-  function counting(refuse = false): { direct: { opened: number; used: number }; calls: Partial<FileCalls> } {
+  function counting(refuse = false): {
+    direct: { opened: number; used: number };
+    calls: Partial<FileCalls>;
+  } {
     const direct = { opened: 0, used: 0 };
     const fds = new Set<number>();
     const calls: Partial<FileCalls> = {
       async open(name, flags, mode) {
-        const fd = await systemFileCalls.open(name, flags & ~(refuse ? fs.constants.O_DIRECT : 0), mode);
+        const fd = await systemFileCalls.open(
+          name,
+          flags & ~(refuse ? fs.constants.O_DIRECT : 0),
+          mode,
+        );
         if ((flags & fs.constants.O_DIRECT) !== 0) {
           direct.opened++;
           fds.add(fd);
@@ -615,7 +653,12 @@ describe('several processes', () => {
           });
         });
         const ended = new Promise<number | null>((resolve) => child.once('close', resolve));
-        return { child, ready, ended, won: () => JSON.parse(output.split('\n')[1] ?? '') as number[] };
+        return {
+          child,
+          ready,
+          ended,
+          won: () => JSON.parse(output.split('\n')[1] ?? '') as number[],
+        };
       });
       await Promise.all(children.map(({ ready }) => ready));
       for (const { child } of children) child.stdin.write('go\n');
@@ -624,9 +667,14 @@ describe('several processes', () => {
       if (a === undefined || b === undefined) throw new Error('no results');
       expect([...a, ...b].sort((x, y) => x - y)).toEqual(Array.from({ length: 200 }, (_, i) => i));
       const store = await openHere();
-      for (const [me, won] of [['A', a], ['B', b]] as const) {
+      for (const [me, won] of [
+        ['A', a],
+        ['B', b],
+      ] as const) {
         for (const i of won) {
-          expect((await store.get(`race/${i % 9}/${i}`)).equals(Buffer.alloc(20_000, me))).toBe(true);
+          expect((await store.get(`race/${i % 9}/${i}`)).equals(Buffer.alloc(20_000, me))).toBe(
+            true,
+          );
         }
       }
       expect((await filesBelow()).filter((name) => name.startsWith('~'))).toEqual([]);

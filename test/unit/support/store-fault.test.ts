@@ -4,10 +4,14 @@ import { MemoryStore } from '../../support/store-memory.js';
 import { storeSuite } from '../../support/store-suite.js';
 
 for (const canAppend of [true, false]) {
-  storeSuite(`FaultStore without faults (canAppend: ${canAppend})`, async () => {
-    const store = new FaultStore(new MemoryStore({ canAppend }));
-    return { store, another: async () => store, cleanup: () => store.close() };
-  });
+  storeSuite(
+    `FaultStore without faults (canAppend: ${canAppend})`,
+    async () => {
+      const store = new FaultStore(new MemoryStore({ canAppend }));
+      return { store, another: async () => store, cleanup: () => store.close() };
+    },
+    { append: canAppend },
+  );
 }
 
 const bytes = Buffer.from('0123456789');
@@ -31,7 +35,8 @@ describe('FaultStore', () => {
   test('a star repeats the last one; an unknown character is refused', async () => {
     const store = new FaultStore(new MemoryStore(), { delete: '.E*' });
     await store.delete('a');
-    for (let i = 0; i < 5; i++) await expect(store.delete('a')).rejects.toMatchObject({ kind: 'io' });
+    for (let i = 0; i < 5; i++)
+      await expect(store.delete('a')).rejects.toMatchObject({ kind: 'io' });
     store.setFaults();
     await store.delete('a');
     expect(() => new FaultStore(new MemoryStore(), { put: '..x' })).toThrow(TypeError);

@@ -4,10 +4,14 @@ import { MemoryStore } from '../../support/store-memory.js';
 import { patterned, storeSuite } from '../../support/store-suite.js';
 
 for (const canAppend of [true, false]) {
-  storeSuite(`MemoryStore (canAppend: ${canAppend})`, async () => {
-    const store = new MemoryStore({ canAppend });
-    return { store, another: async () => store, cleanup: () => store.close() };
-  });
+  storeSuite(
+    `MemoryStore (canAppend: ${canAppend})`,
+    async () => {
+      const store = new MemoryStore({ canAppend });
+      return { store, another: async () => store, cleanup: () => store.close() };
+    },
+    { append: canAppend },
+  );
 }
 
 /** A reproducible generator of numbers in [0, 1). */
@@ -56,8 +60,24 @@ describe('MemoryStore.crashAt', () => {
           return (await contents(store.crashAt(i, { tear })))['p'];
         }),
       );
-    expect(await kept('none')).toEqual([undefined, '', 'one', 'one', 'onetwo', 'onetwothree', 'onetwothree']);
-    expect(await kept('drop')).toEqual([undefined, undefined, undefined, 'one', 'one', 'one', 'onetwothree']);
+    expect(await kept('none')).toEqual([
+      undefined,
+      '',
+      'one',
+      'one',
+      'onetwo',
+      'onetwothree',
+      'onetwothree',
+    ]);
+    expect(await kept('drop')).toEqual([
+      undefined,
+      undefined,
+      undefined,
+      'one',
+      'one',
+      'one',
+      'onetwothree',
+    ]);
   });
 
   test('tearing keeps what was synced and harms any page that was not', async () => {
@@ -91,7 +111,11 @@ describe('MemoryStore.crashAt', () => {
     const seen = new Set<string>();
     for (let seed = 0; seed < 100; seed++) {
       const image = store.crashAt(1, { tear: 'tear', random: seeded(seed * 104729) });
-      seen.add(Object.keys(await contents(image)).sort().join());
+      seen.add(
+        Object.keys(await contents(image))
+          .sort()
+          .join(),
+      );
     }
     expect([...seen].sort()).toEqual(['', 'a', 'a,b', 'b']);
     for (let seed = 0; seed < 20; seed++) {
@@ -110,7 +134,9 @@ describe('MemoryStore.crashAt', () => {
     await second.append(Buffer.from('two'));
     expect(await contents(image.crashAt(image.operations, { tear: 'drop' }))).toEqual({ p: 'one' });
     await second.sync();
-    expect(await contents(image.crashAt(image.operations, { tear: 'drop' }))).toEqual({ p: 'onetwo' });
+    expect(await contents(image.crashAt(image.operations, { tear: 'drop' }))).toEqual({
+      p: 'onetwo',
+    });
     expect(await contents(image.crashAt(0, { tear: 'drop' }))).toEqual({ p: 'one' });
     expect(await contents(store)).toEqual({ p: 'one' });
     expect(await contents(image.clone())).toEqual({ p: 'onetwo' });

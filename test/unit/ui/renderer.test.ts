@@ -41,7 +41,13 @@ it('words progress', () => {
     progressText({ type: 'progress', phase: 'a\u001b', doneBytes: 5, rateBytesPerSecond: 0 }),
   ).toBe('a\\x1b: 5 B');
   expect(
-    progressText({ type: 'progress', phase: 'x', doneBytes: 0, totalBytes: 0, rateBytesPerSecond: 0 }),
+    progressText({
+      type: 'progress',
+      phase: 'x',
+      doneBytes: 0,
+      totalBytes: 0,
+      rateBytesPerSecond: 0,
+    }),
   ).toBe('x: 0 B of 0 B (100.0%)');
 });
 
@@ -74,7 +80,10 @@ describe('for people', () => {
       clock.advanceMs(1000);
     }
     await renderer.close();
-    expect(stderr.lines.map((line) => line.slice(0, 17))).toEqual(['reading: 30.0 MiB', 'reading: 60.0 MiB']);
+    expect(stderr.lines.map((line) => line.slice(0, 17))).toEqual([
+      'reading: 30.0 MiB',
+      'reading: 60.0 MiB',
+    ]);
   });
 
   it('draws a moving line on a terminal and takes it away', async () => {
@@ -87,7 +96,9 @@ describe('for people', () => {
     await renderer.close();
     expect(stderr.text).toContain('a note\n');
     // The cursor is shown again.
-    expect(stderr.text.lastIndexOf('\u001b[?25h')).toBeGreaterThan(stderr.text.lastIndexOf('\u001b[?25l'));
+    expect(stderr.text.lastIndexOf('\u001b[?25h')).toBeGreaterThan(
+      stderr.text.lastIndexOf('\u001b[?25l'),
+    );
   });
 
   it('draws nothing on a terminal that cannot', async () => {

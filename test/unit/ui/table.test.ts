@@ -25,7 +25,10 @@ it('aligns columns without trailing spaces', () => {
 
 it('counts wide characters as two and shows control characters', () => {
   expect(displayWidth('日本e\u0301')).toBe(5);
-  const rows = [{ name: '日本', size: '1' }, { name: 'a\u001b[2J', size: '2' }];
+  const rows = [
+    { name: '日本', size: '1' },
+    { name: 'a\u001b[2J', size: '2' },
+  ];
   expect(table(columns, rows, plainStyle, '').split('\n')).toEqual([
     'NAME      SIZE  NOTE',
     '日本         1  x',
@@ -36,15 +39,30 @@ it('counts wide characters as two and shows control characters', () => {
 it('paints cells after they were aligned', () => {
   const style: Style = { ...plainStyle, red: (text) => `<${text}>` };
   const painted: readonly Column<Row>[] = [
-    { title: 'N', cell: (row) => row.name, paint: (text, row, s) => (row.size === '1' ? s.red(text) : text) },
+    {
+      title: 'N',
+      cell: (row) => row.name,
+      paint: (text, row, s) => (row.size === '1' ? s.red(text) : text),
+    },
     { title: 'S', cell: (row) => row.size },
   ];
-  const rows = [{ name: 'ab', size: '1' }, { name: 'c', size: '2' }];
+  const rows = [
+    { name: 'ab', size: '1' },
+    { name: 'c', size: '2' },
+  ];
   expect(table(painted, rows, style, '').split('\n').slice(1)).toEqual(['<ab>  1', 'c   2']);
 });
 
 it('lists fields', () => {
-  expect(fields([['id', '1'], ['label', 'b\n']], plainStyle)).toBe('id     1\nlabel  b\\x0a');
+  expect(
+    fields(
+      [
+        ['id', '1'],
+        ['label', 'b\n'],
+      ],
+      plainStyle,
+    ),
+  ).toBe('id     1\nlabel  b\\x0a');
 });
 
 it('colours only for somebody who wants to see them', async () => {

@@ -1,0 +1,43 @@
+/** Keeps the manifest of a volume small: merges segments and writes full maps as the policy says. */
+import { parseSegmentName, type SegmentName } from '../format/names.js';
+import { blocksOf } from '../units.js';
+import type { Repository } from './repository.js';
+import { maintainManifest, type MaintenanceDone } from './segments/maintain.js';
+import type { SegmentContext } from './segments/reader.js';
+import type { SegmentTarget } from './segments/writer.js';
+
+export function segmentContext(repo: Repository, volumeId: string): SegmentContext {
+  return { store: repo.store, keys: repo.keys, repositoryId: repo.id, volumeId, cache: repo.pages };
+}
+
+/** What the next segment of a volume is written with: a fresh salt and the time. */
+export function segmentTarget(repo: Repository, volumeId: string): SegmentTarget {
+  return {
+    store: repo.store,
+    keys: repo.keys,
+    repositoryId: repo.id,
+    volumeId,
+    chunkBlocks: blocksOf(repo.chunkBytes),
+    salt: repo.newSalt(),
+    createdNs: repo.env.clock.nowNs(),
+  };
+}
+
+export async function listSegments(repo: Repository, volumeId: string): Promise<SegmentName[]> {
+  const names: SegmentName[] = [];
+  for await (const { name } of repo.store.list(`volumes/${volumeId}/manifest`)) {
+    const parsed = parseSegmentName(name);
+    if (parsed !== undefined) names.push(parsed);
+  }
+  return names;
+}
+
+/** Merges what is due. Safe beside readers and beside itself; a crash at any point leaves a manifest that reads the same. */
+export function maintainVolume(repo: Repository, volumeId: string, signal?: AbortSignal): Promise<MaintenanceDone> {
+  return maintainManifest(
+    segmentContext(repo, volumeId),
+    () => segmentTarget(repo, volumeId),
+    () => listSegments(repo, volumeId),
+    { signal },
+  );
+}

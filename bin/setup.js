@@ -145,7 +145,7 @@ function setUp(root) {
     process.stderr.write(`    ${hint}\n`);
     process.exit(1);
   }
-  say(`first start in ${root}: installing packages and building, about two minutes`);
+  say(`first start in ${root}: installing packages and building (once, a few minutes)`);
   // -o: the lock is flock's own; npm and the compilers it starts do not inherit it.
   const done = spawnSync(
     'flock',

@@ -3,12 +3,13 @@
  * page-aligned memory, drop zeros, hash, look up, compress and seal into a pack of its own. A worker shares with
  * the others only what is in shared memory: the next piece to claim, the dedupe index, the placements.
  */
+import { setTimeout as sleep } from 'node:timers/promises';
+
 import type { Clock, Random } from '../clock.js';
 import type { ByteRange, ReadDevice } from '../devices/device.js';
 import { B2Error, isKind } from '../errors.js';
 import { packName } from '../format/names.js';
 import { alignedMemory } from '../memory.js';
-import { PackFlag } from '../repo/dedupe/packs.js';
 import { placeWord } from '../repo/dedupe/table.js';
 import { Found, type DedupeView } from '../repo/dedupe/view.js';
 import { PackWriter, type PackContext } from '../repo/pack-writer.js';
@@ -147,17 +148,16 @@ class ScanPart {
       while (ahead !== undefined) {
         this.o.checkStop();
         const now: Claim = ahead;
-        const got = await this.finishRead(now);
-        ahead = undefined; // its slab is ours now; the next claim takes the other one
-        ahead = await this.claim();
-        await this.work(now, got);
+        await this.finishRead(now);
+        ahead = await this.claim(); // takes the other slab
+        await this.work(now);
         await this.o.yieldNow();
       }
       await this.endPack();
       while (this.sealing.length > 0) await this.sealing.shift();
       return { packs: this.packs, unreadable: this.unreadable };
     } finally {
-      // After an error: nothing may go on reading into memory or writing to the store.
+      // After an error: nothing may go on reading into the memory or writing to the store.
       await ahead?.read.catch(() => undefined);
       await this.abandon();
     }
@@ -173,26 +173,26 @@ class ScanPart {
   }
 
   private setHole(window: number): void {
+    const size = this.windowBytes(window);
     this.packOf[window] = WINDOW_HOLE;
-    this.count(Counter.zero, this.windowBytes(window));
+    this.count(Counter.zero, size);
+    this.count(Counter.done, size);
   }
 
   /** Takes the next segment with data in it, sets those without it to holes, and starts reading. */
   private async claim(): Promise<Claim | undefined> {
-    const { plan, device, clock } = this.o;
+    const { plan, device } = this.o;
     for (;;) {
       const segment = Atomics.add(this.control, 0, 1);
       if (segment >= this.segments) return undefined;
       while (Atomics.load(this.control, 1) <= segment) {
         this.o.checkStop();
-        await clock.sleep(HOLE_WAIT_MS);
+        await sleep(HOLE_WAIT_MS);
       }
       let from = segment * this.perSegment;
       let end = Math.min(from + this.perSegment, this.windows);
       while (from < end && this.data[from] === 0) this.setHole(from++);
       while (end > from && this.data[end - 1] === 0) this.setHole(--end);
-      const whole = Math.min((segment + 1) * this.perSegment, this.windows) - segment * this.perSegment;
-      this.count(Counter.done, this.bytesOf(segment * this.perSegment, segment * this.perSegment + whole) - this.bytesOf(from, end));
       if (from === end) {
         this.o.checkStop();
         continue;
@@ -241,15 +241,16 @@ class ScanPart {
     if (facts === undefined || facts.sizeBytes < claim.offset + claim.length) throw error;
     const bytes = claim.slab.bytes.subarray(0, claim.length);
     const tryRead = async (from: number, end: number): Promise<boolean> => {
+      let got: number;
       try {
-        const got = await device.read(bytes.subarray(from, end), claim.offset + from);
-        if (got !== end - from) throw this.endedEarly(claim.offset + from + got);
-        this.count(Counter.read, got);
-        return true;
+        got = await device.read(bytes.subarray(from, end), claim.offset + from);
       } catch (again) {
-        if (isKind(again, 'io') && again.message !== this.endedEarly(0).message) return false;
+        if (isKind(again, 'io')) return false;
         throw again;
       }
+      if (got !== end - from) throw this.endedEarly(claim.offset + from + got);
+      this.count(Counter.read, got);
+      return true;
     };
     for (let from = 0; from < claim.length; from += plan.chunkBytes) {
       const end = Math.min(from + plan.chunkBytes, claim.length);
@@ -282,32 +283,98 @@ class ScanPart {
       if (full === undefined) throw new Error('a window outside its segment');
       const chunk = size === chunkBytes ? full : full.subarray(0, size);
       const zeros = size === chunkBytes ? this.zeros : this.zeros.subarray(0, size);
-      this.count(Counter.done, size);
       if (this.data[window] === 0 || chunk.equals(zeros)) {
         this.setHole(window);
         continue;
       }
       const id = ctx.keys.chunkId(chunk);
+      let found = this.lookUp(id);
+      while (found === Found.needsFooter || (found === Found.miss && this.writer === undefined)) {
+        if (found === Found.needsFooter) await view.loadFooter();
+        else await this.beginPack();
+        found = this.lookUp(id);
+      }
       this.count(Counter.chunks, 1);
-      let found = await this.lookUp(id);
+      this.count(Counter.done, size);
       if (found === Found.hit) {
         this.packOf[window] = view.pack;
         this.placeOf[window] = view.place;
         this.count(Counter.duplicate, size);
         continue;
       }
-      const writer = this.writer;
+      const { writer } = this;
       if (writer === undefined) throw new Error('a chunk without a pack');
+      // Other threads may know the place already: the chunk goes exactly there, at once.
       this.packOf[window] = this.writerNumber;
       this.placeOf[window] = placeWord(writer.frameCount, 0, false);
       const before = writer.sizeBytes;
       writer.addChunk(chunk, id);
+      const after = writer.sizeBytes;
       this.count(Counter.fresh, size);
       this.count(Counter.freshChunks, 1);
-      this.count(Counter.stored, writer.sizeBytes - before);
-      if (writer.sizeBytes >= plan.packBytes || writer.isFull) await this.endPack();
+      this.count(Counter.stored, after - before);
+      if (after >= plan.packBytes || writer.isFull) await this.endPack();
       else if (writer.wantsFlush) await writer.flush();
     }
+  }
+
+  /** Looks for the chunk; where a pack is open, enters it as that pack's next if it is not there. */
+  private lookUp(id: Uint8Array): Found {
+    const { view } = this.o;
+    const { writer } = this;
+    if (writer === undefined) return view.find(id);
+    return view.findOrAdd(id, this.writerNumber, writer.chunkCount, placeWord(writer.frameCount, 0, false));
+  }
+
+  private async beginPack(): Promise<void> {
+    const { ctx, clock, random, view } = this.o;
+    const packId = Buffer.from(random(16)).toString('hex');
+    try {
+      this.writer = await PackWriter.create(ctx, packId, clock.nowNs());
+    } catch (error) {
+      // It may have been made all the same. Of another's pack under this id nothing must be touched.
+      if (!isKind(error, 'exists')) await ctx.store.delete(packName(packId)).catch(() => undefined);
+      throw error;
+    }
+    this.writerNumber = view.beginPack(packId);
+  }
+
+  /** Lets the open pack be sealed while the work goes on. */
+  private async endPack(): Promise<void> {
+    const { writer } = this;
+    if (writer === undefined) return;
+    this.writer = undefined;
+    const sealed = this.seal(writer, this.writerNumber);
+    sealed.catch(() => undefined); // seen when it is awaited
+    this.sealing.push(sealed);
+    while (this.sealing.length > MAX_SEALING) await this.sealing.shift();
+  }
+
+  private async seal(writer: PackWriter, number: number): Promise<void> {
+    try {
+      await writer.seal(Buffer.from(this.o.random(16)));
+    } catch (error) {
+      await this.removePack(writer.packId, number);
+      throw error;
+    }
+    this.o.view.endPack(number, writer.sizeBytes, writer.chunkCount);
+    this.packs.push({ packId: writer.packId, sizeBytes: writer.sizeBytes, frames: writer.frameCount });
+  }
+
+  /** Nothing refers to a pack of a scan that has failed: what there is of it only takes room. */
+  private async removePack(packId: string, number: number): Promise<void> {
+    this.o.view.dropPack(number);
+    await this.o.ctx.store.delete(packName(packId)).catch(() => undefined);
+  }
+
+  private async abandon(): Promise<void> {
+    const { writer } = this;
+    this.writer = undefined;
+    if (writer !== undefined) {
+      await writer.abandon();
+      await this.removePack(writer.packId, this.writerNumber);
+    }
+    await Promise.allSettled(this.sealing);
   }
 }
 

@@ -17,10 +17,12 @@ import { initCommand } from './init.js';
 import { keyAddCommand } from './key-add.js';
 import { keyListCommand } from './key-list.js';
 import { keyRemoveCommand } from './key-remove.js';
+import { restoreCommand } from './restore.js';
 import type { CommandSpec } from './spec.js';
 
 export const COMMANDS: readonly CommandSpec[] = [
   initCommand,
+  restoreCommand,
   keyListCommand,
   keyAddCommand,
   keyRemoveCommand,

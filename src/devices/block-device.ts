@@ -200,7 +200,8 @@ export async function openBlockForReading(
   }
   try {
     // The disk's node does not see dirty pages of the partition's; a process may have written to it and kept it open.
-    await wrapped('write out the page cache of', path, syncFd(own));
+    // A disk that fails writes can still be worth reading.
+    await syncFd(own).catch(() => undefined);
     const disk = await openSameDisk(facts, roots);
     if (disk !== undefined) {
       await closeTolerant([own]);

@@ -1,11 +1,12 @@
 /** Image files, open for reading or as a restore's target. */
 import { constants, fstat, ftruncate, type BigIntStats } from 'node:fs';
-import { realpath } from 'node:fs/promises';
+import { realpath, statfs } from 'node:fs/promises';
 import path from 'node:path';
 
 import { B2Error, errnoOf, ioError } from '../errors.js';
 import { DIRECT_ALIGN_BYTES, isPageAligned } from '../memory.js';
 import {
+  dataRunsNow,
   punchHole,
   seekData,
   seekHole,
@@ -28,6 +29,13 @@ import {
 
 const { O_RDONLY, O_RDWR, O_CREAT, O_EXCL, O_NOFOLLOW, O_DIRECT, O_DIRECTORY } = constants;
 
+/** ext2 to ext4, XFS, btrfs, tmpfs (statfs(2)): a question about a file's layout never waits for a network. */
+const LOCAL_FILE_SYSTEMS: ReadonlySet<number> = new Set([
+  0xef53, 0x5846_5342, 0x9123_683e, 0x0102_1994,
+]);
+/** Runs of data that are asked for without leaving the thread: some 0.3 ms. */
+const RUNS_AT_A_TIME = 128;
+
 function fstatFd(fd: number): Promise<BigIntStats> {
   return new Promise((resolve, reject) => {
     fstat(fd, { bigint: true }, (error, facts) =>
@@ -42,12 +50,7 @@ function truncateFd(fd: number, sizeBytes: number): Promise<void> {
   });
 }
 
-async function factsOf(
-  fd: number,
-  named: string,
-  real: string,
-  readOnly: boolean,
-): Promise<DeviceFacts> {
+async function factsOf(fd: number, named: string, real: string): Promise<DeviceFacts> {
   const found = await fstatFd(fd);
   if (!found.isFile()) throw new B2Error('refused', `${named} is not a regular file`);
   if (found.size > BigInt(MAX_DEVICE_BYTES)) {
@@ -60,7 +63,7 @@ async function factsOf(
     sizeBytes: safeNumber(found.size, `size of ${named}`),
     logicalBlockBytes: 512,
     physicalBlockBytes: DIRECT_ALIGN_BYTES,
-    readOnly,
+    readOnly: (found.mode & 0o222n) === 0n,
     devNumber: undefined,
     partitionOf: undefined,
     identity: { inode: `${found.dev}:${found.ino}` },
@@ -196,15 +199,21 @@ class FileReadDevice implements ReadDevice {
       // Data that waits in memory without a place on disk is reported as a hole by some file systems (ZFS, older
       // btrfs); after this it has a place.
       await syncFd(fd);
+      const isLocal = LOCAL_FILE_SYSTEMS.has((await statfs(this.current.realPath)).type);
       for (let at = offset; at < end;) {
+        // Off this thread, so that reading the file system's tables blocks nobody; what follows is in memory then.
         const data = await seekData(fd, at);
         if (data === undefined || data >= end) break;
-        const hole = await seekHole(fd, data);
-        // No progress would be a file that shrinks under us: then nothing is known of the rest.
-        if (hole <= data) return [...ranges, { offset: at, length: end - at }];
-        const start = Math.max(data, offset);
-        ranges.push({ offset: start, length: Math.min(hole, end) - start });
-        at = hole;
+        const runs = isLocal
+          ? dataRunsNow(fd, data, RUNS_AT_A_TIME)
+          : [[data, await seekHole(fd, data)] as const];
+        if (runs.length === 0) break;
+        for (const [start, hole] of runs) {
+          // No progress would be a file that shrinks under us: then nothing is known of the rest.
+          if (hole <= start) return [...ranges, { offset: at, length: end - at }];
+          if (start < end) ranges.push({ offset: start, length: Math.min(hole, end) - start });
+          at = hole;
+        }
       }
       return ranges;
     } catch {
@@ -214,12 +223,7 @@ class FileReadDevice implements ReadDevice {
   }
 
   async refresh(): Promise<DeviceFacts> {
-    const facts = await factsOf(
-      this.handles.bufferedFd,
-      this.current.path,
-      this.current.realPath,
-      true,
-    );
+    const facts = await factsOf(this.handles.bufferedFd, this.current.path, this.current.realPath);
     this.current = facts;
     return facts;
   }
@@ -240,7 +244,7 @@ export async function openFileForReading(named: string): Promise<ReadDevice> {
     throw ioError('open', named, error);
   }
   try {
-    const facts = await factsOf(fd, named, real, true);
+    const facts = await factsOf(fd, named, real);
     return new FileReadDevice(facts, new FileHandles(named, fd, await openDirect(real, O_RDONLY)));
   } catch (error) {
     await closeFd(fd);
@@ -365,7 +369,7 @@ export async function openFileForWriting(
         },
       );
     }
-    const facts = await factsOf(fd, named, real, false);
+    const facts = await factsOf(fd, named, real);
     return new FileWriteDevice(
       facts,
       new FileHandles(named, fd, await openDirect(real, O_RDWR)),

@@ -28,11 +28,17 @@ async function attribute(file: string): Promise<string | undefined> {
  * Takes a stamp. For a partition the counters of the whole disk count, because writes through the disk's node do not show in
  * those of the partition.
  */
-export async function deviceStamp(facts: DeviceFacts, roots: SystemRoots = SYSTEM_ROOTS): Promise<DeviceStamp> {
+export async function deviceStamp(
+  facts: DeviceFacts,
+  roots: SystemRoots = SYSTEM_ROOTS,
+): Promise<DeviceStamp> {
   if (facts.kind === 'file') {
     try {
       const s = await stat(facts.realPath, { bigint: true });
-      return { counters: `file ${s.dev} ${s.ino} ${s.size} ${s.mtimeNs} ${s.ctimeNs}`, writesInFlight: 0 };
+      return {
+        counters: `file ${s.dev} ${s.ino} ${s.size} ${s.mtimeNs} ${s.ctimeNs}`,
+        writesInFlight: 0,
+      };
     } catch (error) {
       throw ioError('look at', facts.path, error);
     }
@@ -50,10 +56,20 @@ export async function deviceStamp(facts: DeviceFacts, roots: SystemRoots = SYSTE
   ]);
   const f = line?.split(/\s+/) ?? [];
   // Fields from 0: 4 writes, 6 sectors written, 11 discards, 13 sectors discarded.
-  if (iostats === '0' || f.length < 11 || bootId === undefined) return { counters: undefined, writesInFlight: 0 };
+  if (iostats === '0' || f.length < 11 || bootId === undefined)
+    return { counters: undefined, writesInFlight: 0 };
   const flights = Number(inflight?.split(/\s+/)[1] ?? '0');
   return {
-    counters: ['disk', bootId, sequence ?? '', facts.sizeBytes, f[4], f[6], f[11] ?? '', f[13] ?? ''].join(' '),
+    counters: [
+      'disk',
+      bootId,
+      sequence ?? '',
+      facts.sizeBytes,
+      f[4],
+      f[6],
+      f[11] ?? '',
+      f[13] ?? '',
+    ].join(' '),
     writesInFlight: Number.isFinite(flights) ? flights : 1,
   };
 }

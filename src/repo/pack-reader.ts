@@ -167,6 +167,16 @@ export class OpenPack {
     try {
       const first = Buffer.alloc(PACK_HEADER_BYTES);
       const n = await reader.read(first, 0);
+      if (n < PACK_HEADER_BYTES || first.every((b) => b === 0)) {
+        // A crash came before its first sync: it holds nothing (FORMAT.md section 5).
+        return new OpenPack(
+          ctx,
+          reader,
+          { packId, repositoryId: ctx.repositoryId, encrypted: ctx.keys.encrypted, generation: 0, createdNs: 0n },
+          { sealed: false, validBytes: 0, footer: { frames: [], ids: Buffer.alloc(0), lengths: new Uint32Array(0) } },
+          ctx.keys.packSealer(packId),
+        );
+      }
       const header = decodePackHeader(first.subarray(0, n), { packId, repositoryId: ctx.repositoryId });
       if (header.encrypted !== ctx.keys.encrypted) {
         throw damaged(`pack ${packId}`, 10, 'its encryption is not that of the repository');

@@ -28,7 +28,7 @@ import {
 import { SEAL_BYTES, numberNonce, type KeyRing, type Sealer } from '../format/seal.js';
 import type { Lz4 } from '../lz4.js';
 import { alignedMemory } from '../memory.js';
-import { roundDown } from '../units.js';
+import { roundDown, roundUp } from '../units.js';
 import type { Appender, Store } from './store.js';
 
 /** Filled this far, a slab is written. */
@@ -69,6 +69,20 @@ function giveSlab(slab: Buffer): void {
   if (freeSlabs.length < MAX_FREE_SLABS) freeSlabs.push(slab);
 }
 
+/** Worth a write of its own around the page cache. */
+const DIRECT_BYTES = 256 * 1024;
+
+/** Appends bytes [from, end) of the slab; what is aligned of them in a piece of its own, which can go around the page cache. */
+async function appendParts(appender: Appender, slab: Buffer, from: number, end: number): Promise<void> {
+  const first = roundUp(from, ALIGN);
+  const last = roundDown(end, ALIGN);
+  if (last - first < DIRECT_BYTES || (first === from && last === end)) return appender.append(slab.subarray(from, end));
+  const parts = [slab.subarray(from, first), slab.subarray(first, last), slab.subarray(last, end)];
+  const done = await Promise.allSettled(parts.filter((part) => part.length > 0).map((part) => appender.append(part)));
+  // Only now is nobody reading the slab any more.
+  for (const part of done) if (part.status === 'rejected') throw part.reason;
+}
+
 /**
  * One pack being written. Adding a frame is synchronous and goes to memory; when `wantsFlush` is true, `flush` must be
  * awaited before the next one. After any rejection the pack is dead: `abandon` it (what was synced stays readable).
@@ -80,7 +94,6 @@ export class PackWriter {
   private readonly sealer: Sealer;
   private readonly aad: Buffer = Buffer.alloc(16 + FRAME_HEADER_BYTES);
   private readonly scratch: Buffer;
-  private readonly small = Buffer.alloc(CHUNK_ENTRY_BYTES);
   private readonly frames: FooterFrame[] = [];
   private ids: Buffer = Buffer.allocUnsafe(512 * 32);
   private lengths: Uint32Array = new Uint32Array(512);
@@ -104,7 +117,7 @@ export class PackWriter {
     this.sealer = ctx.keys.packSealer(packId);
     this.aad.write(packId, 0, 'hex');
     // Compressing must gain a sixteenth, or the plain bytes are stored: reading them is cheaper.
-    this.scratch = Buffer.allocUnsafe(ctx.chunkBytes - (ctx.chunkBytes >> 4));
+    this.scratch = Buffer.allocUnsafe(CHUNK_ENTRY_BYTES + ctx.chunkBytes - (ctx.chunkBytes >> 4));
     const header = encodePackHeader({
       packId,
       repositoryId: ctx.repositoryId,
@@ -130,7 +143,7 @@ export class PackWriter {
     return writer;
   }
 
-  /** Bytes so far, footer not included. */
+  /** Bytes so far; after `seal`, of the whole pack, footer and all. */
   get sizeBytes(): number {
     return this.base + this.fill;
   }
@@ -163,12 +176,15 @@ export class PackWriter {
 
   /** Adds one chunk in a frame of its own; `id` must be its chunk id. Returns the frame number. */
   addChunk(chunk: Buffer, id: Buffer): number {
-    encodeChunkEntry(id, chunk.length, this.small, 0);
-    const limit = chunk.length - (chunk.length >> 4);
-    const packed = this.ctx.lz4.compress(chunk, this.scratch.subarray(0, limit));
-    const body = packed > 0 ? this.scratch.subarray(0, packed) : chunk;
+    const { scratch } = this;
+    encodeChunkEntry(id, chunk.length, scratch, 0);
+    const limit = CHUNK_ENTRY_BYTES + chunk.length - (chunk.length >> 4);
+    const packed = this.ctx.lz4.compress(chunk, scratch.subarray(CHUNK_ENTRY_BYTES, limit));
     this.noteChunk(id, chunk.length);
-    return this.addFrame(FrameType.chunks, packed > 0, 1, chunk.length, this.small, body);
+    // Head and compressed body lie one behind the other: one call of the cipher instead of two.
+    const parts =
+      packed > 0 ? [scratch.subarray(0, CHUNK_ENTRY_BYTES + packed)] : [scratch.subarray(0, CHUNK_ENTRY_BYTES), chunk];
+    return this.addFrame(FrameType.chunks, packed > 0, 1, chunk.length, CHUNK_ENTRY_BYTES, parts);
   }
 
   /** Adds several chunks in one frame, compressed together. Returns the frame number; chunk i has sub i. */
@@ -181,19 +197,19 @@ export class PackWriter {
     const plain = Buffer.concat(list.map((c) => c.bytes));
     const { packed, body } = this.compressed(plain);
     for (const c of list) this.noteChunk(c.id, c.bytes.length);
-    return this.addFrame(FrameType.chunks, packed, list.length, plain.length, head, body);
+    return this.addFrame(FrameType.chunks, packed, list.length, plain.length, head.length, [head, body]);
   }
 
   /** Adds the plain body of an extents frame; at most MAX_FRAME_EXTENTS records. */
   addExtents(plain: Buffer): number {
     const { packed, body } = this.compressed(plain);
-    return this.addFrame(FrameType.extents, packed, 0, plain.length, Buffer.alloc(0), body);
+    return this.addFrame(FrameType.extents, packed, 0, plain.length, 0, [body]);
   }
 
   /** Adds the plain body of a commit frame. */
   addCommit(plain: Buffer): number {
     const { packed, body } = this.compressed(plain);
-    return this.addFrame(FrameType.commit, packed, 0, plain.length, Buffer.alloc(0), body);
+    return this.addFrame(FrameType.commit, packed, 0, plain.length, 0, [body]);
   }
 
   private compressed(plain: Buffer): { packed: boolean; body: Buffer } {
@@ -220,11 +236,12 @@ export class PackWriter {
     packed: boolean,
     count: number,
     plainBytes: number,
-    head: Buffer,
-    body: Buffer,
+    headBytes: number,
+    parts: readonly Buffer[],
   ): number {
     if (this.done) throw new Error(`pack ${this.packId} is closed`);
-    const storedBytes = head.length + body.length + SEAL_BYTES;
+    let storedBytes = SEAL_BYTES;
+    for (const part of parts) storedBytes += part.length;
     const total = FRAME_HEADER_BYTES + storedBytes;
     if (total > MAX_FRAME_BYTES) throw new RangeError(`a frame of ${total} bytes`);
     if (this.fill + total > SLAB_BYTES) throw new Error('flush was due before this frame');
@@ -237,7 +254,7 @@ export class PackWriter {
       number,
       storedBytes,
       plainBytes,
-      headBytes: head.length,
+      headBytes,
     };
     const at = this.fill;
     encodeFrameHeader(header, this.slab, at);
@@ -245,7 +262,7 @@ export class PackWriter {
     this.sealer.sealInto(
       numberNonce(number),
       this.aad,
-      head.length === 0 ? [body] : [head, body],
+      parts,
       this.slab,
       at + FRAME_HEADER_BYTES,
     );
@@ -288,7 +305,7 @@ export class PackWriter {
     if (this.appender === undefined) {
       this.parts.push(Buffer.from(slab.subarray(from, end)));
     } else {
-      this.inflight = this.appender.append(slab.subarray(from, end));
+      this.inflight = appendParts(this.appender, slab, from, end);
       this.inflight.catch(() => undefined); // seen by whoever awaits it next
     }
     // Offsets in the slab keep the alignment of offsets in the pack, so that later flushes can be direct again.
@@ -316,14 +333,17 @@ export class PackWriter {
     const footer = this.footer();
     try {
       const bytes = encodeFooter(footer, this.packId, this.sizeBytes, salt, this.ctx.keys);
+      // As a rule there is room for the footer behind the last frame, and one write does for both.
+      const fits = this.fill + bytes.length <= SLAB_BYTES;
+      if (fits) this.fill += bytes.copy(this.slab, this.fill);
       await this.write(true);
       await this.inflight;
+      if (!fits) this.base += bytes.length;
       if (this.appender === undefined) {
-        await this.ctx.store.put(packName(this.packId), Buffer.concat([...this.parts, bytes]), {
-          ifAbsent: true,
-        });
+        const parts = fits ? this.parts : [...this.parts, bytes];
+        await this.ctx.store.put(packName(this.packId), Buffer.concat(parts), { ifAbsent: true });
       } else {
-        await this.appender.append(bytes);
+        if (!fits) await this.appender.append(bytes);
         await this.appender.sync();
       }
     } finally {

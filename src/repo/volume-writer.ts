@@ -16,9 +16,9 @@ import {
 import { HOLE, STRIPE_BLOCKS, encodeExtents, type Extent } from '../format/extent.js';
 import { epochName, journalName, packName } from '../format/names.js';
 import { ObjectKind } from '../format/object.js';
-import { blocksOf } from '../units.js';
+import { BLOCK_BYTES, blocksOf } from '../units.js';
 import { recordOf, type ReadCommit } from './commits.js';
-import { CondemnedPlaces } from './condemned.js';
+import { CONDEMNED_KEPT_NS, CondemnedPlaces } from './condemned.js';
 import { VolumeHistory } from './history.js';
 import { maintainVolume } from './maintenance.js';
 import { PackWriter } from './pack-writer.js';
@@ -80,7 +80,7 @@ export class VolumeWriter implements AsyncDisposable {
   readonly repo: Repository;
   readonly volumeId: string;
   private readonly condemned: CondemnedPlaces;
-  /** Packs that this session wrote: nobody condemns what a claim younger than the grace time has not seen used. */
+  /** Packs that this session wrote. */
   private readonly ownPacks = new Set<string>();
   private epoch: number;
   private tip: { readonly seq: number; readonly hash: Buffer } | undefined;
@@ -90,6 +90,8 @@ export class VolumeWriter implements AsyncDisposable {
   private packCommits: ReadCommit[] = [];
   /** Hash of the commit before the first of them. */
   private packPrevHash: Buffer = ZERO_HASH;
+  /** When the condemned objects were looked at last, or the session began. */
+  private lookedNs: bigint;
   private dead = false;
 
   private constructor(
@@ -105,6 +107,7 @@ export class VolumeWriter implements AsyncDisposable {
     this.tip = tip;
     this.lastSizeBytes = lastSizeBytes;
     this.condemned = new CondemnedPlaces(repo);
+    this.lookedNs = repo.env.clock.monotonicNs();
   }
 
   /**
@@ -222,7 +225,7 @@ export class VolumeWriter implements AsyncDisposable {
       this.pack = undefined;
     }
     await this.checkEpoch();
-    await this.checkCondemned(draft.extents);
+    await this.checkCondemned(draft.extents, pack.packId);
 
     this.packCommits.push({
       commit,
@@ -254,28 +257,33 @@ export class VolumeWriter implements AsyncDisposable {
     });
   }
 
-  private async checkCondemned(extents: readonly PlacedExtent[]): Promise<void> {
-    const foreign = new Map<string, PlacedExtent[]>();
+  private async checkCondemned(extents: readonly PlacedExtent[], ownPackId: string): Promise<void> {
+    const others = new Map<string, PlacedExtent[]>();
     for (const e of extents) {
-      if (e.packId === undefined || this.ownPacks.has(e.packId)) continue;
-      const list = foreign.get(e.packId);
-      if (list === undefined) foreign.set(e.packId, [e]);
+      if (e.packId === undefined || e.packId === ownPackId) continue;
+      const list = others.get(e.packId);
+      if (list === undefined) others.set(e.packId, [e]);
       else list.push(e);
     }
-    if (foreign.size === 0) return;
+    if (others.size === 0) return;
+    // A condemned object lives for 7 days: who looked longer ago may have missed one, and its deletion.
+    const now = this.repo.env.clock.monotonicNs();
+    const tooLong = now - this.lookedNs > CONDEMNED_KEPT_NS;
     await this.condemned.refresh();
+    this.lookedNs = now;
     const chunkBlocks = blocksOf(this.repo.chunkBytes);
-    for (const [packId, list] of foreign) {
+    for (const [packId, list] of others) {
+      const [first] = list;
+      const isOwn = this.ownPacks.has(packId);
+      if (tooLong && !isOwn) this.fail(packId, first?.frame ?? 0);
       if (this.condemned.has(packId, undefined)) {
         for (const e of list) {
           const last = e.frame + Math.floor((e.skip + e.count - 1) / chunkBlocks);
           for (let f = e.frame; f <= last; f++) if (this.condemned.has(packId, f)) this.fail(packId, f);
         }
       }
-    }
-    // Was one deleted before we looked? (Its condemned object is kept for 7 days, but a pack may vanish otherwise.)
-    for (const [packId, list] of foreign) {
-      if ((await this.repo.store.stat(packName(packId))) === undefined) this.fail(packId, list[0]?.frame ?? 0);
+      // Deleted by hand, or by something that is not b2.
+      if (!isOwn && (await this.repo.store.stat(packName(packId))) === undefined) this.fail(packId, first?.frame ?? 0);
     }
   }
 
@@ -436,4 +444,11 @@ function checkDraft(draft: CommitDraft, lastSizeBytes: number | undefined): void
   }
   if (end > blocksOf(draft.sizeBytes)) throw new RangeError(`extents end at block ${end}, past the device`);
   if (lastSizeBytes === undefined && !draft.full) throw new RangeError('the first commit must be full');
+  // What lay behind an earlier end, in the block of that end, must not show again (FORMAT.md section 8).
+  if (lastSizeBytes !== undefined && !draft.full && draft.sizeBytes > lastSizeBytes && lastSizeBytes % BLOCK_BYTES !== 0) {
+    const block = Math.floor(lastSizeBytes / BLOCK_BYTES);
+    if (!draft.extents.some((e) => e.block <= block && block < e.block + e.count)) {
+      throw new RangeError(`a commit that grows the device must name block ${block}, in which the old end lies`);
+    }
+  }
 }

@@ -92,7 +92,7 @@ describe('a fresh clone', () => {
     const first = start(['a', '--b']);
     expect(first).toMatchObject({ code: 0, stdout: 'ran a --b\n' });
     expect(first.stderr).toMatch(
-      /^b2: first start in .*clone: installing packages and building, .*\n$/,
+      /^b2: first start in .*clone: installing packages and building \(once, .*\n$/,
     );
     expect(logged()).toEqual([expect.stringMatching(/^npm ci /), 'build']);
     expect(start()).toEqual({ code: 0, stdout: 'ran x\n', stderr: '' });

@@ -1,6 +1,6 @@
 /** scripts/setup-system.sh with stand-ins for dpkg-query, apt-get and id: what it installs, says and survives. */
 import { spawnSync } from 'node:child_process';
-import { existsSync, mkdirSync, readFileSync, symlinkSync, writeFileSync } from 'node:fs';
+import { existsSync, mkdirSync, readFileSync, rmSync, symlinkSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { afterEach, beforeEach, expect, it } from 'vitest';
@@ -91,7 +91,7 @@ it('names what is missing and goes on without root', () => {
 });
 
 it('goes on where there is no dpkg', () => {
-  writeFileSync(join(bin, 'dpkg-query'), '', { mode: 0o644 });
+  rmSync(join(bin, 'dpkg-query'));
   const { code, stderr } = run();
   expect(code).toBe(0);
   expect(stderr).toContain('not a Debian system');

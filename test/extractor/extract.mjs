@@ -75,7 +75,9 @@ export class ExtractError extends Error {}
  * @returns {never}
  */
 function fail(object, offset, what) {
-  throw new ExtractError(offset === null ? `${object}: ${what}` : `${object}, offset ${offset}: ${what}`);
+  throw new ExtractError(
+    offset === null ? `${object}: ${what}` : `${object}, offset ${offset}: ${what}`,
+  );
 }
 
 function warn(text) {
@@ -99,10 +101,18 @@ function crc32Slow(bytes) {
 }
 
 /** CRC-32 of IEEE 802.3; zlib's where Node has it (from 20.15 and 22.2 on). */
-export const crc32 = typeof zlib.crc32 === 'function' ? (bytes) => zlib.crc32(bytes) >>> 0 : crc32Slow;
+export const crc32 =
+  typeof zlib.crc32 === 'function' ? (bytes) => zlib.crc32(bytes) >>> 0 : crc32Slow;
 
 const BLAKE3_IV = Uint32Array.of(
-  0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a, 0x510e527f, 0x9b05688c, 0x1f83d9ab, 0x5be0cd19,
+  0x6a09e667,
+  0xbb67ae85,
+  0x3c6ef372,
+  0xa54ff53a,
+  0x510e527f,
+  0x9b05688c,
+  0x1f83d9ab,
+  0x5be0cd19,
 );
 const CHUNK_START = 1;
 const CHUNK_END = 2;
@@ -114,6 +124,7 @@ const KEYED_HASH = 16;
  * BLAKE3's compression function; the first 8 words of the result go to `out` at `at` (which may be `cv` itself).
  * The input block is the 16 words of `m` from `mi`.
  */
+// prettier-ignore
 function blake3Compress(cv, ci, m, mi, counter, blockLength, flags, out, at) {
   let m0 = m[mi], m1 = m[mi + 1], m2 = m[mi + 2], m3 = m[mi + 3];
   let m4 = m[mi + 4], m5 = m[mi + 5], m6 = m[mi + 6], m7 = m[mi + 7];
@@ -173,7 +184,8 @@ export function blake3Keyed(key, data) {
   if (key.length !== 32) throw new RangeError('a BLAKE3 key has 32 bytes');
   const keyWords = new Int32Array(8);
   for (let i = 0; i < 8; i++) {
-    keyWords[i] = key[4 * i] | (key[4 * i + 1] << 8) | (key[4 * i + 2] << 16) | (key[4 * i + 3] << 24);
+    keyWords[i] =
+      key[4 * i] | (key[4 * i + 1] << 8) | (key[4 * i + 2] << 16) | (key[4 * i + 3] << 24);
   }
   const words = new Int32Array(16);
   const stack = new Int32Array(8 * 56);
@@ -200,7 +212,17 @@ export function blake3Keyed(key, data) {
     depth++;
     for (let total = chunk + 1; total % 2 === 0; total /= 2) {
       depth--;
-      blake3Compress(keyWords, 0, stack, (depth - 1) * 8, 0, 64, KEYED_HASH | PARENT, stack, (depth - 1) * 8);
+      blake3Compress(
+        keyWords,
+        0,
+        stack,
+        (depth - 1) * 8,
+        0,
+        64,
+        KEYED_HASH | PARENT,
+        stack,
+        (depth - 1) * 8,
+      );
     }
   }
   while (depth > 0) {
@@ -239,7 +261,8 @@ export function lz4Decode(input, plainLength) {
     const token = input[i++];
     let literals = token >> 4;
     if (literals === 15) literals = more(literals);
-    if (i + literals > input.length) throw new RangeError('LZ4: literals run past the end of the block');
+    if (i + literals > input.length)
+      throw new RangeError('LZ4: literals run past the end of the block');
     if (o + literals > plainLength) throw new RangeError('LZ4: more bytes than announced');
     out.set(input.subarray(i, i + literals), o);
     i += literals;
@@ -252,7 +275,8 @@ export function lz4Decode(input, plainLength) {
     if (i + 2 > input.length) throw new RangeError('LZ4: an offset runs past the end');
     const distance = input[i] | (input[i + 1] << 8);
     i += 2;
-    if (distance === 0 || distance > o) throw new RangeError('LZ4: an offset points before the start');
+    if (distance === 0 || distance > o)
+      throw new RangeError('LZ4: an offset points before the start');
     let match = token & 15;
     if (match === 15) match = more(match);
     match += 4;
@@ -319,7 +343,8 @@ class Yaml {
       while (this.s[this.p] === ' ') this.p++;
       if (this.s[this.p] === '\t') {
         this.spaces();
-        if (lineStart && !this.eol(this.p) && this.s[this.p] !== '#') this.bad('a tab in the indentation');
+        if (lineStart && !this.eol(this.p) && this.s[this.p] !== '#')
+          this.bad('a tab in the indentation');
       }
       const c = this.s[this.p];
       if (c === '#' && (lineStart || this.p > from)) {
@@ -461,7 +486,11 @@ class Yaml {
       else {
         const from = this.p;
         this.plainStart(false);
-        while (!(this.s[this.p] === ':' && (this.eol(this.p + 1) || this.white(this.s[this.p + 1])))) this.p++;
+        while (!(
+          this.s[this.p] === ':' &&
+          (this.eol(this.p + 1) || this.white(this.s[this.p + 1]))
+        ))
+          this.p++;
         key = trimWhite(this.s.slice(from, this.p));
       }
       this.spaces();
@@ -480,7 +509,10 @@ class Yaml {
     const next = this.s[this.p + 1];
     if ('&*!'.includes(c)) this.bad('anchors, aliases and tags are not allowed');
     if (',[]{}#|>@`"\'%'.includes(c)) this.bad(`a plain scalar cannot start with ${c}`);
-    if ('-?:'.includes(c) && (next === undefined || /[ \t\n]/.test(next) || (inFlow && ',[]{}'.includes(next)))) {
+    if (
+      '-?:'.includes(c) &&
+      (next === undefined || /[ \t\n]/.test(next) || (inFlow && ',[]{}'.includes(next)))
+    ) {
       this.bad(`unexpected ${c}`);
     }
   }
@@ -535,7 +567,8 @@ class Yaml {
       this.spaces();
       if (this.s[this.p] !== '\n') {
         if (this.p - start <= parent) this.bad('a line of a quoted scalar is not indented');
-        if (this.p === start && this.marker(this.p)) this.bad('a document marker within a quoted scalar');
+        if (this.p === start && this.marker(this.p))
+          this.bad('a document marker within a quoted scalar');
       }
     }
     return breaks === 1 ? ' ' : '\n'.repeat(breaks - 1);
@@ -578,8 +611,24 @@ class Yaml {
       return fold === ' ' ? '' : fold;
     }
     const simple = {
-      0: '\0', a: '\x07', b: '\b', t: '\t', '\t': '\t', n: '\n', v: '\v', f: '\f', r: '\r', e: '\x1b', ' ': ' ',
-      '"': '"', '/': '/', '\\': '\\', N: '\x85', _: '\xa0', L: '\u2028', P: '\u2029',
+      0: '\0',
+      a: '\x07',
+      b: '\b',
+      t: '\t',
+      '\t': '\t',
+      n: '\n',
+      v: '\v',
+      f: '\f',
+      r: '\r',
+      e: '\x1b',
+      ' ': ' ',
+      '"': '"',
+      '/': '/',
+      '\\': '\\',
+      N: '\x85',
+      _: '\xa0',
+      L: '\u2028',
+      P: '\u2029',
     };
     if (c !== undefined && Object.hasOwn(simple, c)) {
       this.p++;
@@ -587,7 +636,8 @@ class Yaml {
     }
     const digits = { x: 2, u: 4, U: 8 }[c];
     const hex = digits === undefined ? '' : this.s.slice(this.p + 1, this.p + 1 + digits);
-    if (digits === undefined || hex.length !== digits || !/^[0-9a-fA-F]+$/.test(hex)) this.bad('a wrong escape');
+    if (digits === undefined || hex.length !== digits || !/^[0-9a-fA-F]+$/.test(hex))
+      this.bad('a wrong escape');
     const code = parseInt(hex, 16);
     if (code > 0x10ffff) this.bad('a wrong escape');
     this.p += 1 + digits;
@@ -683,7 +733,11 @@ class Yaml {
     this.gap();
     if (this.p >= this.s.length) this.bad('a flow collection does not end');
     const lineStart = this.s.lastIndexOf('\n', this.p - 1) + 1;
-    if (lineStart > this.flowStart && this.p - lineStart <= parent && !']}'.includes(this.s[this.p])) {
+    if (
+      lineStart > this.flowStart &&
+      this.p - lineStart <= parent &&
+      !']}'.includes(this.s[this.p])
+    ) {
       this.bad('a line of a flow collection is not indented');
     }
   }
@@ -798,7 +852,8 @@ class StoredObject {
 
   /** Exactly `length` bytes from `offset`. */
   read(offset, length) {
-    if (offset + length > this.size) fail(this.name, offset, `${length} bytes expected, the object ends at ${this.size}`);
+    if (offset + length > this.size)
+      fail(this.name, offset, `${length} bytes expected, the object ends at ${this.size}`);
     const out = Buffer.allocUnsafe(length);
     let done = 0;
     while (done < length) {
@@ -831,7 +886,8 @@ class DirectoryStore {
   readAll(name, limit) {
     const object = this.open(name);
     try {
-      if (object.size > limit) fail(name, null, `${object.size} bytes, at most ${limit} are allowed`);
+      if (object.size > limit)
+        fail(name, null, `${object.size} bytes, at most ${limit} are allowed`);
       return object.read(0, object.size);
     } finally {
       object.close();
@@ -842,7 +898,9 @@ class DirectoryStore {
   entries(folder, pattern) {
     const path = join(this.root, folder);
     if (!existsSync(path)) return [];
-    return readdirSync(path).filter((entry) => pattern.test(entry)).sort();
+    return readdirSync(path)
+      .filter((entry) => pattern.test(entry))
+      .sort();
   }
 }
 
@@ -851,16 +909,21 @@ class DirectoryStore {
 // ---------------------------------------------------------------------------------------------------------------
 
 function base64(object, text, what) {
-  if (typeof text !== 'string' || !/^(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?$/.test(text)) {
+  if (
+    typeof text !== 'string' ||
+    !/^(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?$/.test(text)
+  ) {
     fail(object, null, `${what} is not base64`);
   }
   return Buffer.from(text, 'base64');
 }
 
 function onlyKeys(object, map, allowed, where) {
-  if (map === null || typeof map !== 'object' || Array.isArray(map)) fail(object, null, `${where} is not a mapping`);
+  if (map === null || typeof map !== 'object' || Array.isArray(map))
+    fail(object, null, `${where} is not a mapping`);
   for (const key of Object.keys(map)) {
-    if (!allowed.includes(key)) fail(object, null, `${where} has the unknown key ${JSON.stringify(key)}`);
+    if (!allowed.includes(key))
+      fail(object, null, `${where} has the unknown key ${JSON.stringify(key)}`);
   }
 }
 
@@ -886,37 +949,80 @@ function readConfig(store, name) {
   };
   want(config.b2 === 'repository', '`b2` is not `repository`');
   want(Number.isInteger(config.version) && config.version >= 1, '`version` is not a number');
-  want(config.version === 1, `version ${config.version} of the format; this program knows version 1`);
-  want(typeof config.id === 'string' && /^[0-9a-f]{32}$/.test(config.id), '`id` is not 32 hex digits');
-  want(typeof config.created === 'string', '`created` is not a time');
-  want(config.encryption === 'aes256-gcm' || config.encryption === 'none', '`encryption` is unknown');
-  want([16384, 32768, 65536, 131072, 262144].includes(config.chunkBytes), '`chunkBytes` is not allowed');
   want(
-    Number.isInteger(config.packBytes) && config.packBytes >= 1048576 && config.packBytes <= 268435456,
+    config.version === 1,
+    `version ${config.version} of the format; this program knows version 1`,
+  );
+  want(
+    typeof config.id === 'string' && /^[0-9a-f]{32}$/.test(config.id),
+    '`id` is not 32 hex digits',
+  );
+  want(typeof config.created === 'string', '`created` is not a time');
+  want(
+    config.encryption === 'aes256-gcm' || config.encryption === 'none',
+    '`encryption` is unknown',
+  );
+  want(
+    [16384, 32768, 65536, 131072, 262144].includes(config.chunkBytes),
+    '`chunkBytes` is not allowed',
+  );
+  want(
+    Number.isInteger(config.packBytes) &&
+      config.packBytes >= 1048576 &&
+      config.packBytes <= 268435456,
     '`packBytes` is not allowed',
   );
   want(Array.isArray(config.keys) && config.keys.length > 0, '`keys` is not a list with entries');
   for (const key of config.keys) {
-    const fields = { scrypt: ['salt', 'N', 'r', 'p', 'wrapped'], file: ['salt', 'wrapped'], none: ['master'] };
-    want(key !== null && typeof key === 'object' && Object.hasOwn(fields, key.kind), 'a key of unknown kind');
+    const fields = {
+      scrypt: ['salt', 'N', 'r', 'p', 'wrapped'],
+      file: ['salt', 'wrapped'],
+      none: ['master'],
+    };
+    want(
+      key !== null && typeof key === 'object' && Object.hasOwn(fields, key.kind),
+      'a key of unknown kind',
+    );
     const allowed = ['id', 'label', 'created', 'kind', ...fields[key.kind]];
     onlyKeys(name, key, allowed, 'a key');
     for (const field of allowed) want(Object.hasOwn(key, field), `a key has no \`${field}\``);
-    want(typeof key.id === 'string' && /^[0-9a-f]{16}$/.test(key.id), 'the `id` of a key is not 16 hex digits');
-    want(typeof key.label === 'string' && typeof key.created === 'string', 'a key without label or time');
-    want((key.kind === 'none') === (config.encryption === 'none'), 'a key of a kind that the encryption excludes');
-    if (key.kind === 'none') want(base64(name, key.master, '`master`').length === 32, '`master` is not 32 bytes');
+    want(
+      typeof key.id === 'string' && /^[0-9a-f]{16}$/.test(key.id),
+      'the `id` of a key is not 16 hex digits',
+    );
+    want(
+      typeof key.label === 'string' && typeof key.created === 'string',
+      'a key without label or time',
+    );
+    want(
+      (key.kind === 'none') === (config.encryption === 'none'),
+      'a key of a kind that the encryption excludes',
+    );
+    if (key.kind === 'none')
+      want(base64(name, key.master, '`master`').length === 32, '`master` is not 32 bytes');
     else {
       base64(name, key.salt, '`salt`');
       want(base64(name, key.wrapped, '`wrapped`').length === 60, '`wrapped` is not 60 bytes');
     }
     if (key.kind === 'scrypt') {
-      want(Number.isInteger(key.N) && key.N >= 16384 && Number.isInteger(Math.log2(key.N)), '`N` is not allowed');
-      want(Number.isInteger(key.r) && key.r >= 1 && Number.isInteger(key.p) && key.p >= 1, '`r` or `p` is not allowed');
-      want(128 * key.N * key.r <= 2 ** 30 && key.p <= 16, 'the parameters of scrypt ask for too much');
+      want(
+        Number.isInteger(key.N) && key.N >= 16384 && Number.isInteger(Math.log2(key.N)),
+        '`N` is not allowed',
+      );
+      want(
+        Number.isInteger(key.r) && key.r >= 1 && Number.isInteger(key.p) && key.p >= 1,
+        '`r` or `p` is not allowed',
+      );
+      want(
+        128 * key.N * key.r <= 2 ** 30 && key.p <= 16,
+        'the parameters of scrypt ask for too much',
+      );
     }
   }
-  want(config.encryption !== 'none' || config.keys.length === 1, 'exactly one key is allowed without encryption');
+  want(
+    config.encryption !== 'none' || config.keys.length === 1,
+    'exactly one key is allowed without encryption',
+  );
   want(base64(name, config.mac, '`mac`').length === 32, '`mac` is not 32 bytes');
   return config;
 }
@@ -953,7 +1059,12 @@ function gcmOpen(key, nonce, aad, sealed) {
 }
 
 function unwrapMaster(name, config, secrets) {
-  const aadFor = (key) => Buffer.concat([Buffer.from('b2 key v1'), Buffer.from(config.id, 'hex'), Buffer.from(key.id, 'hex')]);
+  const aadFor = (key) =>
+    Buffer.concat([
+      Buffer.from('b2 key v1'),
+      Buffer.from(config.id, 'hex'),
+      Buffer.from(key.id, 'hex'),
+    ]);
   let tried = 0;
   for (const key of config.keys) {
     if (key.kind === 'none') return Buffer.from(key.master, 'base64');
@@ -974,7 +1085,12 @@ function unwrapMaster(name, config, secrets) {
     const master = gcmOpen(wrapping, wrapped.subarray(0, 12), aadFor(key), wrapped.subarray(12));
     if (master !== null) return master;
   }
-  if (tried === 0) fail(name, null, 'no key of the repository fits what was given: set B2_PASSWORD or B2_KEY_FILE');
+  if (tried === 0)
+    fail(
+      name,
+      null,
+      'no key of the repository fits what was given: set B2_PASSWORD or B2_KEY_FILE',
+    );
   return fail(name, null, 'the passphrase or key file opens none of the keys');
 }
 
@@ -989,10 +1105,21 @@ function openConfig(store, name, secrets) {
     config.encryption,
     config.chunkBytes,
     config.packBytes,
-    config.keys.map((k) => [k.id, k.label, k.created, k.kind, k.salt ?? '', k.N ?? 0, k.r ?? 0, k.p ?? 0, k.wrapped ?? '']),
+    config.keys.map((k) => [
+      k.id,
+      k.label,
+      k.created,
+      k.kind,
+      k.salt ?? '',
+      k.N ?? 0,
+      k.r ?? 0,
+      k.p ?? 0,
+      k.wrapped ?? '',
+    ]),
   ]);
   const mac = blake3Keyed(hkdf(master, EMPTY, 'b2 config v1'), Buffer.from(canonical, 'utf8'));
-  if (!timingSafeEqual(mac, Buffer.from(config.mac, 'base64'))) fail(name, null, 'the MAC is wrong: the configuration is damaged');
+  if (!timingSafeEqual(mac, Buffer.from(config.mac, 'base64')))
+    fail(name, null, 'the MAC is wrong: the configuration is damaged');
   return { config, master };
 }
 
@@ -1003,7 +1130,8 @@ function openConfig(store, name, secrets) {
 /** A u64 that has to be exact as a number: sequence numbers, sizes, blocks, offsets. */
 function u64(bytes, at, object, base, what) {
   const value = bytes.readBigUInt64LE(at);
-  if (value > BigInt(Number.MAX_SAFE_INTEGER)) fail(object, base + at, `${what} is impossibly large (${value})`);
+  if (value > BigInt(Number.MAX_SAFE_INTEGER))
+    fail(object, base + at, `${what} is impossibly large (${value})`);
   return Number(value);
 }
 
@@ -1013,7 +1141,8 @@ function hexAt(bytes, at, length) {
 
 function checkVersion(bytes, object, at) {
   const version = bytes.readUInt16LE(at);
-  if (version > 1) fail(object, at, `version ${version} of the format; this program knows version 1`);
+  if (version > 1)
+    fail(object, at, `version ${version} of the format; this program knows version 1`);
   if (version !== 1) fail(object, at, `version ${version} does not exist`);
 }
 
@@ -1024,13 +1153,15 @@ function jsonObject(bytes, object, offset) {
   } catch {
     fail(object, offset, 'is not JSON in UTF-8');
   }
-  if (value === null || typeof value !== 'object' || Array.isArray(value)) fail(object, offset, 'is not a JSON object');
+  if (value === null || typeof value !== 'object' || Array.isArray(value))
+    fail(object, offset, 'is not a JSON object');
   return value;
 }
 
 /** A sequence number, size or time from JSON: a decimal string (section 4). */
 function jsonDecimal(value, object, what) {
-  if (typeof value !== 'string' || !/^(?:0|[1-9][0-9]{0,15})$/.test(value)) fail(object, 48, `\`${what}\` is not a number in a string`);
+  if (typeof value !== 'string' || !/^(?:0|[1-9][0-9]{0,15})$/.test(value))
+    fail(object, 48, `\`${what}\` is not a number in a string`);
   return Number(value);
 }
 
@@ -1102,25 +1233,32 @@ export class Repository {
   /** Flags of a header: bit 0 as the configuration says, no others than `allowed`. */
   checkFlags(flags, allowed, object, at) {
     if ((flags & ~(1 | allowed)) !== 0) fail(object, at, `unknown flags (${flags})`);
-    if (((flags & 1) === 1) !== this.encrypted) fail(object, at, 'the flag for encryption contradicts the configuration');
+    if (((flags & 1) === 1) !== this.encrypted)
+      fail(object, at, 'the flag for encryption contradicts the configuration');
   }
 
   /** Opens a sealed object (section 4) and gives its payload. */
   sealedObject(name, kind) {
     const bytes = this.store.readAll(name, 48 + MAX_BODY + SEAL);
     if (bytes.length < 48 + SEAL) fail(name, bytes.length, 'the object is too short');
-    if (bytes.toString('latin1', 0, 8) !== 'B2OBJ\0\0\0') fail(name, 0, 'no sealed object (wrong magic)');
-    if (crc32(bytes.subarray(0, 44)) !== bytes.readUInt32LE(44)) fail(name, 44, 'the crc of the header is wrong');
+    if (bytes.toString('latin1', 0, 8) !== 'B2OBJ\0\0\0')
+      fail(name, 0, 'no sealed object (wrong magic)');
+    if (crc32(bytes.subarray(0, 44)) !== bytes.readUInt32LE(44))
+      fail(name, 44, 'the crc of the header is wrong');
     checkVersion(bytes, name, 8);
     this.checkFlags(bytes.readUInt16LE(10), 0, name, 10);
-    if (bytes.readUInt32LE(12) !== kind) fail(name, 12, `kind ${bytes.readUInt32LE(12)}, expected ${kind}`);
+    if (bytes.readUInt32LE(12) !== kind)
+      fail(name, 12, `kind ${bytes.readUInt32LE(12)}, expected ${kind}`);
     const length = bytes.readUInt32LE(32);
-    if (length > MAX_BODY || bytes.length !== 48 + length + SEAL) fail(name, 32, 'the length of the payload is wrong');
-    if (bytes.readUInt32LE(36) !== 0 || bytes.readUInt32LE(40) !== 0) fail(name, 36, 'a field that must be zero is not');
+    if (length > MAX_BODY || bytes.length !== 48 + length + SEAL)
+      fail(name, 32, 'the length of the payload is wrong');
+    if (bytes.readUInt32LE(36) !== 0 || bytes.readUInt32LE(40) !== 0)
+      fail(name, 36, 'a field that must be zero is not');
     const key = this.derive('b2 object v1', bytes.subarray(16, 32));
     const aad = Buffer.concat([bytes.subarray(0, 48), Buffer.from(name, 'utf8')]);
     const payload = this.unseal(key, NONCE_ZERO, aad, bytes.subarray(48));
-    if (payload === null) fail(name, 48, 'the seal does not open: damaged, or not the object of this name');
+    if (payload === null)
+      fail(name, 48, 'the seal does not open: damaged, or not the object of this name');
     return jsonObject(payload, name, 48);
   }
 
@@ -1153,7 +1291,8 @@ export class Repository {
   /** A pack that something names and that therefore must be there. */
   neededPack(id, namedBy) {
     const pack = this.pack(id);
-    if (pack === null) fail(`packs/${id.slice(0, 2)}/${id}`, null, `the pack is missing; ${namedBy} needs it`);
+    if (pack === null)
+      fail(`packs/${id.slice(0, 2)}/${id}`, null, `the pack is missing; ${namedBy} needs it`);
     return pack;
   }
 
@@ -1163,7 +1302,11 @@ export class Repository {
     const at = pack.find(number);
     if (at < 0) fail(pack.name, null, `there is no frame ${number}; ${namedBy} needs it`);
     if (pack.types[at] !== type) {
-      fail(pack.name, pack.offsets[at], `frame ${number} has type ${pack.types[at]}; ${namedBy} needs type ${type}`);
+      fail(
+        pack.name,
+        pack.offsets[at],
+        `frame ${number} has type ${pack.types[at]}; ${namedBy} needs type ${type}`,
+      );
     }
     return pack.readFrame(at);
   }
@@ -1187,13 +1330,19 @@ export class Repository {
     } else this.frames.delete(key);
     this.frames.set(key, entry);
     const where = `packs/${packId.slice(0, 2)}/${packId}`;
-    if (sub >= entry.count) fail(where, entry.offset, `frame ${number} has no chunk ${sub}; ${namedBy} needs it`);
-    if (alone && entry.count !== 1) fail(where, entry.offset, `frame ${number}, part of a run, holds ${entry.count} chunks`);
+    if (sub >= entry.count)
+      fail(where, entry.offset, `frame ${number} has no chunk ${sub}; ${namedBy} needs it`);
+    if (alone && entry.count !== 1)
+      fail(where, entry.offset, `frame ${number}, part of a run, holds ${entry.count} chunks`);
     const bytes = entry.body.subarray(entry.starts[sub], entry.starts[sub + 1]);
     if (entry.checked[sub] === 0) {
       const id = blake3Keyed(this.chunkIdKey, bytes);
       if (id.compare(entry.head, sub * 36, sub * 36 + 32) !== 0) {
-        fail(where, entry.offset, `chunk ${sub} of frame ${number} does not have the id it is stored under`);
+        fail(
+          where,
+          entry.offset,
+          `chunk ${sub} of frame ${number} does not have the id it is stored under`,
+        );
       }
       entry.checked[sub] = 1;
     }
@@ -1204,7 +1353,8 @@ export class Repository {
   *allPacks() {
     for (const folder of this.store.entries('packs', /^[0-9a-f]{2}$/)) {
       for (const id of this.store.entries(`packs/${folder}`, /^[0-9a-f]{32}$/)) {
-        if (!id.startsWith(folder)) fail(`packs/${folder}/${id}`, null, 'the pack lies in the wrong folder');
+        if (!id.startsWith(folder))
+          fail(`packs/${folder}/${id}`, null, 'the pack lies in the wrong folder');
         yield id;
       }
     }
@@ -1218,7 +1368,8 @@ export class Repository {
 /** Checks and takes apart a frame header; a string says why it is none. */
 function parseFrameHeader(bytes) {
   if (bytes.toString('latin1', 0, 4) !== 'B2FR') return 'no frame (wrong magic)';
-  if (crc32(bytes.subarray(0, 28)) !== bytes.readUInt32LE(28)) return 'the crc of the frame header is wrong';
+  if (crc32(bytes.subarray(0, 28)) !== bytes.readUInt32LE(28))
+    return 'the crc of the frame header is wrong';
   return {
     type: bytes[4],
     compression: bytes[5],
@@ -1237,19 +1388,26 @@ function frameHeaderFault(h) {
   if (h.compression > 1) return `unknown compression ${h.compression}`;
   if (h.zero !== 0) return 'a field that must be zero is not';
   if (h.plain > MAX_BODY) return `a body of ${h.plain} bytes`;
-  if (h.type === FRAME_CHUNKS ? h.count < 1 || h.count > 4096 || h.head !== 36 * h.count : h.count !== 0 || h.head !== 0) {
+  if (
+    h.type === FRAME_CHUNKS
+      ? h.count < 1 || h.count > 4096 || h.head !== 36 * h.count
+      : h.count !== 0 || h.head !== 0
+  ) {
     return 'count and head of the frame contradict its type';
   }
-  if (h.type === FRAME_FOOTER ? h.number !== NONE || h.compression !== 0 : h.number === NONE) return 'the number of the frame is wrong';
+  if (h.type === FRAME_FOOTER ? h.number !== NONE || h.compression !== 0 : h.number === NONE)
+    return 'the number of the frame is wrong';
   const least = h.type === FRAME_FOOTER ? 2 * SEAL + h.plain : SEAL + h.head;
   if (h.stored < least) return 'the frame is too short';
-  if (h.compression === 0 && h.stored !== least + (h.type === FRAME_FOOTER ? 0 : h.plain)) return 'the length of the frame is wrong';
+  if (h.compression === 0 && h.stored !== least + (h.type === FRAME_FOOTER ? 0 : h.plain))
+    return 'the length of the frame is wrong';
   return null;
 }
 
 function expand(body, compression, plain, object, offset) {
   if (compression === 0) {
-    if (body.length !== plain) fail(object, offset, `${body.length} bytes where ${plain} are announced`);
+    if (body.length !== plain)
+      fail(object, offset, `${body.length} bytes where ${plain} are announced`);
     return body;
   }
   try {
@@ -1292,12 +1450,16 @@ class Pack {
     const { object, name, repo } = this;
     const bytes = object.read(0, Math.min(64, object.size));
     if (bytes.length < 64 || bytes.every((byte) => byte === 0)) {
-      warn(`${name}: ${object.size} bytes without a header, given up by its writer; it counts as empty`);
+      warn(
+        `${name}: ${object.size} bytes without a header, given up by its writer; it counts as empty`,
+      );
       return false;
     }
-    if (object.size > MAX_PACK) fail(name, null, `${object.size} bytes are more than a pack may have`);
+    if (object.size > MAX_PACK)
+      fail(name, null, `${object.size} bytes are more than a pack may have`);
     if (bytes.toString('latin1', 0, 8) !== 'B2PACK\0\0') fail(name, 0, 'no pack (wrong magic)');
-    if (crc32(bytes.subarray(0, 60)) !== bytes.readUInt32LE(60)) fail(name, 60, 'the crc of the header is wrong');
+    if (crc32(bytes.subarray(0, 60)) !== bytes.readUInt32LE(60))
+      fail(name, 60, 'the crc of the header is wrong');
     checkVersion(bytes, name, 8);
     repo.checkFlags(bytes.readUInt16LE(10), 0, name, 10);
     if (hexAt(bytes, 16, 16) !== this.id) fail(name, 16, `is the pack ${hexAt(bytes, 16, 16)}`);
@@ -1324,24 +1486,34 @@ class Pack {
     if (object.size < 64 + 32 + 2 * SEAL + 8 + 16) return 'it has no trailer';
     const trailer = object.read(object.size - 16, 16);
     if (trailer.toString('latin1', 0, 4) !== 'B2PE') return 'it has no trailer';
-    if (crc32(trailer.subarray(0, 12)) !== trailer.readUInt32LE(12)) return 'the crc of the trailer is wrong';
+    if (crc32(trailer.subarray(0, 12)) !== trailer.readUInt32LE(12))
+      return 'the crc of the trailer is wrong';
     const offset = trailer.readUInt32LE(4);
     const length = trailer.readUInt32LE(8);
-    if (offset < 64 || offset + length + 16 !== object.size) return 'the trailer contradicts the size of the object';
-    if (length < 32 + 2 * SEAL + 8 || length > 32 + 2 * SEAL + MAX_BODY) return 'the length of the footer is wrong';
+    if (offset < 64 || offset + length + 16 !== object.size)
+      return 'the trailer contradicts the size of the object';
+    if (length < 32 + 2 * SEAL + 8 || length > 32 + 2 * SEAL + MAX_BODY)
+      return 'the length of the footer is wrong';
     const frame = object.read(offset, length);
     const header = parseFrameHeader(frame);
     if (typeof header === 'string') return `footer: ${header}`;
     const fault = frameHeaderFault(header);
     if (fault !== null) return `footer: ${fault}`;
-    if (header.type !== FRAME_FOOTER || header.stored !== length - 32) return 'the trailer does not lead to a footer';
+    if (header.type !== FRAME_FOOTER || header.stored !== length - 32)
+      return 'the trailer does not lead to a footer';
     const salt = frame.subarray(32, 48);
     const aad = Buffer.concat([this.idBytes, frame.subarray(0, 32), salt]);
-    const body = repo.unseal(repo.derive('b2 footer v1', salt), NONCE_ZERO, aad, frame.subarray(48));
+    const body = repo.unseal(
+      repo.derive('b2 footer v1', salt),
+      NONCE_ZERO,
+      aad,
+      frame.subarray(48),
+    );
     if (body === null) return 'the seal of the footer does not open';
     const n = body.readUInt32LE(0);
     const m = body.readUInt32LE(4);
-    if (n > MAX_FRAMES || m > MAX_CHUNKS || body.length !== 8 + 20 * n + 36 * m) return 'the footer contradicts its length';
+    if (n > MAX_FRAMES || m > MAX_CHUNKS || body.length !== 8 + 20 * n + 36 * m)
+      return 'the footer contradicts its length';
     const rows = [];
     let end = 64;
     let chunks = 0;
@@ -1359,8 +1531,12 @@ class Pack {
         firstChunk: chunks,
       };
       const ok =
-        row.number > before && row.number !== NONE && row.offset === end && row.offset + 32 + row.stored <= offset &&
-        row.type >= FRAME_CHUNKS && row.type <= FRAME_COMMIT;
+        row.number > before &&
+        row.number !== NONE &&
+        row.offset === end &&
+        row.offset + 32 + row.stored <= offset &&
+        row.type >= FRAME_CHUNKS &&
+        row.type <= FRAME_COMMIT;
       if (!ok) return `the footer's entry ${i} is impossible`;
       before = row.number;
       end = row.offset + 32 + row.stored;
@@ -1400,12 +1576,20 @@ class Pack {
         const frame = object.read(offset, 32 + header.stored);
         const salt = frame.subarray(32, 48);
         const aad = Buffer.concat([this.idBytes, frame.subarray(0, 32), salt]);
-        if (this.repo.unseal(this.repo.derive('b2 footer v1', salt), NONCE_ZERO, aad, frame.subarray(48)) === null) {
+        if (
+          this.repo.unseal(
+            this.repo.derive('b2 footer v1', salt),
+            NONCE_ZERO,
+            aad,
+            frame.subarray(48),
+          ) === null
+        ) {
           stop = 'the seal of a footer does not open';
           break;
         }
         offset = end;
-        if (offset + 16 <= object.size && object.read(offset, 4).toString('latin1') === 'B2PE') offset += 16;
+        if (offset + 16 <= object.size && object.read(offset, 4).toString('latin1') === 'B2PE')
+          offset += 16;
         continue;
       }
       if (header.number <= before) {
@@ -1421,8 +1605,12 @@ class Pack {
       offset = end;
       if (rows.length > MAX_FRAMES) fail(name, offset, 'more frames than a pack may have');
     }
-    const torn = stop === '' ? '' : `; reading ended at offset ${offset} (${stop}), ${object.size - offset} bytes behind it do not count`;
-    if (torn !== '' || !reason.startsWith('it has no')) warn(`${name}: read forward because ${reason}${torn}`);
+    const torn =
+      stop === ''
+        ? ''
+        : `; reading ended at offset ${offset} (${stop}), ${object.size - offset} bytes behind it do not count`;
+    if (torn !== '' || !reason.startsWith('it has no'))
+      warn(`${name}: read forward because ${reason}${torn}`);
     return { sealed: false, rows, chunkTable: null };
   }
 
@@ -1458,13 +1646,23 @@ class Pack {
     if (fault !== null) fail(name, offset, fault);
     for (const field of ['number', 'type', 'compression', 'count', 'stored', 'plain']) {
       if (header[field] !== row[field]) {
-        fail(name, offset, `${field} of the frame is ${header[field]}, the footer says ${row[field]}`);
+        fail(
+          name,
+          offset,
+          `${field} of the frame is ${header[field]}, the footer says ${row[field]}`,
+        );
       }
     }
     const plain = this.#unsealFrame(headerBytes, header, bytes.subarray(32));
     if (plain === null) fail(name, offset, `the seal of frame ${header.number} does not open`);
     const head = plain.subarray(0, header.head);
-    const body = expand(plain.subarray(header.head), header.compression, header.plain, name, offset);
+    const body = expand(
+      plain.subarray(header.head),
+      header.compression,
+      header.plain,
+      name,
+      offset,
+    );
     if (header.type === FRAME_CHUNKS) this.#checkHead(row, head, body.length);
     return { offset, head, body };
   }
@@ -1473,14 +1671,24 @@ class Pack {
     let sum = 0;
     for (let i = 0; i < row.count; i++) {
       const length = head.readUInt32LE(i * 36 + 32);
-      if (length < 1 || length > this.repo.chunkBytes) fail(this.name, row.offset, `chunk ${i} of frame ${row.number} has ${length} bytes`);
+      if (length < 1 || length > this.repo.chunkBytes)
+        fail(this.name, row.offset, `chunk ${i} of frame ${row.number} has ${length} bytes`);
       sum += length;
     }
-    if (sum !== bodyLength) fail(this.name, row.offset, `the chunks of frame ${row.number} have ${sum} bytes, its body ${bodyLength}`);
+    if (sum !== bodyLength)
+      fail(
+        this.name,
+        row.offset,
+        `the chunks of frame ${row.number} have ${sum} bytes, its body ${bodyLength}`,
+      );
     if (this.chunkTable !== null) {
       const from = row.firstChunk * 36;
       if (head.compare(this.chunkTable, from, from + head.length) !== 0) {
-        fail(this.name, row.offset, `the chunks of frame ${row.number} are not those that the footer names`);
+        fail(
+          this.name,
+          row.offset,
+          `the chunks of frame ${row.number} are not those that the footer names`,
+        );
       }
     }
   }
@@ -1507,15 +1715,19 @@ function parseCommit(repo, body, object, offset) {
   const merged = (flags & 2) !== 0;
   const prev = hexAt(body, 40, 32);
   const standsFor = hexAt(body, 72, 32);
-  if (first < 1 || first > seq || (!merged && first !== seq)) bad(32, `stands for ${first} to ${seq}`);
-  if (merged === (standsFor === ZERO_HASH)) bad(72, 'the hash it stands for contradicts the flag `merged`');
-  if ((first === 1) !== (prev === ZERO_HASH)) bad(40, 'the hash before it contradicts its sequence number');
+  if (first < 1 || first > seq || (!merged && first !== seq))
+    bad(32, `stands for ${first} to ${seq}`);
+  if (merged === (standsFor === ZERO_HASH))
+    bad(72, 'the hash it stands for contradicts the flag `merged`');
+  if ((first === 1) !== (prev === ZERO_HASH))
+    bad(40, 'the hash before it contradicts its sequence number');
   const p = body.readUInt32LE(140);
   const x = body.readUInt32LE(144);
   const e = body.readUInt32LE(148);
   const f = body.readUInt32LE(152);
   if (body.readUInt32LE(156) !== 0) bad(156, 'a field that must be zero is not');
-  if (body.length !== 160 + 16 * p + 48 * x + 28 * e + f) bad(140, 'the lengths contradict the size of the commit');
+  if (body.length !== 160 + 16 * p + 48 * x + 28 * e + f)
+    bad(140, 'the lengths contradict the size of the commit');
   const packs = [];
   for (let i = 0; i < p; i++) packs.push(hexAt(body, 160 + 16 * i, 16));
   const references = [];
@@ -1558,8 +1770,38 @@ function parseCommit(repo, body, object, offset) {
 
 /** What the walk of the chain needs of a commit, and where to read the rest again. */
 function commitEntry(commit, packId, number) {
-  const { class: klass, coverage, full, merged, seq, first, prev, hash, instant, started, written, size, epoch } = commit;
-  return { class: klass, coverage, full, merged, seq, first, prev, hash, instant, started, written, size, epoch, packId, number };
+  const {
+    class: klass,
+    coverage,
+    full,
+    merged,
+    seq,
+    first,
+    prev,
+    hash,
+    instant,
+    started,
+    written,
+    size,
+    epoch,
+  } = commit;
+  return {
+    class: klass,
+    coverage,
+    full,
+    merged,
+    seq,
+    first,
+    prev,
+    hash,
+    instant,
+    started,
+    written,
+    size,
+    epoch,
+    packId,
+    number,
+  };
 }
 
 function readCommit(repo, packId, number, namedBy) {
@@ -1572,7 +1814,8 @@ function readCommit(repo, packId, number, namedBy) {
 function parseRecord(repo, bytes, at, packs, object, offset) {
   const bad = (what) => fail(object, offset, `extent record: ${what}`);
   const wide = bytes.readBigUInt64LE(at);
-  if (wide > BigInt(Math.floor(Number.MAX_SAFE_INTEGER / BLOCK))) bad(`block ${wide} is impossibly large`);
+  if (wide > BigInt(Math.floor(Number.MAX_SAFE_INTEGER / BLOCK)))
+    bad(`block ${wide} is impossibly large`);
   const block = Number(wide);
   const count = bytes.readUInt32LE(at + 8);
   const seq = bytes.readUInt32LE(at + 12);
@@ -1601,19 +1844,31 @@ function* commitRecords(repo, commit, object, offset) {
   const take = function* take(bytes, where, at) {
     for (let i = 0; i < bytes.length; i += 28) {
       const record = parseRecord(repo, bytes, i, commit.packs, where, at);
-      if (record.block < end) fail(where, at, `the extent records are out of order at block ${record.block}`);
-      if (record.seq > (commit.merged ? commit.seq - commit.first : 0)) fail(where, at, `the seq of the record for block ${record.block} is wrong`);
+      if (record.block < end)
+        fail(where, at, `the extent records are out of order at block ${record.block}`);
+      if (record.seq > (commit.merged ? commit.seq - commit.first : 0))
+        fail(where, at, `the seq of the record for block ${record.block} is wrong`);
       end = record.block + record.count;
       yield record;
     }
   };
   for (const reference of commit.references) {
-    const frame = repo.frame(reference.pack, reference.number, FRAME_EXTENTS, `commit ${commit.seq} in ${object}`);
+    const frame = repo.frame(
+      reference.pack,
+      reference.number,
+      FRAME_EXTENTS,
+      `commit ${commit.seq} in ${object}`,
+    );
     const where = `packs/${reference.pack.slice(0, 2)}/${reference.pack}`;
     if (repo.commitHash(frame.body) !== reference.hash) {
-      fail(where, frame.offset, `the extents frame is not the one that commit ${commit.seq} in ${object} names`);
+      fail(
+        where,
+        frame.offset,
+        `the extents frame is not the one that commit ${commit.seq} in ${object} names`,
+      );
     }
-    if (frame.body.length !== reference.records * 28) fail(where, frame.offset, 'the number of extent records is wrong');
+    if (frame.body.length !== reference.records * 28)
+      fail(where, frame.offset, 'the number of extent records is wrong');
     yield* take(frame.body, where, frame.offset);
   }
   yield* take(commit.extents, object, offset);
@@ -1639,7 +1894,8 @@ function collectCommits(repo, packId, only, out) {
   return true;
 }
 
-const describeCommit = (c) => `commit ${c.seq} (epoch ${c.epoch}, frame ${c.number} of pack ${c.packId})`;
+const describeCommit = (c) =>
+  `commit ${c.seq} (epoch ${c.epoch}, frame ${c.number} of pack ${c.packId})`;
 
 /** Of two commits: which one the tip is chosen from first. */
 function laterTip(a, b) {
@@ -1665,7 +1921,9 @@ export function chainOf(commits, known = []) {
     const place = `${commit.epoch}:${commit.seq}`;
     const other = byPlace.get(place);
     if (other !== undefined && other.hash !== commit.hash) {
-      throw new ExtractError(`two different commits of one epoch have one number: ${describeCommit(other)} and ${describeCommit(commit)}`);
+      throw new ExtractError(
+        `two different commits of one epoch have one number: ${describeCommit(other)} and ${describeCommit(commit)}`,
+      );
     }
     byPlace.set(place, commit);
   }
@@ -1673,10 +1931,14 @@ export function chainOf(commits, known = []) {
   let tip = null;
   for (const commit of commits) if (tip === null || laterTip(tip, commit) > 0) tip = commit;
   const chain = [];
-  if (tip === null || tip.epoch < base.epoch || (tip.epoch === base.epoch && tip.seq <= base.seq)) return { commits: chain, keep: known.length };
-  for (let commit = tip; ; ) {
+  if (tip === null || tip.epoch < base.epoch || (tip.epoch === base.epoch && tip.seq <= base.seq))
+    return { commits: chain, keep: known.length };
+  for (let commit = tip; ;) {
     chain.push(commit);
-    if (commit.seq <= base.seq) throw new ExtractError(`${describeCommit(commit)} contradicts the segments, which lead to commit ${base.seq} ${base.hash}`);
+    if (commit.seq <= base.seq)
+      throw new ExtractError(
+        `${describeCommit(commit)} contradicts the segments, which lead to commit ${base.seq} ${base.hash}`,
+      );
     const want = commit.first - 1;
     let before = null;
     if (want <= base.seq) {
@@ -1684,18 +1946,29 @@ export function chainOf(commits, known = []) {
       const keep = want === 0 ? 0 : positionOf(known, want) + 1;
       before = keep === 0 ? { seq: 0, hash: ZERO_HASH, epoch: 0 } : known[keep - 1];
       if (before === undefined || before.seq !== want || before.hash !== commit.prev) {
-        throw new ExtractError(`${describeCommit(commit)} follows commit ${want} ${commit.prev}, which the segments do not have`);
+        throw new ExtractError(
+          `${describeCommit(commit)} follows commit ${want} ${commit.prev}, which the segments do not have`,
+        );
       }
-      if (before.epoch > commit.epoch) throw new ExtractError(`${describeCommit(commit)} has a lower epoch than the commit before it`);
+      if (before.epoch > commit.epoch)
+        throw new ExtractError(
+          `${describeCommit(commit)} has a lower epoch than the commit before it`,
+        );
       return { commits: chain.reverse(), keep };
     }
     for (const candidate of byHash.get(commit.prev) ?? []) {
-      if (candidate.seq === want && (before === null || laterTip(before, candidate) > 0)) before = candidate;
+      if (candidate.seq === want && (before === null || laterTip(before, candidate) > 0))
+        before = candidate;
     }
     if (before === null) {
-      throw new ExtractError(`the chain is broken: ${describeCommit(commit)} follows commit ${want} ${commit.prev}, which is nowhere`);
+      throw new ExtractError(
+        `the chain is broken: ${describeCommit(commit)} follows commit ${want} ${commit.prev}, which is nowhere`,
+      );
     }
-    if (before.epoch > commit.epoch) throw new ExtractError(`${describeCommit(commit)} has a lower epoch than the commit before it`);
+    if (before.epoch > commit.epoch)
+      throw new ExtractError(
+        `${describeCommit(commit)} has a lower epoch than the commit before it`,
+      );
     commit = before;
   }
 }
@@ -1730,20 +2003,28 @@ class Segment {
 
   #header(object, volume, level) {
     const { name, repo } = this;
-    if (object.size < 96 + 16 + SEAL + 112 + 16) fail(name, object.size, 'the segment is too short');
+    if (object.size < 96 + 16 + SEAL + 112 + 16)
+      fail(name, object.size, 'the segment is too short');
     const bytes = object.read(0, 96);
     if (bytes.toString('latin1', 0, 8) !== 'B2SEG\0\0\0') fail(name, 0, 'no segment (wrong magic)');
-    if (crc32(bytes.subarray(0, 92)) !== bytes.readUInt32LE(92)) fail(name, 92, 'the crc of the header is wrong');
+    if (crc32(bytes.subarray(0, 92)) !== bytes.readUInt32LE(92))
+      fail(name, 92, 'the crc of the header is wrong');
     checkVersion(bytes, name, 8);
     repo.checkFlags(bytes.readUInt16LE(10), 2, name, 10);
-    if (((bytes.readUInt16LE(10) & 2) !== 0) !== this.full) fail(name, 10, 'the flag for a full map contradicts the name');
-    if (bytes.readUInt32LE(12) !== (this.full ? 0 : parseInt(level, 16))) fail(name, 12, 'the level contradicts the name');
+    if (((bytes.readUInt16LE(10) & 2) !== 0) !== this.full)
+      fail(name, 10, 'the flag for a full map contradicts the name');
+    if (bytes.readUInt32LE(12) !== (this.full ? 0 : parseInt(level, 16)))
+      fail(name, 12, 'the level contradicts the name');
     if (hexAt(bytes, 16, 16) !== volume) fail(name, 16, 'is a segment of another volume');
     if (hexAt(bytes, 32, 16) !== repo.id) fail(name, 32, 'is a segment of another repository');
-    if (u64(bytes, 64, name, 0, 'first') !== this.first || u64(bytes, 72, name, 0, 'last') !== this.last) {
+    if (
+      u64(bytes, 64, name, 0, 'first') !== this.first ||
+      u64(bytes, 72, name, 0, 'last') !== this.last
+    ) {
       fail(name, 64, 'the range of sequence numbers contradicts the name');
     }
-    if (this.first < 1 || this.first > this.last || (this.full && this.first !== 1)) fail(name, 64, 'the range of sequence numbers is impossible');
+    if (this.first < 1 || this.first > this.last || (this.full && this.first !== 1))
+      fail(name, 64, 'the range of sequence numbers is impossible');
     if (bytes.readUInt32LE(88) !== 0) fail(name, 88, 'a field that must be zero is not');
     this.header = bytes;
     this.key = repo.derive('b2 segment v1', bytes.subarray(48, 64));
@@ -1755,31 +2036,51 @@ class Segment {
     const bytes = object.read(offset, 16);
     if (bytes[0] !== type) fail(name, offset, `page of type ${bytes[0]}, expected ${type}`);
     if (bytes[1] > 1 || bytes.readUInt16LE(2) !== 0) fail(name, offset, 'the page header is wrong');
-    if (number !== null && bytes.readUInt32LE(4) !== number) fail(name, offset, `page number ${bytes.readUInt32LE(4)}, expected ${number}`);
-    if (bytes.readUInt32LE(8) !== stored) fail(name, offset, `page of ${bytes.readUInt32LE(8)} bytes, expected ${stored}`);
+    if (number !== null && bytes.readUInt32LE(4) !== number)
+      fail(name, offset, `page number ${bytes.readUInt32LE(4)}, expected ${number}`);
+    if (bytes.readUInt32LE(8) !== stored)
+      fail(name, offset, `page of ${bytes.readUInt32LE(8)} bytes, expected ${stored}`);
     const plainLength = bytes.readUInt32LE(12);
     const nonce = Buffer.alloc(12);
     nonce.writeUInt32LE(bytes.readUInt32LE(4));
-    const plain = repo.unseal(this.key, nonce, Buffer.concat([this.header, bytes]), object.read(offset + 16, stored));
+    const plain = repo.unseal(
+      this.key,
+      nonce,
+      Buffer.concat([this.header, bytes]),
+      object.read(offset + 16, stored),
+    );
     if (plain === null) fail(name, offset, 'the seal of the page does not open');
     if (plainLength > 2 ** 30) fail(name, offset, `a page of ${plainLength} bytes`);
-    return { body: expand(plain, bytes[1], plainLength, name, offset), number: bytes.readUInt32LE(4) };
+    return {
+      body: expand(plain, bytes[1], plainLength, name, offset),
+      number: bytes.readUInt32LE(4),
+    };
   }
 
   #index(object) {
     const { name } = this;
     const trailer = object.read(object.size - 16, 16);
-    if (trailer.toString('latin1', 0, 4) !== 'B2SE') fail(name, object.size - 16, 'the segment has no trailer');
-    if (crc32(trailer.subarray(0, 12)) !== trailer.readUInt32LE(12)) fail(name, object.size - 4, 'the crc of the trailer is wrong');
+    if (trailer.toString('latin1', 0, 4) !== 'B2SE')
+      fail(name, object.size - 16, 'the segment has no trailer');
+    if (crc32(trailer.subarray(0, 12)) !== trailer.readUInt32LE(12))
+      fail(name, object.size - 4, 'the crc of the trailer is wrong');
     const offset = u64(trailer, 4, name, object.size - 16, 'the offset of the index');
-    if (offset < 96 || offset + 32 > object.size - 16) fail(name, object.size - 16, 'the offset of the index is impossible');
-    const { body, number } = this.page(object, offset, PAGE_INDEX, null, object.size - 16 - 16 - offset);
+    if (offset < 96 || offset + 32 > object.size - 16)
+      fail(name, object.size - 16, 'the offset of the index is impossible');
+    const { body, number } = this.page(
+      object,
+      offset,
+      PAGE_INDEX,
+      null,
+      object.size - 16 - 16 - offset,
+    );
     const bad = (at, what) => fail(name, offset, `index, byte ${at}: ${what}`);
     if (body.length < 112) bad(0, 'too short');
     const a = body.readUInt32LE(0);
     const b = body.readUInt32LE(4);
     const d = body.readUInt32LE(8);
-    if (body.length !== 112 + 40 * a + 48 * b + 24 * d) bad(0, 'the numbers of pages contradict its size');
+    if (body.length !== 112 + 40 * a + 48 * b + 24 * d)
+      bad(0, 'the numbers of pages contradict its size');
     if (body.readBigUInt64LE(104) !== 0n) bad(104, 'a field that must be zero is not');
     const wide = (at) => u64(body, at, name, offset, 'a field of the index');
     this.packCount = body.readUInt32LE(12);
@@ -1794,37 +2095,60 @@ class Segment {
     for (let i = 0, at = 112; i < a; i++, at += 40) {
       if (body.readUInt32LE(at + 36) !== 0) bad(at + 36, 'a field that must be zero is not');
       this.extentPages.push({
-        offset: wide(at), number: body.readUInt32LE(at + 8), records: body.readUInt32LE(at + 12),
-        first: wide(at + 16), end: wide(at + 24), stored: body.readUInt32LE(at + 32),
+        offset: wide(at),
+        number: body.readUInt32LE(at + 8),
+        records: body.readUInt32LE(at + 12),
+        first: wide(at + 16),
+        end: wide(at + 24),
+        stored: body.readUInt32LE(at + 32),
       });
     }
     for (let i = 0, at = 112 + 40 * a; i < b; i++, at += 48) {
       this.commitPages.push({
-        offset: wide(at), number: body.readUInt32LE(at + 8), records: body.readUInt32LE(at + 12), first: wide(at + 16),
-        least: body.readBigUInt64LE(at + 24), greatest: body.readBigUInt64LE(at + 32), stored: body.readUInt32LE(at + 40),
+        offset: wide(at),
+        number: body.readUInt32LE(at + 8),
+        records: body.readUInt32LE(at + 12),
+        first: wide(at + 16),
+        least: body.readBigUInt64LE(at + 24),
+        greatest: body.readBigUInt64LE(at + 32),
+        stored: body.readUInt32LE(at + 40),
         points: body.readUInt32LE(at + 44),
       });
     }
     for (let i = 0, at = 112 + 40 * a + 48 * b; i < d; i++, at += 24) {
       if (body.readUInt32LE(at + 20) !== 0) bad(at + 20, 'a field that must be zero is not');
       this.packPages.push({
-        offset: wide(at), number: body.readUInt32LE(at + 8), ids: body.readUInt32LE(at + 12), stored: body.readUInt32LE(at + 16),
+        offset: wide(at),
+        number: body.readUInt32LE(at + 8),
+        ids: body.readUInt32LE(at + 12),
+        stored: body.readUInt32LE(at + 16),
       });
     }
     // in this order, and nothing may lie between the pages
     const pages = [...this.extentPages, ...this.commitPages, ...this.packPages];
     let end = 96;
     pages.forEach((page, i) => {
-      if (page.offset !== end || page.number !== i) bad(112, `page ${page.number} at ${page.offset}, expected page ${i} at ${end}`);
+      if (page.offset !== end || page.number !== i)
+        bad(112, `page ${page.number} at ${page.offset}, expected page ${i} at ${end}`);
       end += 16 + page.stored;
     });
-    if (end !== offset || number !== pages.length) bad(0, 'the index does not follow the last page');
+    if (end !== offset || number !== pages.length)
+      bad(0, 'the index does not follow the last page');
+    const tooFull =
+      this.extentPages.some((page) => page.records > 4096) ||
+      this.commitPages.some((page) => page.records > 1024) ||
+      this.packPages.some((page) => page.ids > 4096);
+    if (tooFull) bad(112, 'a page holds more than it may');
     const sum = (list, field) => list.reduce((total, page) => total + page[field], 0);
-    if (sum(this.extentPages, 'records') !== this.recordCount) bad(16, 'the number of extent records is wrong');
-    if (sum(this.commitPages, 'records') !== this.commitCount) bad(24, 'the number of commit records is wrong');
+    if (sum(this.extentPages, 'records') !== this.recordCount)
+      bad(16, 'the number of extent records is wrong');
+    if (sum(this.commitPages, 'records') !== this.commitCount)
+      bad(24, 'the number of commit records is wrong');
     if (sum(this.packPages, 'ids') !== this.packCount) bad(12, 'the number of packs is wrong');
-    if (this.commitCount < 1 || (this.full && this.commitCount !== 1)) bad(24, `${this.commitCount} commit records`);
-    if ((this.first === 1) !== (this.prev === ZERO_HASH)) bad(32, 'the hash before it contradicts its range');
+    if (this.commitCount < 1 || (this.full && this.commitCount !== 1))
+      bad(24, `${this.commitCount} commit records`);
+    if ((this.first === 1) !== (this.prev === ZERO_HASH))
+      bad(32, 'the hash before it contradicts its range');
   }
 
   /** The pack table. */
@@ -1833,7 +2157,8 @@ class Segment {
       const ids = [];
       for (const page of this.packPages) {
         const { body } = this.page(object, page.offset, PAGE_PACKS, page.number, page.stored);
-        if (body.length !== page.ids * 16) fail(this.name, page.offset, 'the number of packs is wrong');
+        if (body.length !== page.ids * 16)
+          fail(this.name, page.offset, 'the number of packs is wrong');
         for (let at = 0; at < body.length; at += 16) ids.push(hexAt(body, at, 16));
       }
       return ids;
@@ -1847,15 +2172,26 @@ class Segment {
       const out = [];
       for (const page of this.commitPages) {
         const { body } = this.page(object, page.offset, PAGE_COMMITS, page.number, page.stored);
-        if (body.length !== page.records * 112 || page.records < 1) fail(this.name, page.offset, 'the number of commit records is wrong');
-        for (let at = 0; at < body.length; at += 112) out.push(this.#commitRecord(body, at, page, packs));
+        if (body.length !== page.records * 112 || page.records < 1)
+          fail(this.name, page.offset, 'the number of commit records is wrong');
+        for (let at = 0; at < body.length; at += 112)
+          out.push(this.#commitRecord(body, at, page, packs));
         const own = out.slice(-page.records);
         const instants = own.map((commit) => commit.instant);
         const least = instants.reduce((x, y) => (y < x ? y : x));
         const greatest = instants.reduce((x, y) => (y > x ? y : x));
         const points = own.filter((commit) => commit.class >= 2).length;
-        if (own[0].seq !== page.first || least !== page.least || greatest !== page.greatest || points !== page.points) {
-          fail(this.name, page.offset, 'the commits of the page are not those that the index describes');
+        if (
+          own[0].seq !== page.first ||
+          least !== page.least ||
+          greatest !== page.greatest ||
+          points !== page.points
+        ) {
+          fail(
+            this.name,
+            page.offset,
+            'the commits of the page are not those that the index describes',
+          );
         }
       }
       return out;
@@ -1863,13 +2199,24 @@ class Segment {
     let next = this.full ? list[0].first : this.first;
     let full = 0;
     for (const commit of list) {
-      if (commit.first !== next) fail(this.name, null, `commit ${commit.seq} stands for ${commit.first} on, expected ${next} on`);
+      if (commit.first !== next)
+        fail(
+          this.name,
+          null,
+          `commit ${commit.seq} stands for ${commit.first} on, expected ${next} on`,
+        );
       next = commit.seq + 1;
       if (commit.full) full = commit.first;
     }
     const last = list[list.length - 1];
-    if (last.seq !== this.last || last.hash !== this.hash) fail(this.name, null, 'the last commit record is not the one the index names');
-    if (!this.full && full !== this.lastFull) fail(this.name, null, `the index names ${this.lastFull} as the first number of the last full commit, it is ${full}`);
+    if (last.seq !== this.last || last.hash !== this.hash)
+      fail(this.name, null, 'the last commit record is not the one the index names');
+    if (!this.full && full !== this.lastFull)
+      fail(
+        this.name,
+        null,
+        `the index names ${this.lastFull} as the first number of the last full commit, it is ${full}`,
+      );
     return list;
   }
 
@@ -1880,13 +2227,30 @@ class Segment {
     const flags = body.readUInt16LE(at + 18);
     const pack = body.readUInt32LE(at + 88);
     const commit = {
-      seq: wide(0), first: wide(8), class: body[at + 16], coverage: body[at + 17], full: (flags & 1) !== 0, merged: (flags & 2) !== 0,
-      epoch: body.readUInt32LE(at + 20), instant: body.readBigUInt64LE(at + 24), started: body.readBigUInt64LE(at + 32),
-      written: body.readBigUInt64LE(at + 40), size: wide(48), hash: hexAt(body, at + 56, 32), packId: packs[pack],
-      number: body.readUInt32LE(at + 92), replaced: wide(96),
+      seq: wide(0),
+      first: wide(8),
+      class: body[at + 16],
+      coverage: body[at + 17],
+      full: (flags & 1) !== 0,
+      merged: (flags & 2) !== 0,
+      epoch: body.readUInt32LE(at + 20),
+      instant: body.readBigUInt64LE(at + 24),
+      started: body.readBigUInt64LE(at + 32),
+      written: body.readBigUInt64LE(at + 40),
+      size: wide(48),
+      hash: hexAt(body, at + 56, 32),
+      packId: packs[pack],
+      number: body.readUInt32LE(at + 92),
+      replaced: wide(96),
     };
-    if (commit.class >= CLASSES.length || commit.coverage >= COVERAGES.length || (flags & ~3) !== 0) bad('class, coverage or flags are wrong');
-    if (commit.first < 1 || commit.first > commit.seq || (!commit.merged && commit.first !== commit.seq)) bad(`stands for ${commit.first} to ${commit.seq}`);
+    if (commit.class >= CLASSES.length || commit.coverage >= COVERAGES.length || (flags & ~3) !== 0)
+      bad('class, coverage or flags are wrong');
+    if (
+      commit.first < 1 ||
+      commit.first > commit.seq ||
+      (!commit.merged && commit.first !== commit.seq)
+    )
+      bad(`stands for ${commit.first} to ${commit.seq}`);
     if (pack >= packs.length) bad(`pack ${pack} is not in the table`);
     return commit;
   }
@@ -1901,24 +2265,45 @@ class Segment {
       let end = 0;
       for (const page of this.extentPages) {
         const { body } = this.page(object, page.offset, PAGE_EXTENTS, page.number, page.stored);
-        if (body.length !== page.records * 28 || page.records < 1) fail(this.name, page.offset, 'the number of extent records is wrong');
+        if (body.length !== page.records * 28 || page.records < 1)
+          fail(this.name, page.offset, 'the number of extent records is wrong');
         let pageEnd = 0;
         for (let at = 0; at < body.length; at += 28) {
           const record = parseRecord(this.repo, body, at, packs, this.name, page.offset);
           const order = record.block > block || (record.block === block && record.seq > seq);
-          if (!order) fail(this.name, page.offset, `the extent records are out of order at block ${record.block}`);
-          if (at === 0 && record.block !== page.first) fail(this.name, page.offset, 'the first block is not the one the index names');
+          if (!order)
+            fail(
+              this.name,
+              page.offset,
+              `the extent records are out of order at block ${record.block}`,
+            );
+          if (at === 0 && record.block !== page.first)
+            fail(this.name, page.offset, 'the first block is not the one the index names');
           if (this.full) {
             if (record.block < end || record.pack === null || record.seq !== 0) {
-              fail(this.name, page.offset, `block ${record.block}: not allowed in a full map (overlap, zeros or seq)`);
+              fail(
+                this.name,
+                page.offset,
+                `block ${record.block}: not allowed in a full map (overlap, zeros or seq)`,
+              );
             }
-          } else if (record.seq > this.last - this.first) fail(this.name, page.offset, `the seq of the record for block ${record.block} is wrong`);
+          } else if (record.seq > this.last - this.first)
+            fail(
+              this.name,
+              page.offset,
+              `the seq of the record for block ${record.block} is wrong`,
+            );
           ({ block, seq } = record);
           end = Math.max(end, block + record.count);
           pageEnd = Math.max(pageEnd, block + record.count);
           yield record;
         }
-        if (pageEnd !== page.end) fail(this.name, page.offset, `the page ends at block ${pageEnd}, the index says ${page.end}`);
+        if (pageEnd !== page.end)
+          fail(
+            this.name,
+            page.offset,
+            `the page ends at block ${pageEnd}, the index says ${page.end}`,
+          );
       }
     } finally {
       object.close();
@@ -1941,9 +2326,9 @@ class Painter {
     ftruncateSync(fd, size);
   }
 
-  /** Paints a record; blocks at or past `limit` (a size in bytes) are not the record's to decide. */
-  paint(record, limit, namedBy) {
-    const end = Math.min(record.block + record.count, Math.ceil(Math.min(limit, this.size) / BLOCK));
+  /** Paints a record: its blocks that are not decided yet, up to the end of the device. */
+  paint(record, namedBy) {
+    const end = Math.min(record.block + record.count, Math.ceil(this.size / BLOCK));
     if (end <= record.block) return;
     const region = Math.floor(record.block / REGION_BLOCKS);
     let bits = this.regions.get(region);
@@ -1967,19 +2352,33 @@ class Painter {
   #copy(record, from, to, namedBy) {
     if (record.pack === null) return;
     const per = this.repo.chunkBlocks;
-    for (let block = from; block < to; ) {
+    for (let block = from; block < to;) {
       const place = record.skip + (block - record.block);
       const index = record.run ? Math.floor(place / per) : 0;
       const within = record.run ? place % per : place;
       const count = Math.min(to - block, per - within);
-      const chunk = this.repo.chunk(record.pack, record.frame + index, record.run ? 0 : record.sub, record.run, namedBy);
+      const chunk = this.repo.chunk(
+        record.pack,
+        record.frame + index,
+        record.run ? 0 : record.sub,
+        record.run,
+        namedBy,
+      );
       const lastIndex = record.run ? Math.floor((record.skip + record.count - 1) / per) : 0;
       if (index < lastIndex && chunk.length !== this.repo.chunkBytes) {
-        fail(`packs/${record.pack.slice(0, 2)}/${record.pack}`, null, `the chunk in frame ${record.frame + index} is short but not the last of a run (${namedBy})`);
+        fail(
+          `packs/${record.pack.slice(0, 2)}/${record.pack}`,
+          null,
+          `the chunk in frame ${record.frame + index} is short but not the last of a run (${namedBy})`,
+        );
       }
       if (Math.ceil(chunk.length / BLOCK) < within + count) {
         const pack = `packs/${record.pack.slice(0, 2)}/${record.pack}`;
-        fail(pack, null, `the chunk in frame ${record.frame + index} ends before the blocks that ${namedBy} names`);
+        fail(
+          pack,
+          null,
+          `the chunk in frame ${record.frame + index} ends before the blocks that ${namedBy} names`,
+        );
       }
       this.#write(block, chunk.subarray(within * BLOCK, (within + count) * BLOCK));
       block += count;
@@ -1990,7 +2389,7 @@ class Painter {
   #write(block, bytes) {
     const at = block * BLOCK;
     const length = Math.min(bytes.length, this.size - at);
-    for (let from = 0; from < length; ) {
+    for (let from = 0; from < length;) {
       const isZero = (o) => {
         const n = Math.min(BLOCK, length - o);
         return bytes.compare(ZERO_BLOCK, 0, n, o, o + n) === 0;
@@ -2002,18 +2401,41 @@ class Painter {
       let to = from + BLOCK;
       while (to < length && !isZero(to)) to += BLOCK;
       to = Math.min(to, length);
-      for (let done = from; done < to; ) done += writeSync(this.fd, bytes, done, to - done, at + done);
+      for (let done = from; done < to;)
+        done += writeSync(this.fd, bytes, done, to - done, at + done);
       from = to;
     }
   }
 }
 
-/** For the commits of a chain, oldest first: the least device size from each one to the end. */
-function leastSizes(chain) {
-  const least = new Float64Array(chain.length);
-  let size = Infinity;
-  for (let i = chain.length - 1; i >= 0; i--) least[i] = size = Math.min(size, chain[i].size);
-  return least;
+/**
+ * Checks that a commit of a device that has grown names every block from the end before on (section 8): else something of
+ * before an earlier shrinking would show again.
+ */
+class GrowthCheck {
+  /** @param {object | undefined} before the commit before `commit` in the chain, undefined if not known */
+  constructor(before, commit) {
+    const grown = before !== undefined && !commit.full && commit.size > before.size;
+    this.from = grown ? Math.floor(before.size / BLOCK) : 0;
+    this.to = grown ? Math.ceil(commit.size / BLOCK) : 0;
+    this.missing = this.to - this.from;
+  }
+
+  add(record) {
+    const named =
+      Math.min(this.to, record.block + record.count) - Math.max(this.from, record.block);
+    if (named > 0) this.missing -= named;
+  }
+
+  finish(commit, object, offset) {
+    if (this.missing !== 0) {
+      fail(
+        object,
+        offset,
+        `commit ${commit.seq} grew the device but leaves out ${this.missing} of the blocks ${this.from} to ${this.to - 1}`,
+      );
+    }
+  }
 }
 
 /** Position in the chain of the first commit with a sequence number of at least `seq`. */
@@ -2029,13 +2451,19 @@ function positionOf(chain, seq) {
 }
 
 /** Paints the commits of `chain[from..to]`, newest first, out of their packs. True when a full commit ended it. */
-function paintCommits(repo, painter, chain, least, from, to) {
+function paintCommits(repo, painter, chain, from, to) {
   for (let i = to; i >= from; i--) {
     const entry = chain[i];
     const name = `packs/${entry.packId.slice(0, 2)}/${entry.packId}`;
     const { commit, offset } = readCommit(repo, entry.packId, entry.number, `commit ${entry.seq}`);
-    if (commit.hash !== entry.hash || commit.seq !== entry.seq) fail(name, offset, `is no longer commit ${entry.seq}`);
-    for (const record of commitRecords(repo, commit, name, offset)) painter.paint(record, least[i], `commit ${commit.seq} in ${name}`);
+    if (commit.hash !== entry.hash || commit.seq !== entry.seq)
+      fail(name, offset, `is no longer commit ${entry.seq}`);
+    const growth = new GrowthCheck(chain[i - 1], commit);
+    for (const record of commitRecords(repo, commit, name, offset)) {
+      growth.add(record);
+      painter.paint(record, `commit ${commit.seq} in ${name}`);
+    }
+    growth.finish(commit, name, offset);
     if (commit.full) return true;
   }
   return false;
@@ -2061,7 +2489,7 @@ class PacksOnly {
 
   paint(painter, volume, { commits }, target) {
     const to = positionOf(commits, target);
-    paintCommits(this.repo, painter, commits, leastSizes(commits.slice(0, to + 1)), 0, to);
+    paintCommits(this.repo, painter, commits, 0, to);
   }
 }
 
@@ -2084,17 +2512,28 @@ class Manifest {
 
   #chain(volume) {
     const pattern = /^(?:[0-9a-f]{2}|full)-[0-9a-f]{16}-[0-9a-f]{16}$/;
-    const segments = this.repo.store.entries(`volumes/${volume}/manifest`, pattern).map((entry) => new Segment(this.repo, volume, entry));
+    const segments = this.repo.store
+      .entries(`volumes/${volume}/manifest`, pattern)
+      .map((entry) => new Segment(this.repo, volume, entry));
     const commits = [];
     for (;;) {
       const reached = commits.at(-1)?.seq ?? 0;
-      const next = bestCover(segments.filter((s) => !s.full), reached + 1) ?? earliestMap(segments, reached + 1);
+      const next =
+        bestCover(
+          segments.filter((s) => !s.full),
+          reached + 1,
+        ) ?? earliestMap(segments, reached + 1);
       if (next === null) break;
       this.#append(commits, next);
     }
     const reached = commits.at(-1)?.seq ?? 0;
     const beyond = segments.find((s) => s.last > reached);
-    if (beyond !== undefined) fail(beyond.name, null, `no segment covers commit ${reached + 1}, but this one begins at ${beyond.first}`);
+    if (beyond !== undefined)
+      fail(
+        beyond.name,
+        null,
+        `no segment covers commit ${reached + 1}, but this one begins at ${beyond.first}`,
+      );
     for (const map of segments.filter((s) => s.full)) this.#checkMap(map, commits);
     const later = chainOf(this.#journal(volume, commits.at(-1)), commits);
     commits.length = later.keep;
@@ -2110,7 +2549,11 @@ class Manifest {
     let previous = { seq: segment.first - 1, hash: segment.prev };
     for (const commit of list) {
       if (last !== undefined && commit.seq === reached && commit.hash !== last.hash) {
-        fail(segment.name, null, `says that commit ${reached} is ${commit.hash}, others say ${last.hash}`);
+        fail(
+          segment.name,
+          null,
+          `says that commit ${reached} is ${commit.hash}, others say ${last.hash}`,
+        );
       }
       if (commit.seq > reached) {
         // a merged commit takes the place of those it stands for
@@ -2120,9 +2563,16 @@ class Manifest {
           ? before === undefined
           : before === undefined
             ? commit.first === 1
-            : before.seq === commit.first - 1 && (previous.seq !== before.seq || previous.hash === before.hash);
-        if (!leads) fail(segment.name, null, `commit ${commit.seq} does not follow commit ${before?.seq ?? 0} ${before?.hash ?? ''}`);
-        if (before !== undefined && commit.epoch < before.epoch) fail(segment.name, null, `commit ${commit.seq} has a lower epoch than the one before it`);
+            : before.seq === commit.first - 1 &&
+              (previous.seq !== before.seq || previous.hash === before.hash);
+        if (!leads)
+          fail(
+            segment.name,
+            null,
+            `commit ${commit.seq} does not follow commit ${before?.seq ?? 0} ${before?.hash ?? ''}`,
+          );
+        if (before !== undefined && commit.epoch < before.epoch)
+          fail(segment.name, null, `commit ${commit.seq} has a lower epoch than the one before it`);
         commits.push({ ...commit, segment });
       }
       previous = commit;
@@ -2134,9 +2584,14 @@ class Manifest {
     const [record] = map.commits();
     const at = positionOf(commits, map.last);
     const commit = commits[at];
-    if (commit === undefined || commit.first > map.last) fail(map.name, null, `is the map of commit ${map.last}, which no segment names`);
+    if (commit === undefined || commit.first > map.last)
+      fail(map.name, null, `is the map of commit ${map.last}, which no segment names`);
     if (commit.seq === map.last && commit.hash !== record.hash) {
-      fail(map.name, null, `is the map of commit ${map.last} ${record.hash}, but that commit is ${commit.hash}`);
+      fail(
+        map.name,
+        null,
+        `is the map of commit ${map.last} ${record.hash}, but that commit is ${commit.hash}`,
+      );
     }
   }
 
@@ -2147,13 +2602,19 @@ class Manifest {
     for (const pack of repo.store.entries(`volumes/${volume}/journal`, /^[0-9a-f]{32}$/)) {
       const name = `volumes/${volume}/journal/${pack}`;
       const entry = repo.sealedObject(name, 3);
-      if (entry.volume !== volume || entry.pack !== pack) fail(name, 48, 'the entry is of another volume or pack');
-      if (!collectCommits(repo, pack, volume, found)) warn(`${name}: the pack does not exist; either its writer was stopped before it put it, or it is lost`);
+      if (entry.volume !== volume || entry.pack !== pack)
+        fail(name, 48, 'the entry is of another volume or pack');
+      if (!collectCommits(repo, pack, volume, found))
+        warn(
+          `${name}: the pack does not exist; either its writer was stopped before it put it, or it is lost`,
+        );
     }
     const commits = found.get(volume) ?? [];
     for (const commit of commits) {
       if (last !== undefined && commit.seq <= last.seq && commit.epoch > last.epoch) {
-        throw new ExtractError(`${describeCommit(commit)} has a higher epoch than the segments, which reach to commit ${last.seq}`);
+        throw new ExtractError(
+          `${describeCommit(commit)} has a higher epoch than the segments, which reach to commit ${last.seq}`,
+        );
       }
     }
     return commits;
@@ -2162,14 +2623,14 @@ class Manifest {
   paint(painter, volume, { commits, covered, segments }, target) {
     const { repo } = this;
     const chain = commits.slice(0, positionOf(commits, target) + 1);
-    const least = leastSizes(chain);
     const inSegments = Math.min(covered, chain.length);
-    if (paintCommits(repo, painter, chain, least, inSegments, chain.length - 1)) return;
+    if (paintCommits(repo, painter, chain, inSegments, chain.length - 1)) return;
     if (inSegments === 0) return;
     // from here on: the newest full map not after the target, and the segments behind it
     const reach = chain[inSegments - 1].seq;
     let map = null;
-    for (const s of segments) if (s.full && s.last <= reach && (map === null || s.last > map.last)) map = s;
+    for (const s of segments)
+      if (s.full && s.last <= reach && (map === null || s.last > map.last)) map = s;
     let start = map === null ? 0 : positionOf(chain, map.last + 1);
     let useMap = map !== null;
     for (let i = inSegments - 1; i >= start; i--) {
@@ -2182,29 +2643,49 @@ class Manifest {
     this.#verifyCommits(chain, volume, start, inSegments - 1);
     const from = start < inSegments ? chain[start].first : reach + 1;
     const deltas = [];
-    for (let next = start < inSegments ? chain[start].seq : reach + 1; next <= reach; ) {
-      const segment = bestCover(segments.filter((s) => !s.full), next);
-      if (segment === null) fail(`volumes/${volume}/manifest`, null, `no segment covers commit ${next}`);
+    for (let next = start < inSegments ? chain[start].seq : reach + 1; next <= reach;) {
+      const segment = bestCover(
+        segments.filter((s) => !s.full),
+        next,
+      );
+      if (segment === null)
+        fail(`volumes/${volume}/manifest`, null, `no segment covers commit ${next}`);
       deltas.push(segment);
       next = segment.last + 1;
     }
-    for (const segment of deltas.reverse()) this.#paintDelta(painter, segment, from, reach, chain, least);
+    for (const segment of deltas.reverse())
+      this.#paintDelta(
+        painter,
+        segment,
+        from,
+        reach,
+        chain.slice(Math.max(start - 1, 0), inSegments),
+      );
     if (!useMap) return;
     const at = positionOf(chain, map.last);
     if (chain[at].seq === map.last) this.#verifyMapCommit(map, volume);
-    for (const record of map.records()) painter.paint(record, least[at], map.name);
+    for (const record of map.records()) painter.paint(record, map.name);
   }
 
   /** Reads the commit frames that the records stand for and checks them, hash by hash. */
   #verifyCommits(chain, volume, from, to) {
     for (let i = from; i <= to; i++) {
       const entry = chain[i];
-      const { commit, offset } = readCommit(this.repo, entry.packId, entry.number, entry.segment.name);
+      const { commit, offset } = readCommit(
+        this.repo,
+        entry.packId,
+        entry.number,
+        entry.segment.name,
+      );
       const name = `packs/${entry.packId.slice(0, 2)}/${entry.packId}`;
       const before = i > 0 ? chain[i - 1] : null;
       this.#compare(entry, commit, volume, name, offset);
       if (before !== null && before.seq === commit.first - 1 && commit.prev !== before.hash) {
-        fail(name, offset, `commit ${commit.seq} follows ${commit.prev}, but commit ${before.seq} is ${before.hash}`);
+        fail(
+          name,
+          offset,
+          `commit ${commit.seq} follows ${commit.prev}, but commit ${before.seq} is ${before.hash}`,
+        );
       }
     }
   }
@@ -2212,34 +2693,67 @@ class Manifest {
   #verifyMapCommit(map, volume) {
     const [entry] = map.commits();
     const { commit, offset } = readCommit(this.repo, entry.packId, entry.number, map.name);
-    this.#compare({ ...entry, segment: map }, commit, volume, `packs/${entry.packId.slice(0, 2)}/${entry.packId}`, offset);
+    this.#compare(
+      { ...entry, segment: map },
+      commit,
+      volume,
+      `packs/${entry.packId.slice(0, 2)}/${entry.packId}`,
+      offset,
+    );
   }
 
   #compare(entry, commit, volume, name, offset) {
     if (commit.volume !== volume) fail(name, offset, 'is a commit of another volume');
-    for (const field of ['seq', 'first', 'class', 'coverage', 'full', 'merged', 'epoch', 'instant', 'started', 'written', 'size', 'hash']) {
+    for (const field of [
+      'seq',
+      'first',
+      'class',
+      'coverage',
+      'full',
+      'merged',
+      'epoch',
+      'instant',
+      'started',
+      'written',
+      'size',
+      'hash',
+    ]) {
       if (commit[field] !== entry[field]) {
-        fail(name, offset, `${field} of commit ${entry.seq} is ${commit[field]}, ${entry.segment.name} says ${entry[field]}`);
+        fail(
+          name,
+          offset,
+          `${field} of commit ${entry.seq} is ${commit[field]}, ${entry.segment.name} says ${entry[field]}`,
+        );
       }
     }
   }
 
-  /** Paints the records with a sequence number of `from` to `to`, per GiB newest first. */
-  #paintDelta(painter, segment, from, to, chain, least) {
+  /**
+   * Paints the records with a sequence number of `from` to `to`, per GiB newest first. `chain`: the commits that are
+   * painted and the one before them.
+   */
+  #paintDelta(painter, segment, from, to, chain) {
     const own = segment.commits();
     const replaced = new Float64Array(own.length);
+    /** One for each commit of the segment that is painted and whose predecessor is known. */
+    const growth = own.map((commit) => {
+      const at = positionOf(chain, commit.seq);
+      return chain[at]?.seq === commit.seq ? new GrowthCheck(chain[at - 1], commit) : null;
+    });
     let region = -1;
     let batch = [];
     const flush = () => {
       batch.sort((x, y) => y.seq - x.seq);
       for (const record of batch) {
-        painter.paint(record, least[positionOf(chain, record.seq)], segment.name);
+        painter.paint(record, segment.name);
       }
       batch = [];
     };
     for (const record of segment.records()) {
       record.seq += segment.first;
-      replaced[positionOf(own, record.seq)] += record.count;
+      const commit = positionOf(own, record.seq);
+      replaced[commit] += record.count;
+      growth[commit]?.add(record);
       if (record.seq < from || record.seq > to) continue;
       const here = Math.floor(record.block / REGION_BLOCKS);
       if (here !== region) {
@@ -2250,8 +2764,13 @@ class Manifest {
     }
     flush();
     own.forEach((commit, i) => {
+      growth[i]?.finish(commit, segment.name, null);
       if (replaced[i] !== commit.replaced) {
-        fail(segment.name, null, `has ${replaced[i]} blocks for commit ${commit.seq}, whose record says ${commit.replaced}`);
+        fail(
+          segment.name,
+          null,
+          `has ${replaced[i]} blocks for commit ${commit.seq}, whose record says ${commit.replaced}`,
+        );
       }
     });
   }
@@ -2262,7 +2781,8 @@ function bestCover(segments, seq) {
   let best = null;
   for (const s of segments) {
     if (s.first > seq || s.last < seq) continue;
-    if (best === null || s.last > best.last || (s.last === best.last && s.first < best.first)) best = s;
+    if (best === null || s.last > best.last || (s.last === best.last && s.first < best.first))
+      best = s;
   }
   return best;
 }
@@ -2270,7 +2790,8 @@ function bestCover(segments, seq) {
 /** The full map with the least LAST of at least `seq`. */
 function earliestMap(segments, seq) {
   let best = null;
-  for (const s of segments) if (s.full && s.last >= seq && (best === null || s.last < best.last)) best = s;
+  for (const s of segments)
+    if (s.full && s.last >= seq && (best === null || s.last < best.last)) best = s;
   return best;
 }
 
@@ -2290,7 +2811,8 @@ function readSnapshot(repo, volume, entry) {
   const name = `volumes/${volume}/snapshots/${entry}`;
   const snapshot = repo.sealedObject(name, 2);
   if (snapshot.volume !== volume) fail(name, 48, 'is a snapshot of another volume');
-  if (typeof snapshot.name !== 'string' || nameHash(repo, snapshot.name) !== entry) fail(name, 48, 'does not belong to this name');
+  if (typeof snapshot.name !== 'string' || nameHash(repo, snapshot.name) !== entry)
+    fail(name, 48, 'does not belong to this name');
   return { ...snapshot, seq: jsonDecimal(snapshot.seq, name, 'seq'), object: name };
 }
 
@@ -2315,7 +2837,8 @@ function findVolume(repo, wanted) {
     .entries('volumes', /^[0-9a-f]{32}$/)
     .filter((volume) => readMeta(repo, volume)?.name === wanted);
   if (matches.length === 0) fail(wanted, null, 'there is no volume of this name');
-  if (matches.length > 1) fail(wanted, null, `several volumes have this name: ${matches.join(', ')}; use an id`);
+  if (matches.length > 1)
+    fail(wanted, null, `several volumes have this name: ${matches.join(', ')}; use an id`);
   return matches[0];
 }
 
@@ -2339,12 +2862,19 @@ export function list(repo, packsOnly) {
   const chains = way.chains(null);
   const ids = new Set([...chains.keys(), ...repo.store.entries('volumes', /^[0-9a-f]{32}$/)]);
   return {
-    repository: { id: repo.id, encryption: repo.config.encryption, chunkBytes: repo.chunkBytes, created: repo.config.created },
+    repository: {
+      id: repo.id,
+      encryption: repo.config.encryption,
+      chunkBytes: repo.chunkBytes,
+      created: repo.config.created,
+    },
     volumes: [...ids].sort().map((id) => {
       const meta = readMeta(repo, id);
       checkEpochs(repo, id);
       const commits = chains.get(id)?.commits ?? [];
-      const snapshots = repo.store.entries(`volumes/${id}/snapshots`, /^[0-9a-f]{32}$/).map((entry) => readSnapshot(repo, id, entry));
+      const snapshots = repo.store
+        .entries(`volumes/${id}/snapshots`, /^[0-9a-f]{32}$/)
+        .map((entry) => readSnapshot(repo, id, entry));
       for (const snapshot of snapshots) checkSnapshot(snapshot, commits);
       return {
         id,
@@ -2362,8 +2892,10 @@ export function list(repo, packsOnly) {
 
 function checkSnapshot(snapshot, commits) {
   const commit = commits[positionOf(commits, snapshot.seq)];
-  if (commit === undefined || commit.seq !== snapshot.seq) fail(snapshot.object, 48, `commit ${snapshot.seq} is not in the chain`);
-  if (commit.hash !== snapshot.hash) fail(snapshot.object, 48, `names commit ${snapshot.hash}, the chain has ${commit.hash}`);
+  if (commit === undefined || commit.seq !== snapshot.seq)
+    fail(snapshot.object, 48, `commit ${snapshot.seq} is not in the chain`);
+  if (commit.hash !== snapshot.hash)
+    fail(snapshot.object, 48, `names commit ${snapshot.hash}, the chain has ${commit.hash}`);
 }
 
 /**
@@ -2376,23 +2908,32 @@ export function extract(repo, packsOnly, wantedVolume, wantedSeq, outFile, snaps
   checkEpochs(repo, volume);
   const way = packsOnly ? new PacksOnly(repo) : new Manifest(repo);
   const chain = way.chains(volume).get(volume);
-  if (chain === undefined || chain.commits.length === 0) fail(wantedVolume, null, 'the volume has no commits');
+  if (chain === undefined || chain.commits.length === 0)
+    fail(wantedVolume, null, 'the volume has no commits');
   const { commits } = chain;
   let seq;
   if (snapshotName !== null) {
     const entry = nameHash(repo, snapshotName);
-    if (!repo.store.has(`volumes/${volume}/snapshots/${entry}`)) fail(snapshotName, null, 'there is no snapshot of this name');
+    if (!repo.store.has(`volumes/${volume}/snapshots/${entry}`))
+      fail(snapshotName, null, 'there is no snapshot of this name');
     const snapshot = readSnapshot(repo, volume, entry);
     checkSnapshot(snapshot, commits);
     ({ seq } = snapshot);
-    if (wantedSeq !== 'latest' && wantedSeq !== String(seq)) fail(snapshotName, null, `the snapshot is of commit ${seq}, not ${wantedSeq}`);
+    if (wantedSeq !== 'latest' && wantedSeq !== String(seq))
+      fail(snapshotName, null, `the snapshot is of commit ${seq}, not ${wantedSeq}`);
   } else if (wantedSeq === 'latest') {
     seq = commits.findLast((commit) => commit.class > 0)?.seq;
     if (seq === undefined) fail(wantedVolume, null, 'the volume has no recovery point');
   } else seq = Number(wantedSeq);
   const target = commits[positionOf(commits, seq)];
-  if (target === undefined) fail(wantedVolume, null, `there is no commit ${seq}; the last is ${commits[commits.length - 1].seq}`);
-  if (target.seq !== seq) fail(wantedVolume, null, `commit ${seq} is merged into commit ${target.seq}`);
+  if (target === undefined)
+    fail(
+      wantedVolume,
+      null,
+      `there is no commit ${seq}; the last is ${commits[commits.length - 1].seq}`,
+    );
+  if (target.seq !== seq)
+    fail(wantedVolume, null, `commit ${seq} is merged into commit ${target.seq}`);
 
   if (existsSync(outFile)) fail(outFile, null, 'exists already');
   const partial = `${outFile}.partial-${process.pid}`;
@@ -2419,28 +2960,37 @@ function main(args, env) {
   for (let i = 0; i < args.length; i++) {
     if (args[i] === '--packs-only') packsOnly = true;
     else if (args[i] === '--snapshot' && i + 1 < args.length) snapshot = args[++i];
-    else if (args[i].startsWith('--')) throw new ExtractError(`${args[i]}: unknown option\n${USAGE}`);
+    else if (args[i].startsWith('--'))
+      throw new ExtractError(`${args[i]}: unknown option\n${USAGE}`);
     else plain.push(args[i]);
   }
   const [root, command, volume, seq, outFile] = plain;
   const listing = command === 'list' && plain.length === 2 && snapshot === null;
-  const extracting = command === 'extract' && plain.length === 5 && /^(?:latest|[1-9][0-9]{0,15})$/.test(seq);
+  const extracting =
+    command === 'extract' && plain.length === 5 && /^(?:latest|[1-9][0-9]{0,15})$/.test(seq);
   if (!listing && !extracting) throw new ExtractError(USAGE);
   const secrets = {
     password: env.B2_PASSWORD,
     keyMaterial: env.B2_KEY_FILE === undefined ? undefined : readKeyFile(env.B2_KEY_FILE),
   };
   const repo = new Repository(root, secrets);
-  const result = listing ? list(repo, packsOnly) : extract(repo, packsOnly, volume, seq, outFile, snapshot);
+  const result = listing
+    ? list(repo, packsOnly)
+    : extract(repo, packsOnly, volume, seq, outFile, snapshot);
   process.stdout.write(`${JSON.stringify(result, null, 2)}\n`);
 }
 
-if (process.argv[1] !== undefined && realpathSync(process.argv[1]) === fileURLToPath(import.meta.url)) {
+if (
+  process.argv[1] !== undefined &&
+  realpathSync(process.argv[1]) === fileURLToPath(import.meta.url)
+) {
   try {
     main(process.argv.slice(2), process.env);
   } catch (error) {
     const known = error instanceof ExtractError || (error instanceof Error && 'code' in error);
-    process.stderr.write(`extract: ${known ? error.message : error instanceof Error ? error.stack : String(error)}\n`);
+    process.stderr.write(
+      `extract: ${known ? error.message : error instanceof Error ? error.stack : String(error)}\n`,
+    );
     process.exitCode = 1;
   }
 }

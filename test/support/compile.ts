@@ -16,10 +16,11 @@ const OPTIONS = (
 ).split(' ');
 
 /**
- * Compiles `source` (below src/, as `repo/store-directory.ts`) and what it imports. Returns the path of the
- * JavaScript file, and the directory to remove afterwards; it lies in node_modules/.cache so that packages resolve.
+ * Compiles `sources` (below src/, as `repo/store-directory.ts`) and what they import into one new directory, and
+ * returns it; `repo/store-directory.js` is in it then. The caller removes it. It lies in node_modules/.cache so
+ * that packages resolve.
  */
-export function compileForChild(source: string): { file: string; directory: string } {
+export function compileForChild(...sources: readonly string[]): string {
   const cache = path.join(PROJECT, 'node_modules/.cache/b2');
   mkdirSync(cache, { recursive: true });
   const directory = mkdtempSync(path.join(cache, 'child-'));
@@ -32,11 +33,13 @@ export function compileForChild(source: string): { file: string; directory: stri
       path.join(PROJECT, 'src'),
       '--outDir',
       directory,
-      path.join(PROJECT, 'src', source),
+      ...sources.map((source) => path.join(PROJECT, 'src', source)),
     ],
     { cwd: PROJECT, encoding: 'utf8' },
   );
-  const file = path.join(directory, source.replace(/\.tsx?$/, '.js'));
-  if (!existsSync(file)) throw new Error(`tsc made no ${file}: ${done.stdout}${done.stderr}`);
-  return { file, directory };
+  for (const source of sources) {
+    const file = path.join(directory, source.replace(/\.tsx?$/, '.js'));
+    if (!existsSync(file)) throw new Error(`tsc made no ${file}: ${done.stdout}${done.stderr}`);
+  }
+  return directory;
 }

@@ -12,7 +12,7 @@ import type { Store } from '../../src/repo/store.js';
 import { writeVolumeMeta, type VolumeMeta } from '../../src/repo/volume.js';
 import { VolumeWriter, type PlacedExtent } from '../../src/repo/volume-writer.js';
 import { currentIdentity } from '../../src/process-identity.js';
-import { ManualClock } from './manual-clock.js';
+import { SteppedClock } from './stepped-clock.js';
 
 export const CHUNK_BYTES = 16_384;
 const BLOCK = 4096;
@@ -30,9 +30,9 @@ export function seeded(seed: number): () => number {
 }
 
 /** An environment whose clock and randomness are the test's. */
-export function testEnvironment(random: () => number): Environment & { readonly clock: ManualClock } {
+export function testEnvironment(random: () => number): Environment & { readonly clock: SteppedClock } {
   return {
-    clock: new ManualClock(),
+    clock: new SteppedClock(),
     random: (n) => Uint8Array.from({ length: n }, () => Math.floor(random() * 256)),
     owner: currentIdentity(),
   };
@@ -67,12 +67,16 @@ export class ModelVolume {
   readonly volumeId: string;
   data: Buffer;
   readonly acknowledged: Expected[] = [];
+  /** The block in which the end lay before the device grew: the next commit must name it. */
+  private oldEnd: number | undefined;
   private readonly random: () => number;
+  private readonly clock: SteppedClock;
 
-  constructor(volumeId: string, sizeBytes: number, random: () => number) {
+  constructor(volumeId: string, sizeBytes: number, random: () => number, clock: SteppedClock) {
     this.volumeId = volumeId;
     this.data = Buffer.alloc(sizeBytes);
     this.random = random;
+    this.clock = clock;
   }
 
   /** Changes random blocks; returns them, ascending. Some become zeros, some are compressible, some copies of others. */
@@ -92,11 +96,14 @@ export class ModelVolume {
         changed.add(b);
       }
     }
+    if (this.oldEnd !== undefined) changed.add(this.oldEnd);
+    this.oldEnd = undefined;
     return [...changed].sort((a, b) => a - b);
   }
 
   /** Grows or shrinks the device; what is gained reads as zeros. */
   resize(sizeBytes: number): void {
+    if (sizeBytes > this.data.length && this.data.length % BLOCK !== 0) this.oldEnd = Math.floor(this.data.length / BLOCK);
     const next = Buffer.alloc(sizeBytes);
     this.data.copy(next, 0, 0, Math.min(sizeBytes, this.data.length));
     this.data = next;
@@ -139,8 +146,7 @@ export class ModelVolume {
       });
     }
     extents.sort((a, b) => a.block - b.block);
-    const { clock } = writer.repo.env;
-    const now = clock.nowNs();
+    const now = writer.repo.env.clock.nowNs();
     const point = await writer.commit({
       pointClass: PointClass.crash,
       coverage: Coverage.exact,
@@ -153,7 +159,7 @@ export class ModelVolume {
       facts: {},
     });
     this.acknowledged.push({ seq: point.seq, sizeBytes: this.data.length, digest: digestOf(this.data) });
-    await clock.sleep(1000);
+    await this.clock.advanceMs(1000);
   }
 }
 
@@ -179,7 +185,7 @@ export async function newModel(
   await writeVolumeMeta(repo, testMeta(volumeId, options.sizeBytes));
   const { writer, history } = await VolumeWriter.claim(repo, volumeId);
   await history.close();
-  return { repo, model: new ModelVolume(volumeId, options.sizeBytes, random), writer };
+  return { repo, model: new ModelVolume(volumeId, options.sizeBytes, random, env.clock), writer };
 }
 
 export const PASSWORD = { kind: 'password', password: 'correct horse', source: 'the test' } as const;

@@ -2,6 +2,8 @@
 import type { RepositoryHandle } from '../../src/repo/handle.js';
 import { contextOf } from '../../src/repo/handle.js';
 import { PackWriter, type PackContext } from '../../src/repo/pack-writer.js';
+import { PackCache } from '../../src/repo/pack-reader.js';
+import { RepositoryImage } from '../../src/repo/repository-image.js';
 import type { Store } from '../../src/repo/store.js';
 import type { SourceExtent } from '../../src/restore/batch.js';
 import type { ImageSource } from '../../src/restore/write-image.js';
@@ -94,7 +96,12 @@ export async function makePackImage(options: PackImageOptions): Promise<PackImag
   const single = async (length: number): Promise<StoredChunk> => {
     const w = await pack();
     const bytes = content(length);
-    const chunk = { packId: w.packId, frame: w.addChunk(bytes, context.keys.chunkId(bytes)), sub: 0, bytes };
+    const chunk = {
+      packId: w.packId,
+      frame: w.addChunk(bytes, context.keys.chunkId(bytes)),
+      sub: 0,
+      bytes,
+    };
     stored.push(chunk);
     return chunk;
   };
@@ -107,7 +114,8 @@ export async function makePackImage(options: PackImageOptions): Promise<PackImag
     switch (roll(6)) {
       case 0: {
         const count = Math.min(left, 1 + roll(3 * chunkBlocks));
-        if (roll(2) === 0) extents.push({ block, count, packId: undefined, frame: 0, sub: 0, skip: 0 });
+        if (roll(2) === 0)
+          extents.push({ block, count, packId: undefined, frame: 0, sub: 0, skip: 0 });
         block += count;
         break;
       }
@@ -118,7 +126,12 @@ export async function makePackImage(options: PackImageOptions): Promise<PackImag
         const list: StoredChunk[] = [];
         for (let i = 0; i < chunks; i++) {
           const bytes = content(handle.chunkBytes);
-          list.push({ packId: w.packId, frame: w.addChunk(bytes, context.keys.chunkId(bytes)), sub: 0, bytes });
+          list.push({
+            packId: w.packId,
+            frame: w.addChunk(bytes, context.keys.chunkId(bytes)),
+            sub: 0,
+            bytes,
+          });
         }
         stored.push(...list);
         const skip = roll(chunkBlocks);
@@ -142,7 +155,9 @@ export async function makePackImage(options: PackImageOptions): Promise<PackImag
           parts.push(content(lengthAt(at, count)));
           at += count;
         }
-        const frame = w.addChunks(parts.map((bytes) => ({ bytes, id: context.keys.chunkId(bytes) })));
+        const frame = w.addChunks(
+          parts.map((bytes) => ({ bytes, id: context.keys.chunkId(bytes) })),
+        );
         parts.forEach((bytes, sub) => {
           const chunk = { packId: w.packId, frame, sub, bytes };
           stored.push(chunk);
@@ -189,8 +204,100 @@ export async function makePackImage(options: PackImageOptions): Promise<PackImag
       store,
       sizeBytes,
       async *extents() {
-        for (let i = 0; i < extents.length; i += 10) yield await Promise.resolve(extents.slice(i, i + 10));
+        for (let i = 0; i < extents.length; i += 10)
+          yield await Promise.resolve(extents.slice(i, i + 10));
       },
     },
   };
+}
+
+/** `bytes` as an image: full chunks, one a frame, zeros left out. */
+export async function storeBytes(
+  options: { readonly store: Store; readonly storeUrl?: string },
+  bytes: Buffer,
+): Promise<PackImage> {
+  const handle = handleFor(options);
+  const context = contextOf(handle, options.store);
+  const packId = 'c'.repeat(32);
+  const writer = await PackWriter.create(context, packId, 1n);
+  const extents: SourceExtent[] = [];
+  for (let at = 0; at < bytes.length; at += handle.chunkBytes) {
+    const chunk = bytes.subarray(at, at + handle.chunkBytes);
+    if (chunk.every((b) => b === 0)) continue;
+    if (writer.wantsFlush) await writer.flush();
+    const frame = writer.addChunk(chunk, context.keys.chunkId(chunk));
+    extents.push({
+      block: at / BLOCK_BYTES,
+      count: blocksOf(chunk.length),
+      packId,
+      frame,
+      sub: 0,
+      skip: 0,
+    });
+  }
+  await writer.seal(Buffer.alloc(16, 1));
+  return {
+    handle,
+    context,
+    extents,
+    expected: bytes,
+    packIds: [packId],
+    source: {
+      handle,
+      store: options.store,
+      sizeBytes: bytes.length,
+      async *extents() {
+        yield await Promise.resolve(extents);
+      },
+    },
+  };
+}
+
+/** The same image for random reads. */
+export function imageOf(made: PackImage): RepositoryImage {
+  const chunkBlocks = made.handle.chunkBytes / BLOCK_BYTES;
+  const packs = new PackCache(made.context);
+  const hole = (block: number, count: number): SourceExtent => ({
+    block,
+    count,
+    packId: undefined,
+    frame: 0,
+    sub: 0,
+    skip: 0,
+  });
+  return new RepositoryImage({
+    packs,
+    chunkBytes: made.handle.chunkBytes,
+    sizeBytes: made.source.sizeBytes,
+    logicalBlockBytes: 512,
+    onClose: () => packs.close(),
+    resolver: {
+      resolve(from, to) {
+        const out: SourceExtent[] = [];
+        let at = from;
+        for (const e of made.extents) {
+          const start = Math.max(e.block, from);
+          const end = Math.min(e.block + e.count, to);
+          if (start >= end) continue;
+          if (start > at) out.push(hole(at, start - at));
+          at = end;
+          const skip = e.skip + start - e.block;
+          const isRun = e.skip + e.count > chunkBlocks;
+          if (e.packId === undefined) out.push(hole(start, end - start));
+          else if (!isRun) out.push({ ...e, block: start, count: end - start, skip });
+          else {
+            out.push({
+              ...e,
+              block: start,
+              count: end - start,
+              frame: e.frame + Math.floor(skip / chunkBlocks),
+              skip: skip % chunkBlocks,
+            });
+          }
+        }
+        if (at < to) out.push(hole(at, to - at));
+        return Promise.resolve(out);
+      },
+    },
+  });
 }

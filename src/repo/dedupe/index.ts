@@ -129,15 +129,13 @@ export class DedupeIndex {
       const packId = packIdOf(name);
       if (packId === undefined) continue;
       listed.set(packId, sizeBytes);
-      const known = this.numberOf.get(packId);
-      // Compaction is the only thing that changes a sealed pack, and always makes it smaller.
-      if (known !== undefined && this.packs.sizeOf(known) === sizeBytes) continue;
+      if (this.isKnown(packId, sizeBytes)) continue;
       unknown.push(packId);
       unknownBytes += sizeBytes;
     }
     const cachedPacks = listed.size - unknown.length;
     for (const [packId, number] of this.numberOf) {
-      if (listed.has(packId) && this.packs.sizeOf(number) === listed.get(packId)) continue;
+      if (this.isKnown(packId, listed.get(packId))) continue;
       this.packs.set(number, PackFlag.unusable);
       this.numberOf.delete(packId);
       this.dirty = true;
@@ -256,7 +254,7 @@ export class DedupeIndex {
     if (!keep || session.entries === 0) return;
     this.makeRoom(session.entries, session.runCount, 0);
     this.dirty = true;
-    this.copyEntries(session, sealed);
+    this.copyEntries(session, (pack) => (sealed(pack) ? pack : undefined));
   }
 
   /** Writes the local copy if anything has changed since it was read. Rejects with B2Error; the index goes on working. */
@@ -285,7 +283,8 @@ export class DedupeIndex {
       const count = Math.min(RUN_CHUNKS, chunks - from);
       for (let i = 0; i < count; i++) {
         const at = (from + i) * 8;
-        this.base.insertAlone(first + i, found.ids[at] ?? 0, (found.ids[at + 1] ?? 0) & 0xffff);
+        const check = (found.ids[at + 1] ?? 0) & 0xffff;
+        if (!this.base.insertAlone(first + i, found.ids[at] ?? 0, check)) throw new Error('no room was made for a chunk');
       }
     }
   }
@@ -298,20 +297,22 @@ export class DedupeIndex {
     const more = Math.ceil(Math.max(expected * 1.03, base.entries * 0.1, 1024));
     const grown = ChunkTable.create(base.entries + chunks + more, base.runCount + runs + runsFor(more * 1.1) + 64, 0);
     this.base = grown;
-    this.copyEntries(base, () => true);
+    this.copyEntries(base, (pack) => (pack < this.packs.count ? pack : undefined));
   }
 
-  /** Copies the entries of `from` that lie in packs that `wanted` names; the base has room for them. */
-  private copyEntries(from: ChunkTable, wanted: (pack: number) => boolean): void {
+  /**
+   * Copies entries of `from` to the base, which has room for them: those whose pack `packFor` gives a number to, under that number.
+   */
+  private copyEntries(from: ChunkTable, packFor: (pack: number) => number | undefined): void {
     const { base } = this;
     const target = new Map<number, number>();
     // In order of runs, so that the copy is as compact as the original.
     for (let run = 0; run < from.runCount; run++) {
       const first = run * RUN_CHUNKS;
-      const pack = from.packOf(first);
-      if (pack >= this.packs.count || !wanted(pack)) continue;
+      const pack = packFor(from.packOf(first));
+      if (pack === undefined) continue;
       const taken = base.takeRun(pack, from.chunkOf(first));
-      if (taken === undefined) throw new Error('no room was made for copied chunks');
+      if (taken === undefined) throw new Error('no room was made for copied runs');
       target.set(run, taken);
     }
     for (const value of from.slots) {
@@ -319,19 +320,46 @@ export class DedupeIndex {
       const ordinal = value - 1;
       const first = target.get(Math.floor(ordinal / RUN_CHUNKS));
       if (first === undefined) continue;
-      base.insertAlone(first + (ordinal % RUN_CHUNKS), from.tags[ordinal] ?? 0, from.checks[ordinal] ?? 0);
+      const at = first + (ordinal % RUN_CHUNKS);
+      if (!base.insertAlone(at, from.tags[ordinal] ?? 0, from.checks[ordinal] ?? 0)) {
+        throw new Error('no room was made for copied chunks');
+      }
     }
   }
 
-  /** Builds the base anew if too much of it belongs to packs that are gone. */
+  /** Builds base and pack table anew, without the packs that are gone, if too much belongs to those. */
   private dropGone(): void {
-    let gone = 0;
-    const count = this.packs.count;
-    for (let i = 0; i < count; i++) if (this.isGone(i)) gone += this.packs.chunksOf(i);
-    if (gone * GONE_SHARE <= this.base.entries) return;
-    const old = this.base;
-    this.base = ChunkTable.create(Math.max(0, old.entries - gone) + 1024, old.runCount + 64, 0);
-    this.copyEntries(old, (pack) => !this.isGone(pack));
+    const old = this.packs;
+    const count = old.count;
+    let goneChunks = 0;
+    let gonePacks = 0;
+    for (let i = 0; i < count; i++) {
+      if (!this.isGone(i)) continue;
+      gonePacks++;
+      goneChunks += old.chunksOf(i);
+    }
+    if (goneChunks * GONE_SHARE <= this.base.entries && gonePacks * 2 <= count) return;
+    const packs = PackTable.create(count - gonePacks + SPARE_PACKS);
+    const numbers = new Map<number, number>();
+    for (let i = 0; i < count; i++) {
+      if (this.isGone(i)) continue;
+      const number = packs.add(old.idOf(i), old.flagsOf(i));
+      packs.setSealed(number, old.sizeOf(i), old.chunksOf(i));
+      numbers.set(i, number);
+      this.numberOf.set(old.idOf(i), number);
+    }
+    const table = this.base;
+    let live = 0;
+    for (const value of table.slots) if (value !== 0 && numbers.has(table.packOf(value - 1))) live++;
+    this.base = ChunkTable.create(live + 1024, table.runCount + 64, 0);
+    this.copyEntries(table, (pack) => numbers.get(pack));
+    this.packs = packs;
+  }
+
+  /** True if the pack is offered and still has the size it had. Compaction, which alone changes a sealed pack, makes it smaller. */
+  private isKnown(packId: string, sizeBytes: number | undefined): boolean {
+    const number = this.numberOf.get(packId);
+    return number !== undefined && !this.isGone(number) && this.packs.sizeOf(number) === sizeBytes;
   }
 
   private isGone(pack: number): boolean {

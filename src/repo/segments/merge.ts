@@ -22,7 +22,7 @@ const YIELD_EVERY = 8192;
  * Puts one delta segment of `level` that holds what `inputs` hold: segments that follow each other without gap or overlap, ascending. Memory: two
  * pages an input, and what the pack tables need. Resolves to the object's name. The inputs may be deleted then, not before.
  */
-export function mergeSegments(
+export async function mergeSegments(
   target: SegmentTarget,
   inputs: readonly SegmentSource[],
   level: number,

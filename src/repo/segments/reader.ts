@@ -85,10 +85,11 @@ export class SegmentReader implements SegmentSource {
       const least = SEGMENT_HEADER_BYTES + PAGE_HEADER_BYTES + SEGMENT_TRAILER_BYTES;
       if (size < least) throw damaged(name, size, 'the segment is cut off');
       const tailAt = Math.max(0, size - TAIL_BYTES);
-      const [tail, headerBytes] = await Promise.all([
+      const [tail, start] = await Promise.all([
         readExactly(object, tailAt, size - tailAt, name),
-        readExactly(object, 0, SEGMENT_HEADER_BYTES, name),
+        tailAt === 0 ? undefined : readExactly(object, 0, SEGMENT_HEADER_BYTES, name),
       ]);
+      const headerBytes = Buffer.from((start ?? tail).subarray(0, SEGMENT_HEADER_BYTES));
       const header = decodeSegmentHeader(headerBytes, name);
       checkBelongs(header, expected, context, name);
       const trailer = tail.subarray(tail.length - SEGMENT_TRAILER_BYTES);
@@ -174,8 +175,8 @@ export class SegmentReader implements SegmentSource {
 }
 
 /**
- * Opens the segment with that object name: header, trailer and index are read (two ranged reads at once, a third where the index is
- * larger than 64 KiB) and validated; pages later, on demand. Rejects with `damaged` naming the object, or as the store does.
+ * Opens the segment with that object name: header, trailer and index are read (one read of a small segment, else two at once, and a third where the index
+ * is larger than 64 KiB) and validated; pages later, on demand. Rejects with `damaged` naming the object, or as the store does.
  */
 export function openSegment(context: SegmentContext, name: string): Promise<SegmentReader> {
   return SegmentReader.open(context, name);

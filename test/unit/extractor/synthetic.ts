@@ -141,7 +141,10 @@ export class SyntheticRepo {
 
   seal(key: Buffer, nonce: Buffer, aad: Buffer, plain: Buffer): Buffer {
     if (this.encrypted) return this.gcm(key, nonce, aad, plain);
-    const check = keyed(this.derive('b2 checksum v1'), Buffer.concat([nonce, u32(aad.length), aad, plain]));
+    const check = keyed(
+      this.derive('b2 checksum v1'),
+      Buffer.concat([nonce, u32(aad.length), aad, plain]),
+    );
     return Buffer.concat([plain, check.subarray(0, 16)]);
   }
 
@@ -152,10 +155,15 @@ export class SyntheticRepo {
       const aad = Buffer.concat([Buffer.from('b2 key v1'), hex(this.id), hex(keyId)]);
       return Buffer.concat([nonce, this.gcm(key, nonce, aad, this.master)]).toString('base64');
     };
-    const fromPassword = scryptSync(Buffer.from(PASSWORD.normalize('NFC')), salt, 32, { N: 16384, r: 4, p: 1 });
+    const fromPassword = scryptSync(Buffer.from(PASSWORD.normalize('NFC')), salt, 32, {
+      N: 16384,
+      r: 4,
+      p: 1,
+    });
     const fromFile = Buffer.from(hkdfSync('sha256', KEY_MATERIAL, salt, 'b2 key file v1', 32));
     const created = '2026-01-02T03:04:05Z';
-    const label = 'key: "of the test", which is long enough to be folded by a writer of YAML at column eighty';
+    const label =
+      'key: "of the test", which is long enough to be folded by a writer of YAML at column eighty';
     const salt64 = salt.toString('base64');
     interface Key {
       id: string;
@@ -171,15 +179,69 @@ export class SyntheticRepo {
     }
     const keys: Key[] = this.encrypted
       ? [
-          { id: '0000000000000001', label, created, kind: 'scrypt', salt: salt64, N: 16384, r: 4, p: 1, wrapped: wrap('0000000000000001', fromPassword) },
-          { id: '12345678901e5678', label: '', created, kind: 'file', salt: salt64, wrapped: wrap('12345678901e5678', fromFile) },
+          {
+            id: '0000000000000001',
+            label,
+            created,
+            kind: 'scrypt',
+            salt: salt64,
+            N: 16384,
+            r: 4,
+            p: 1,
+            wrapped: wrap('0000000000000001', fromPassword),
+          },
+          {
+            id: '12345678901e5678',
+            label: '',
+            created,
+            kind: 'file',
+            salt: salt64,
+            wrapped: wrap('12345678901e5678', fromFile),
+          },
         ]
-      : [{ id: '00000000000000aa', label: '# none', created, kind: 'none', master: this.master.toString('base64') }];
+      : [
+          {
+            id: '00000000000000aa',
+            label: '# none',
+            created,
+            kind: 'none',
+            master: this.master.toString('base64'),
+          },
+        ];
     const encryption = this.encrypted ? 'aes256-gcm' : 'none';
-    const list = keys.map((k) => [k.id, k.label, k.created, k.kind, k.salt ?? '', k.N ?? 0, k.r ?? 0, k.p ?? 0, k.wrapped ?? '']);
-    const canonical = JSON.stringify(['b2', 1, this.id, created, encryption, CHUNK_BYTES, 1048576, list]);
+    const list = keys.map((k) => [
+      k.id,
+      k.label,
+      k.created,
+      k.kind,
+      k.salt ?? '',
+      k.N ?? 0,
+      k.r ?? 0,
+      k.p ?? 0,
+      k.wrapped ?? '',
+    ]);
+    const canonical = JSON.stringify([
+      'b2',
+      1,
+      this.id,
+      created,
+      encryption,
+      CHUNK_BYTES,
+      1048576,
+      list,
+    ]);
     const mac = keyed(this.derive('b2 config v1'), Buffer.from(canonical)).toString('base64');
-    const text = stringify({ b2: 'repository', version: 1, id: this.id, created, encryption, chunkBytes: CHUNK_BYTES, packBytes: 1048576, keys, mac });
+    const text = stringify({
+      b2: 'repository',
+      version: 1,
+      id: this.id,
+      created,
+      encryption,
+      chunkBytes: CHUNK_BYTES,
+      packBytes: 1048576,
+      keys,
+      mac,
+    });
     this.put('config.copy', Buffer.from(text));
     this.put('config', Buffer.from(text));
   }
@@ -188,20 +250,49 @@ export class SyntheticRepo {
     const salt = this.salt();
     const json = Buffer.from(JSON.stringify(payload));
     const header = withCrc(
-      Buffer.concat([Buffer.from('B2OBJ\0\0\0'), u16(1, this.encrypted ? 1 : 0), u32(kind), salt, u32(json.length, 0, 0)]),
+      Buffer.concat([
+        Buffer.from('B2OBJ\0\0\0'),
+        u16(1, this.encrypted ? 1 : 0),
+        u32(kind),
+        salt,
+        u32(json.length, 0, 0),
+      ]),
     );
     const aad = Buffer.concat([header, Buffer.from(name)]);
-    this.put(name, Buffer.concat([header, this.seal(this.derive('b2 object v1', salt), Buffer.alloc(12), aad, json)]));
+    this.put(
+      name,
+      Buffer.concat([
+        header,
+        this.seal(this.derive('b2 object v1', salt), Buffer.alloc(12), aad, json),
+      ]),
+    );
   }
 
   snapshot(volume: string, name: string, commit: Written): void {
     const nameHash = keyed(this.derive('b2 name v1'), Buffer.from(name)).toString('hex', 0, 16);
-    const payload = { name, volume, seq: String(commit.seq), hash: commit.hash, instant: '1', class: 'crash', tags: [], created: '1' };
+    const payload = {
+      name,
+      volume,
+      seq: String(commit.seq),
+      hash: commit.hash,
+      instant: '1',
+      class: 'crash',
+      tags: [],
+      created: '1',
+    };
     this.object(`volumes/${volume}/snapshots/${nameHash}`, 2, payload);
   }
 
   /** Puts a segment. `records` and `commits` in any order; `records` carry absolute sequence numbers. */
-  segment(volume: string, level: number | 'full', first: number, last: number, prev: string, records: Extent[], commits: Written[]): string {
+  segment(
+    volume: string,
+    level: number | 'full',
+    first: number,
+    last: number,
+    prev: string,
+    records: Extent[],
+    commits: Written[],
+  ): string {
     const full = level === 'full';
     const salt = this.salt();
     const key = this.derive('b2 segment v1', salt);
@@ -218,15 +309,31 @@ export class SyntheticRepo {
       ]),
     );
     const sorted = [...records].sort((a, b) => a.block - b.block || a.seq - b.seq);
-    const packs = [...new Set([...sorted.flatMap((r) => (r.pack === null ? [] : [r.pack])), ...commits.map((c) => c.pack)])];
+    const packs = [
+      ...new Set([
+        ...sorted.flatMap((r) => (r.pack === null ? [] : [r.pack])),
+        ...commits.map((c) => c.pack),
+      ]),
+    ];
     const parts: Buffer[] = [header];
     let offset = header.length;
     let number = 0;
-    const page = (type: number, body: Buffer): { offset: number; number: number; stored: number } => {
+    const page = (
+      type: number,
+      body: Buffer,
+    ): { offset: number; number: number; stored: number } => {
       const compressed = number % 2 === 1;
       const stored = compressed ? lz4Literals(body) : body;
-      const head = Buffer.concat([Buffer.of(type, compressed ? 1 : 0, 0, 0), u32(number, stored.length + 16, body.length)]);
-      const sealed = this.seal(key, Buffer.concat([u32(number), Buffer.alloc(8)]), Buffer.concat([header, head]), stored);
+      const head = Buffer.concat([
+        Buffer.of(type, compressed ? 1 : 0, 0, 0),
+        u32(number, stored.length + 16, body.length),
+      ]);
+      const sealed = this.seal(
+        key,
+        Buffer.concat([u32(number), Buffer.alloc(8)]),
+        Buffer.concat([header, head]),
+        stored,
+      );
       const at = { offset, number, stored: sealed.length };
       parts.push(head, sealed);
       offset += head.length + sealed.length;
@@ -241,7 +348,12 @@ export class SyntheticRepo {
     const extentEntries = slices(sorted, 7).map((rows) => {
       const at = page(1, Buffer.concat(rows.map((r) => record(r, full ? r.seq : first, packs))));
       const end = Math.max(...rows.map((r) => r.block + r.count));
-      return Buffer.concat([u64(at.offset), u32(at.number, rows.length), u64(rows[0]?.block ?? 0, end), u32(at.stored, 0)]);
+      return Buffer.concat([
+        u64(at.offset),
+        u32(at.number, rows.length),
+        u64(rows[0]?.block ?? 0, end),
+        u32(at.stored, 0),
+      ]);
     });
     const ordered = [...commits].sort((a, b) => a.seq - b.seq);
     const commitEntries = slices(ordered, 3).map((rows) => {
@@ -257,7 +369,10 @@ export class SyntheticRepo {
               u64(c.instant, c.instant + 1, c.instant + 2, c.size),
               hex(c.hash),
               u32(packs.indexOf(c.pack), c.number),
-              u64(c.extents.reduce((sum, e) => sum + e.count, 0), 0),
+              u64(
+                c.extents.reduce((sum, e) => sum + e.count, 0),
+                0,
+              ),
             ]),
           ),
         ),
@@ -302,7 +417,11 @@ function flagsOf(c: CommitFacts): number {
 
 function record(r: Extent, base: number, packs: string[]): Buffer {
   const pack = r.pack === null ? NONE : packs.indexOf(r.pack);
-  return Buffer.concat([u64(r.block), u32(r.count, r.seq - base, pack, r.frame), u16(r.sub, r.skip)]);
+  return Buffer.concat([
+    u64(r.block),
+    u32(r.count, r.seq - base, pack, r.frame),
+    u16(r.sub, r.skip),
+  ]);
 }
 
 interface FrameRow {
@@ -328,7 +447,15 @@ export class SyntheticPack {
     this.repo = repo;
     this.id = id;
     const header = withCrc(
-      Buffer.concat([Buffer.from('B2PACK\0\0'), u16(1, repo.encrypted ? 1 : 0), u32(0), hex(this.id), hex(repo.id), u64(7), u32(0)]),
+      Buffer.concat([
+        Buffer.from('B2PACK\0\0'),
+        u16(1, repo.encrypted ? 1 : 0),
+        u32(0),
+        hex(this.id),
+        hex(repo.id),
+        u64(7),
+        u32(0),
+      ]),
     );
     this.#add(header);
   }
@@ -348,10 +475,30 @@ export class SyntheticPack {
     const number = this.#number;
     this.#number += this.repo.next() < 0.2 && type !== 1 ? 3 : 1;
     const bytes = head.length + stored.length + 16;
-    const header = withCrc(Buffer.concat([Buffer.from('B2FR'), Buffer.of(type, compression), u16(count), u32(number, bytes, body.length, head.length, 0)]));
+    const header = withCrc(
+      Buffer.concat([
+        Buffer.from('B2FR'),
+        Buffer.of(type, compression),
+        u16(count),
+        u32(number, bytes, body.length, head.length, 0),
+      ]),
+    );
     const key = this.repo.derive('b2 pack v1', hex(this.id));
-    const sealed = this.repo.seal(key, Buffer.concat([u32(number), Buffer.alloc(8)]), Buffer.concat([hex(this.id), header]), Buffer.concat([head, stored]));
-    this.#rows.push({ number, offset: this.#size, stored: bytes, plain: body.length, type, compression, count });
+    const sealed = this.repo.seal(
+      key,
+      Buffer.concat([u32(number), Buffer.alloc(8)]),
+      Buffer.concat([hex(this.id), header]),
+      Buffer.concat([head, stored]),
+    );
+    this.#rows.push({
+      number,
+      offset: this.#size,
+      stored: bytes,
+      plain: body.length,
+      type,
+      compression,
+      count,
+    });
     this.#add(header);
     this.#add(sealed);
     return number;
@@ -359,14 +506,18 @@ export class SyntheticPack {
 
   /** A chunks frame. */
   chunks(list: Buffer[]): number {
-    const head = Buffer.concat(list.map((c) => Buffer.concat([keyed(this.repo.derive('b2 chunk id v1'), c), u32(c.length)])));
+    const head = Buffer.concat(
+      list.map((c) => Buffer.concat([keyed(this.repo.derive('b2 chunk id v1'), c), u32(c.length)])),
+    );
     this.#entries.push(head);
     return this.#frame(1, list.length, head, Buffer.concat(list));
   }
 
   commit(volume: string, facts: CommitFacts): Written {
     const first = facts.first ?? facts.seq;
-    const packs = [...new Set([this.id, ...facts.extents.flatMap((e) => (e.pack === null ? [] : [e.pack]))])];
+    const packs = [
+      ...new Set([this.id, ...facts.extents.flatMap((e) => (e.pack === null ? [] : [e.pack]))]),
+    ];
     const hashKey = this.repo.derive('b2 commit hash v1');
     const inFrames = facts.inFrames ?? 0;
     const references: Buffer[] = [];
@@ -395,7 +546,14 @@ export class SyntheticPack {
       json,
     ]);
     const number = this.#frame(3, 0, Buffer.alloc(0), body);
-    return { ...facts, first, hash: facts.standsFor ?? keyed(hashKey, body).toString('hex'), pack: this.id, number, instant };
+    return {
+      ...facts,
+      first,
+      hash: facts.standsFor ?? keyed(hashKey, body).toString('hex'),
+      pack: this.id,
+      number,
+      instant,
+    };
   }
 
   /** Bytes that a crash left. */
@@ -407,13 +565,28 @@ export class SyntheticPack {
   footer(): void {
     const chunks = Buffer.concat(this.#entries);
     const rows = this.#rows.map((r) =>
-      Buffer.concat([u32(r.number, r.offset, r.stored, r.plain), Buffer.of(r.type, r.compression), u16(r.count)]),
+      Buffer.concat([
+        u32(r.number, r.offset, r.stored, r.plain),
+        Buffer.of(r.type, r.compression),
+        u16(r.count),
+      ]),
     );
     const body = Buffer.concat([u32(rows.length, chunks.length / 36), ...rows, chunks]);
     const salt = this.repo.salt();
-    const header = withCrc(Buffer.concat([Buffer.from('B2FR'), Buffer.of(4, 0), u16(0), u32(NONE, body.length + 32, body.length, 0, 0)]));
+    const header = withCrc(
+      Buffer.concat([
+        Buffer.from('B2FR'),
+        Buffer.of(4, 0),
+        u16(0),
+        u32(NONE, body.length + 32, body.length, 0, 0),
+      ]),
+    );
     const aad = Buffer.concat([hex(this.id), header, salt]);
-    const frame = Buffer.concat([header, salt, this.repo.seal(this.repo.derive('b2 footer v1', salt), Buffer.alloc(12), aad, body)]);
+    const frame = Buffer.concat([
+      header,
+      salt,
+      this.repo.seal(this.repo.derive('b2 footer v1', salt), Buffer.alloc(12), aad, body),
+    ]);
     const offset = this.#size;
     this.#add(frame);
     this.#add(withCrc(Buffer.concat([Buffer.from('B2PE'), u32(offset, frame.length)])));
@@ -471,8 +644,24 @@ export class SyntheticVolume {
     this.id = repo.newId();
     this.model = new Model(size);
     const volume = this.id;
-    repo.object(`volumes/${volume}/meta`, 1, { id: volume, name, host: 'h', created: '1', device: '/dev/x', sizeBytes: String(size), logicalBlockBytes: 512, facts: {}, updated: '1', unknown: [1] });
-    repo.object(`volumes/${volume}/epochs/00000001`, 4, { volume, epoch: 1, writer: {}, created: '1' });
+    repo.object(`volumes/${volume}/meta`, 1, {
+      id: volume,
+      name,
+      host: 'h',
+      created: '1',
+      device: '/dev/x',
+      sizeBytes: String(size),
+      logicalBlockBytes: 512,
+      facts: {},
+      updated: '1',
+      unknown: [1],
+    });
+    repo.object(`volumes/${volume}/epochs/00000001`, 4, {
+      volume,
+      epoch: 1,
+      writer: {},
+      created: '1',
+    });
   }
 
   #bytes(length: number): Buffer {
@@ -483,7 +672,11 @@ export class SyntheticVolume {
   }
 
   /** Random, non-overlapping changes; the chunks go to `pack`. */
-  changes(pack: SyntheticPack, seq: number, size: number): { extents: Extent[]; bytes: (Buffer | null)[] } {
+  changes(
+    pack: SyntheticPack,
+    seq: number,
+    size: number,
+  ): { extents: Extent[]; bytes: (Buffer | null)[] } {
     const { next } = this.repo;
     const extents: Extent[] = [];
     const contents: (Buffer | null)[] = [];
@@ -500,7 +693,15 @@ export class SyntheticVolume {
         const has = known.bytes.length / BLOCK;
         const skip = Math.floor(next() * has);
         count = Math.min(count, has - skip);
-        extents.push({ block, count, seq, pack: known.pack, frame: known.frame, sub: known.sub, skip });
+        extents.push({
+          block,
+          count,
+          seq,
+          pack: known.pack,
+          frame: known.frame,
+          sub: known.sub,
+          skip,
+        });
         contents.push(known.bytes.subarray(skip * BLOCK, (skip + count) * BLOCK));
       } else {
         const length = Math.min(count * BLOCK, size - block * BLOCK);
@@ -517,7 +718,10 @@ export class SyntheticVolume {
         } else {
           const other = this.#bytes(BLOCK);
           const frame = pack.chunks([other, data]);
-          this.#known.push({ pack: pack.id, frame, sub: 0, bytes: other }, { pack: pack.id, frame, sub: 1, bytes: data });
+          this.#known.push(
+            { pack: pack.id, frame, sub: 0, bytes: other },
+            { pack: pack.id, frame, sub: 1, bytes: data },
+          );
           extents.push({ block, count, seq, pack: pack.id, frame, sub: 1, skip: 0 });
         }
         contents.push(data);
@@ -528,11 +732,28 @@ export class SyntheticVolume {
   }
 
   /** Writes the next commit into `pack`. */
-  commit(pack: SyntheticPack, options: { size?: number; full?: boolean; epoch?: number; class?: number } = {}): Written {
+  commit(
+    pack: SyntheticPack,
+    options: { size?: number; full?: boolean; epoch?: number; class?: number } = {},
+  ): Written {
     const seq = this.commits.length + 1;
     const size = options.size ?? this.model.size;
-    const { extents, bytes } = this.changes(pack, seq, size);
-    const facts: CommitFacts = { seq, prev: this.commits.at(-1)?.hash ?? ZERO_HASH, size, extents, inFrames: Math.min(extents.length, Math.floor(this.repo.next() * 5)) };
+    // a device that grows names every block from its old end on: here as zeros
+    const grown =
+      options.full !== true && size > this.model.size ? Math.floor(this.model.size / BLOCK) : null;
+    const { extents, bytes } = this.changes(pack, seq, grown === null ? size : grown * BLOCK);
+    if (grown !== null) {
+      const count = Math.ceil(size / BLOCK) - grown;
+      extents.push({ block: grown, count, seq, pack: null, frame: 0, sub: 0, skip: 0 });
+      bytes.push(null);
+    }
+    const facts: CommitFacts = {
+      seq,
+      prev: this.commits.at(-1)?.hash ?? ZERO_HASH,
+      size,
+      extents,
+      inFrames: Math.min(extents.length, Math.floor(this.repo.next() * 5)),
+    };
     if (options.full !== undefined) facts.full = options.full;
     if (options.epoch !== undefined) facts.epoch = options.epoch;
     if (options.class !== undefined) facts.class = options.class;
@@ -550,8 +771,15 @@ export class SyntheticVolume {
         }
         const at = e.skip + k;
         const run = e.skip + e.count > CHUNK_BLOCKS;
-        const source = { ...e, frame: e.frame + (run ? Math.floor(at / CHUNK_BLOCKS) : 0), skip: run ? at % CHUNK_BLOCKS : at };
-        this.model.blocks.set(e.block + k, { bytes: Buffer.from(data.subarray(k * BLOCK, (k + 1) * BLOCK)), source });
+        const source = {
+          ...e,
+          frame: e.frame + (run ? Math.floor(at / CHUNK_BLOCKS) : 0),
+          skip: run ? at % CHUNK_BLOCKS : at,
+        };
+        this.model.blocks.set(e.block + k, {
+          bytes: Buffer.from(data.subarray(k * BLOCK, (k + 1) * BLOCK)),
+          source,
+        });
       }
     });
     this.states.set(seq, this.model);
@@ -559,14 +787,30 @@ export class SyntheticVolume {
   }
 
   journal(pack: string): void {
-    this.repo.object(`volumes/${this.id}/journal/${pack}`, 3, { volume: this.id, epoch: 1, pack, firstSeq: '1', prevHash: ZERO_HASH, writer: {}, created: '1' });
+    this.repo.object(`volumes/${this.id}/journal/${pack}`, 3, {
+      volume: this.id,
+      epoch: 1,
+      pack,
+      firstSeq: '1',
+      prevHash: ZERO_HASH,
+      writer: {},
+      created: '1',
+    });
   }
 
   /** A delta segment over commits first to last. */
   delta(level: number, first: number, last: number, commits: Written[] = this.commits): string {
     const own = commits.filter((c) => c.seq >= first && c.seq <= last);
     const prev = own[0]?.prev ?? ZERO_HASH;
-    return this.repo.segment(this.id, level, first, last, prev, own.flatMap((c) => c.extents), own);
+    return this.repo.segment(
+      this.id,
+      level,
+      first,
+      last,
+      prev,
+      own.flatMap((c) => c.extents),
+      own,
+    );
   }
 
   /** A full map at `seq`. */

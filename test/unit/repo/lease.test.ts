@@ -1,7 +1,13 @@
+import { spawn } from 'node:child_process';
+import { rmSync } from 'node:fs';
 import { describe, expect, test } from 'vitest';
-import { systemRandom } from '../../../src/clock.js';
+import { systemClock, systemRandom } from '../../../src/clock.js';
 import { B2Error, isKind } from '../../../src/errors.js';
-import type { MachineFacts, ProcessIdentity } from '../../../src/process-identity.js';
+import {
+  currentIdentity,
+  type MachineFacts,
+  type ProcessIdentity,
+} from '../../../src/process-identity.js';
 import {
   acquireLease,
   type Lease,
@@ -9,10 +15,13 @@ import {
   type LeaseOptions,
   readLease,
 } from '../../../src/repo/lease.js';
+import { openDirectoryStore } from '../../../src/repo/store-directory.js';
 import type { Store } from '../../../src/repo/store.js';
+import { compileForChild } from '../../support/compile.js';
 import { FaultStore } from '../../support/store-fault.js';
 import { MemoryStore } from '../../support/store-memory.js';
 import { settle, SteppedClock } from '../../support/stepped-clock.js';
+import { tempDir } from '../../support/tmp.js';
 
 const TTL_MS = 60_000;
 
@@ -565,4 +574,50 @@ describe('faults and crashes', () => {
     });
     await lease.release();
   });
+});
+
+describe('on a real directory, between real processes', () => {
+  test('a living holder keeps it, a killed one is succeeded at once', async () => {
+    await using dir = tempDir();
+    const compiled = compileForChild(
+      'repo/lease.ts',
+      'repo/store-directory.ts',
+      'clock.ts',
+      'process-identity.ts',
+    );
+    dir.onRemove(() => rmSync(compiled, { recursive: true }));
+    const script = `
+      const from = (name) => import(process.argv[1] + '/' + name);
+      const { acquireLease } = await from('repo/lease.js');
+      const { openDirectoryStore } = await from('repo/store-directory.js');
+      const { systemClock, systemRandom } = await from('clock.js');
+      const { currentIdentity } = await from('process-identity.js');
+      const store = await openDirectoryStore(process.argv[2], { create: true });
+      await acquireLease(store, 'prune', {
+        clock: systemClock, random: systemRandom, owner: currentIdentity(),
+      });
+      process.stdout.write('held');
+    `;
+    const args = ['--input-type=module', '-e', script, compiled, dir.join('repo')];
+    const child = spawn(process.execPath, args, { stdio: ['ignore', 'pipe', 'inherit'] });
+    const ended = new Promise((resolve) => child.once('exit', resolve));
+    try {
+      await new Promise((resolve) => child.stdout.once('data', resolve));
+      const store = await openDirectoryStore(dir.join('repo'));
+      const options = { clock: systemClock, random: systemRandom, owner: currentIdentity() };
+      await expect(acquireLease(store, 'prune', options)).rejects.toMatchObject({
+        kind: 'held',
+        message: expect.stringContaining(`process ${child.pid}`) as string,
+      });
+      child.kill('SIGKILL');
+      await ended;
+      const lease = await acquireLease(store, 'prune', options);
+      await lease.assertHeld();
+      await lease.release();
+      await store.close();
+    } finally {
+      child.kill('SIGKILL');
+      await ended;
+    }
+  }, 60_000);
 });

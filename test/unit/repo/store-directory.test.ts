@@ -619,7 +619,8 @@ describe('direct I/O', () => {
 describe('several processes', () => {
   test('racing put ifAbsent: for every name exactly one wins, and the object is whole', async () => {
     await openHere();
-    const { file, directory } = compileForChild('repo/store-directory.ts');
+    const directory = compileForChild('repo/store-directory.ts');
+    const file = path.join(directory, 'repo/store-directory.js');
     try {
       const script = `
         const { openDirectoryStore } = await import(process.argv[1]);

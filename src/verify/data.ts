@@ -1,0 +1,141 @@
+/** Data verification: every byte of packs is read, every frame opened, every chunk compared with its id. */
+import type { Clock } from '../clock.js';
+import type { EventSink } from '../events.js';
+import { startProgress } from '../progress.js';
+import { contextOf, type RepositoryHandle } from '../repo/handle.js';
+import type { Store } from '../repo/store.js';
+import { abortError, runWorkers } from '../workers.js';
+import {
+  claimPack,
+  verifyPass,
+  type DataFinding,
+  type DataTotals,
+  type PackToVerify,
+  type UnsealedPack,
+} from './data-pass.js';
+import type { DataJob, DataMessage } from './data-worker.js';
+
+export type {
+  DataFinding,
+  DataFindingKind,
+  DataTotals,
+  PackToVerify,
+  UnsealedPack,
+} from './data-pass.js';
+
+const DEFAULT_WORKERS = 2;
+
+export interface VerifyPacksOptions {
+  readonly handle: RepositoryHandle;
+  /** This thread's store. */
+  readonly store: Store;
+  readonly clock: Pick<Clock, 'monotonicNs'>;
+  readonly events: EventSink;
+  readonly signal?: AbortSignal | undefined;
+  /** Threads, default 2; 0 works in this one, which any store can. */
+  readonly workers?: number | undefined;
+  /** No pack is begun after this monotonic time. */
+  readonly deadlineNs?: bigint | undefined;
+  /** No pack is begun when this many bytes of packs have been read. */
+  readonly budgetBytes?: number | undefined;
+  /** What all of `packs` holds, for the progress. */
+  readonly totalBytes?: number | undefined;
+}
+
+export interface VerifyPacksResult extends Readonly<DataTotals> {
+  /** In the order of the list, then of frames. */
+  readonly findings: readonly DataFinding[];
+  readonly unsealed: readonly UnsealedPack[];
+  /** Index in the list of the first pack that was not verified; its length if all were. */
+  readonly next: number;
+}
+
+/**
+ * Verifies the data of `packs`, in their order, and goes on after damage. Ends early, between packs, at the deadline or
+ * budget: `next` says where to go on. Findings are collected; memory grows with damage only.
+ *
+ * Rejects with `interrupted`, and with what is no damage of a pack (out of memory, a bug).
+ */
+export async function verifyPacks(
+  packs: readonly PackToVerify[],
+  options: VerifyPacksOptions,
+): Promise<VerifyPacksResult> {
+  const { handle, store, clock, signal, deadlineNs, budgetBytes } = options;
+  const workers = handle.storeUrl === undefined ? 0 : (options.workers ?? DEFAULT_WORKERS);
+  const control = new Int32Array(new SharedArrayBuffer(8));
+  const findings: DataFinding[] = [];
+  const unsealed: UnsealedPack[] = [];
+  const progress = startProgress({
+    phase: `verifying ${store.url}`,
+    totalBytes: options.totalBytes,
+    clock,
+    events: options.events,
+  });
+  let readBytes = 0;
+  const enough = (): boolean =>
+    (deadlineNs !== undefined && clock.monotonicNs() >= deadlineNs) ||
+    (budgetBytes !== undefined && readBytes >= budgetBytes);
+  const advance = (bytes: number): void => {
+    readBytes += bytes;
+    progress.add(bytes);
+    if (enough()) Atomics.store(control, 1, 1);
+  };
+  advance(0);
+
+  let results: DataTotals[];
+  if (workers === 0) {
+    const isAborted = (): boolean => signal?.aborted === true;
+    results = [
+      await verifyPass(contextOf(handle, store), packs, {
+        claim: () => claimPack(control, packs.length),
+        isAborted,
+        progress: advance,
+        finding: (finding) => void findings.push(finding),
+        unsealed: (pack) => void unsealed.push(pack),
+      }),
+    ];
+    if (signal?.aborted === true) throw abortError(signal, 'verify');
+  } else {
+    const job: DataJob = { handle, list: packs, control };
+    results = await runWorkers<DataJob, DataTotals, DataMessage>(
+      new URL('./data-worker.js', import.meta.url),
+      Array.from({ length: workers }, () => job),
+      {
+        what: `verifying ${store.url}`,
+        signal,
+        onMessage: (_index, message) => {
+          switch (message.type) {
+            case 'progress':
+              advance(message.storedBytes);
+              return;
+            case 'finding':
+              findings.push(message.finding);
+              return;
+            case 'unsealed':
+              unsealed.push(message.pack);
+              return;
+          }
+        },
+      },
+    );
+  }
+  progress.finish();
+  const place = new Map(packs.map((p, i) => [p.packId, i]));
+  const order = (a: DataFinding, b: DataFinding): number =>
+    (place.get(a.packId) ?? 0) - (place.get(b.packId) ?? 0) || (a.frame ?? -1) - (b.frame ?? -1);
+  const totals: DataTotals = { packs: 0, frames: 0, chunks: 0, storedBytes: 0, plainBytes: 0 };
+  for (const result of results) {
+    totals.packs += result.packs;
+    totals.frames += result.frames;
+    totals.chunks += result.chunks;
+    totals.storedBytes += result.storedBytes;
+    totals.plainBytes += result.plainBytes;
+  }
+  return {
+    ...totals,
+    findings: findings.sort(order),
+    unsealed,
+    // Packs are taken in order, and what was taken was finished.
+    next: Math.min(Atomics.load(control, 0), packs.length),
+  };
+}

@@ -107,7 +107,9 @@ async function build(dir: string, commits: number): Promise<void> {
     createdNs: START_NS,
   });
   const packIdOf = (seq: number): string =>
-    createHash('md5').update(String(Math.floor((seq - 1) / COMMITS_PER_PACK))).digest('hex');
+    createHash('md5')
+      .update(String(Math.floor((seq - 1) / COMMITS_PER_PACK)))
+      .digest('hex');
   const hash = (seq: number): Buffer => {
     const h = Buffer.alloc(32);
     if (seq > 0) h.writeUInt32LE(seq, 0);
@@ -129,7 +131,15 @@ async function build(dir: string, commits: number): Promise<void> {
         .forEach((chunk, i) => {
           const frame = ((seq - 1) % COMMITS_PER_PACK) * (EXTENTS_PER_COMMIT + 1) + i;
           encodeExtent(
-            { block: chunk * CHUNK_BLOCKS, count: CHUNK_BLOCKS, seq: 0, pack: 0, frame, sub: 0, skip: 0 },
+            {
+              block: chunk * CHUNK_BLOCKS,
+              count: CHUNK_BLOCKS,
+              seq: 0,
+              pack: 0,
+              frame,
+              sub: 0,
+              skip: 0,
+            },
             slab,
             at + i * EXTENT_RECORD_BYTES,
           );
@@ -162,18 +172,31 @@ async function build(dir: string, commits: number): Promise<void> {
       };
     });
     const source = memorySegment(list, hash(first - 1));
-    await putSegment(target(), { level, firstSeq: first, lastSeq: seq }, source.index.prevHash, async function* (b) {
-      const map = new PackMap(b, source);
-      for (let p = 0; p < source.index.extents.length; p++) {
-        const page = await source.extentPage(p);
-        for (let i = 0; i < page.length; i++) {
-          const pack = map.known(page.pack(i)) ?? (await map.learn(page.pack(i)));
-          b.addExtent(page.block(i), page.count(i), first + page.seq(i), pack, page.frame(i), 0, page.skip(i));
+    await putSegment(
+      target(),
+      { level, firstSeq: first, lastSeq: seq },
+      source.index.prevHash,
+      async function* (b) {
+        const map = new PackMap(b, source);
+        for (let p = 0; p < source.index.extents.length; p++) {
+          const page = await source.extentPage(p);
+          for (let i = 0; i < page.length; i++) {
+            const pack = map.known(page.pack(i)) ?? (await map.learn(page.pack(i)));
+            b.addExtent(
+              page.block(i),
+              page.count(i),
+              first + page.seq(i),
+              pack,
+              page.frame(i),
+              0,
+              page.skip(i),
+            );
+          }
+          yield;
         }
-        yield;
-      }
-      yield* copyCommits(b, source, first - 1, seq);
-    });
+        yield* copyCommits(b, source, first - 1, seq);
+      },
+    );
     const { deltas, fulls } = await openAll(ctx);
     const facts = [...deltas, ...fulls].map((r) => ({
       ...r.header,
@@ -203,8 +226,11 @@ async function sample(dir: string, fraction: number): Promise<Sample> {
   const openedMs = performance.now() - start;
   const last = history.deltas.at(-1)?.lastSeq ?? 1;
   const seconds = BigInt(Math.max(1, Math.floor(last * fraction)));
-  const found = await new Timeline(history.deltas).before(START_NS + seconds * 1_000_000_000n + 500n);
-  if (found === undefined || found.point.seq !== Number(seconds)) throw new Error('the wrong point was found');
+  const found = await new Timeline(history.deltas).before(
+    START_NS + seconds * 1_000_000_000n + 500n,
+  );
+  if (found === undefined || found.point.seq !== Number(seconds))
+    throw new Error('the wrong point was found');
   const foundMs = performance.now() - start;
   const map = await BlockMap.open(history, found.point.seq, CHUNK_BLOCKS);
   const mapMs = performance.now() - start;
@@ -230,11 +256,17 @@ async function sample(dir: string, fraction: number): Promise<Sample> {
   };
 }
 
-async function scanWhole(dir: string): Promise<{ seconds: number; extents: number; maxRssMiB: number }> {
+async function scanWhole(
+  dir: string,
+): Promise<{ seconds: number; extents: number; maxRssMiB: number }> {
   const { BlockMap } = await import('../src/repo/blockmap.js');
   const ctx = await context(dir);
   const history = await openAll(ctx);
-  const map = await BlockMap.open(history, Math.floor((history.deltas.at(-1)?.lastSeq ?? 1) * 0.9), CHUNK_BLOCKS);
+  const map = await BlockMap.open(
+    history,
+    Math.floor((history.deltas.at(-1)?.lastSeq ?? 1) * 0.9),
+    CHUNK_BLOCKS,
+  );
   const start = performance.now();
   let extents = 0;
   for await (const batch of map.scan()) extents += batch.length;
@@ -256,11 +288,14 @@ function dropFromCache(dir: string): void {
   const files = readdirSync(dir, { recursive: true, withFileTypes: true })
     .filter((e) => e.isFile())
     .map((e) => path.join(e.parentPath, e.name));
-  for (const file of files) spawnSync('dd', [`if=${file}`, 'iflag=nocache', 'count=0', 'status=none']);
+  for (const file of files)
+    spawnSync('dd', [`if=${file}`, 'iflag=nocache', 'count=0', 'status=none']);
 }
 
 function child<T>(...args: readonly string[]): T {
-  const done = spawnSync(process.execPath, [fileURLToPath(import.meta.url), ...args], { encoding: 'utf8' });
+  const done = spawnSync(process.execPath, [fileURLToPath(import.meta.url), ...args], {
+    encoding: 'utf8',
+  });
   if (done.status !== 0) throw new Error(done.stderr);
   return JSON.parse(done.stdout) as T;
 }
@@ -278,7 +313,8 @@ async function main(): Promise<void> {
   });
   if (values.child !== undefined) {
     const dir = values.dir ?? '';
-    const out = values.child === 'sample' ? await sample(dir, Number(values.fraction)) : await scanWhole(dir);
+    const out =
+      values.child === 'sample' ? await sample(dir, Number(values.fraction)) : await scanWhole(dir);
     process.stdout.write(JSON.stringify(out));
     return;
   }
@@ -298,8 +334,12 @@ async function main(): Promise<void> {
       rows.push(child<Sample>('--child', 'sample', '--dir', dir, '--fraction', String(fraction)));
     }
     const ms = (x: number): string => x.toFixed(0).padStart(6);
-    console.log('    commit  segments   modules  opened    time     map   first byte   next (each)   max RSS');
-    console.log('                            ms      ms      ms      ms           ms            ms       MiB');
+    console.log(
+      '    commit  segments   modules  opened    time     map   first byte   next (each)   max RSS',
+    );
+    console.log(
+      '                            ms      ms      ms      ms           ms            ms       MiB',
+    );
     for (const r of rows) {
       console.log(
         `${String(r.seq).padStart(10)} ${String(r.segments).padStart(9)}    ${ms(r.loadedMs)}  ${ms(r.openedMs)}  ${ms(r.foundMs)}` +
@@ -312,7 +352,9 @@ async function main(): Promise<void> {
     );
     const slowest = Math.max(...rows.map((r) => r.firstMs));
     const most = Math.max(whole.maxRssMiB, ...rows.map((r) => r.maxRssMiB));
-    console.log(`first byte: at most ${slowest.toFixed(0)} ms (goal ${GOAL_MS}); memory: at most ${most.toFixed(0)} MiB (bound ${MAX_RSS_MIB})`);
+    console.log(
+      `first byte: at most ${slowest.toFixed(0)} ms (goal ${GOAL_MS}); memory: at most ${most.toFixed(0)} MiB (bound ${MAX_RSS_MIB})`,
+    );
     if (most > MAX_RSS_MIB) process.exitCode = 1;
   } finally {
     if (!values.keep) rmSync(dir, { recursive: true, force: true });

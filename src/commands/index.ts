@@ -18,10 +18,18 @@ import { keyAddCommand } from './key-add.js';
 import { keyListCommand } from './key-list.js';
 import { keyRemoveCommand } from './key-remove.js';
 import { restoreCommand } from './restore.js';
+import { pointsCommand } from './points.js';
+import { snapshotCommand } from './snapshot.js';
+import { snapshotsCommand } from './snapshots.js';
+import { volumesCommand } from './volumes.js';
 import type { CommandSpec } from './spec.js';
 
 export const COMMANDS: readonly CommandSpec[] = [
   initCommand,
+  snapshotCommand,
+  volumesCommand,
+  pointsCommand,
+  snapshotsCommand,
   restoreCommand,
   keyListCommand,
   keyAddCommand,

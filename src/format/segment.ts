@@ -46,9 +46,12 @@ export interface SegmentHeader extends SegmentName {
 }
 
 function rangeProblem(n: SegmentName): string | undefined {
-  if (n.firstSeq < 1 || n.lastSeq < n.firstSeq) return `sequence numbers ${n.firstSeq} to ${n.lastSeq}`;
-  if (n.level === undefined) return n.firstSeq === 1 ? undefined : 'a full map that is not from 1 on';
-  if (!Number.isInteger(n.level) || n.level < 0 || n.level > MAX_SEGMENT_LEVEL) return `level ${n.level}`;
+  if (n.firstSeq < 1 || n.lastSeq < n.firstSeq)
+    return `sequence numbers ${n.firstSeq} to ${n.lastSeq}`;
+  if (n.level === undefined)
+    return n.firstSeq === 1 ? undefined : 'a full map that is not from 1 on';
+  if (!Number.isInteger(n.level) || n.level < 0 || n.level > MAX_SEGMENT_LEVEL)
+    return `level ${n.level}`;
   return n.lastSeq - n.firstSeq > MAX_SEGMENT_SPAN ? 'more than 2^32 sequence numbers' : undefined;
 }
 
@@ -58,7 +61,10 @@ export function encodeSegmentHeader(h: SegmentHeader): Buffer {
   const out = Buffer.alloc(SEGMENT_HEADER_BYTES);
   SEGMENT_MAGIC.copy(out, 0);
   out.writeUInt16LE(SEGMENT_VERSION, 8);
-  out.writeUInt16LE((h.encrypted ? FLAG_ENCRYPTED : 0) | (h.level === undefined ? FLAG_FULL_MAP : 0), 10);
+  out.writeUInt16LE(
+    (h.encrypted ? FLAG_ENCRYPTED : 0) | (h.level === undefined ? FLAG_FULL_MAP : 0),
+    10,
+  );
   out.writeUInt32LE(h.level ?? 0, 12);
   writeId(h.volumeId, out, 16);
   writeId(h.repositoryId, out, 32);
@@ -82,7 +88,8 @@ export function decodeSegmentHeader(buf: Buffer, what: string): SegmentHeader {
   if (version !== SEGMENT_VERSION) throw newerVersion(what, version);
   checkZero(buf, 88, 92, what);
   const flags = buf.readUInt16LE(10);
-  if ((flags & ~(FLAG_ENCRYPTED | FLAG_FULL_MAP)) !== 0) throw damaged(what, 10, `unknown flags ${flags}`);
+  if ((flags & ~(FLAG_ENCRYPTED | FLAG_FULL_MAP)) !== 0)
+    throw damaged(what, 10, `unknown flags ${flags}`);
   const level = buf.readUInt32LE(12);
   const fullMap = (flags & FLAG_FULL_MAP) !== 0;
   if (fullMap && level !== 0) throw damaged(what, 12, `a full map of level ${level}`);
@@ -127,8 +134,10 @@ export function decodePageHeader(buf: Buffer, what: string, at: number): PageHea
   if (buf.length < PAGE_HEADER_BYTES) throw damaged(what, at, 'the page header is cut off');
   const type = buf[0];
   const compression = buf[1];
-  if (type !== 1 && type !== 2 && type !== 3 && type !== 4) throw damaged(what, at, `unknown page type ${type}`);
-  if (compression !== 0 && compression !== 1) throw damaged(what, at, `unknown compression ${compression}`);
+  if (type !== 1 && type !== 2 && type !== 3 && type !== 4)
+    throw damaged(what, at, `unknown page type ${type}`);
+  if (compression !== 0 && compression !== 1)
+    throw damaged(what, at, `unknown compression ${compression}`);
   if (buf.readUInt16LE(2) !== 0) throw damaged(what, at + 2, 'a reserved byte is not zero');
   const storedBytes = buf.readUInt32LE(8);
   const plainBytes = buf.readUInt32LE(12);
@@ -151,7 +160,8 @@ export function sealPage(
   number: number,
   plain: Uint8Array,
 ): Buffer {
-  if (plain.byteLength > MAX_PAGE_BYTES) throw new RangeError(`a page of ${plain.byteLength} bytes`);
+  if (plain.byteLength > MAX_PAGE_BYTES)
+    throw new RangeError(`a page of ${plain.byteLength} bytes`);
   // Less than an eighth gained is not worth the decompression of every read.
   const packed = Buffer.allocUnsafe(plain.byteLength - (plain.byteLength >>> 3));
   const packedBytes = lz4().compress(plain, packed);
@@ -185,12 +195,18 @@ export function openPage(
 ): Buffer {
   const h = decodePageHeader(page, what, at);
   if (h.type !== type || h.number !== number) {
-    throw damaged(what, at, `page ${h.number} of type ${h.type} where page ${number} of type ${type} belongs`);
+    throw damaged(
+      what,
+      at,
+      `page ${h.number} of type ${h.type} where page ${number} of type ${type} belongs`,
+    );
   }
-  if (page.length !== PAGE_HEADER_BYTES + h.storedBytes) throw damaged(what, at, 'the page has another length');
+  if (page.length !== PAGE_HEADER_BYTES + h.storedBytes)
+    throw damaged(what, at, 'the page has another length');
   const aad = Buffer.concat([header, page.subarray(0, PAGE_HEADER_BYTES)]);
   const body = sealer.open(numberNonce(number), aad, page.subarray(PAGE_HEADER_BYTES));
-  if (body === undefined) throw damaged(what, at, `page ${number} does not open: its bytes have changed`);
+  if (body === undefined)
+    throw damaged(what, at, `page ${number} does not open: its bytes have changed`);
   if (h.compression === 0) return Buffer.from(body);
   const plain = Buffer.allocUnsafeSlow(h.plainBytes);
   if (!lz4().decompress(body, plain)) throw damaged(what, at, `page ${number} does not decompress`);
@@ -235,8 +251,10 @@ export interface StoredCommit extends CommitFields {
 }
 
 function commitProblem(c: CommitFields): string | undefined {
-  if (c.firstSeq < 1 || c.firstSeq > c.seq) return `commit ${c.seq} stands for those from ${c.firstSeq} on`;
-  if ((c.flags & ~(CommitFlag.full | CommitFlag.merged)) !== 0) return `commit ${c.seq} has flags ${c.flags}`;
+  if (c.firstSeq < 1 || c.firstSeq > c.seq)
+    return `commit ${c.seq} stands for those from ${c.firstSeq} on`;
+  if ((c.flags & ~(CommitFlag.full | CommitFlag.merged)) !== 0)
+    return `commit ${c.seq} has flags ${c.flags}`;
   if (c.firstSeq !== c.seq && (c.flags & CommitFlag.merged) === 0) {
     return `commit ${c.seq} stands for several and is not merged`;
   }
@@ -379,7 +397,8 @@ export function encodeSegmentIndex(x: SegmentIndex): Buffer {
   out.writeUInt32LE(x.packCount, 12);
   writeU64(out, x.extentCount, 16);
   writeU64(out, x.commitCount, 24);
-  if (x.prevHash.length !== 32 || x.lastHash.length !== 32) throw new RangeError('a hash is 32 bytes');
+  if (x.prevHash.length !== 32 || x.lastHash.length !== 32)
+    throw new RangeError('a hash is 32 bytes');
   x.prevHash.copy(out, 32);
   x.lastHash.copy(out, 64);
   writeU64(out, x.lastFullFirstSeq, 96);
@@ -426,7 +445,8 @@ export function decodeSegmentIndex(
   const a = plain.readUInt32LE(0);
   const b = plain.readUInt32LE(4);
   const d = plain.readUInt32LE(8);
-  const bytes = INDEX_FIXED_BYTES + EXTENT_ENTRY_BYTES * a + COMMIT_ENTRY_BYTES * b + PACK_ENTRY_BYTES * d;
+  const bytes =
+    INDEX_FIXED_BYTES + EXTENT_ENTRY_BYTES * a + COMMIT_ENTRY_BYTES * b + PACK_ENTRY_BYTES * d;
   if (plain.length !== bytes) throw bad(0, `the index is ${plain.length} bytes long, not ${bytes}`);
   checkZero(plain, 104, INDEX_FIXED_BYTES, what);
   const index: SegmentIndex = {
@@ -447,10 +467,15 @@ export function decodeSegmentIndex(
     t.number[i] = plain.readUInt32LE(at + 8);
     t.records[i] = plain.readUInt32LE(at + 12);
     t.stored[i] = plain.readUInt32LE(storedAt);
-    if (t.offset[i] !== nextOffset || t.number[i] !== nextNumber || column(t.stored, i) < SEAL_BYTES) {
+    if (
+      t.offset[i] !== nextOffset ||
+      t.number[i] !== nextNumber ||
+      column(t.stored, i) < SEAL_BYTES
+    ) {
       throw bad(at, `page ${t.number[i]} is not where it belongs`);
     }
-    if (column(t.records, i) < 1 || column(t.records, i) > most) throw bad(at + 12, 'a page with too many records, or none');
+    if (column(t.records, i) < 1 || column(t.records, i) > most)
+      throw bad(at + 12, 'a page with too many records, or none');
     nextNumber++;
     nextOffset += PAGE_HEADER_BYTES + column(t.stored, i);
   };
@@ -461,8 +486,10 @@ export function decodeSegmentIndex(
     checkZero(plain, at + 36, at + 40, what);
     t.firstBlock[i] = readU64(plain, at + 16, what);
     t.endBlock[i] = readU64(plain, at + 24, what);
-    if (column(t.endBlock, i) <= column(t.firstBlock, i)) throw bad(at + 16, 'a page that ends before it starts');
-    if (i > 0 && column(t.firstBlock, i) < column(t.firstBlock, i - 1)) throw bad(at + 16, 'pages out of order');
+    if (column(t.endBlock, i) <= column(t.firstBlock, i))
+      throw bad(at + 16, 'a page that ends before it starts');
+    if (i > 0 && column(t.firstBlock, i) < column(t.firstBlock, i - 1))
+      throw bad(at + 16, 'pages out of order');
   }
   for (let i = 0; i < b; i++, at += COMMIT_ENTRY_BYTES) {
     const t = index.commits;
@@ -472,14 +499,19 @@ export function decodeSegmentIndex(
     t.greatestInstantNs[i] = plain.readBigUInt64LE(at + 32);
     t.points[i] = plain.readUInt32LE(at + 44);
     const first = column(t.firstSeq, i);
-    if (first < header.firstSeq || first > header.lastSeq || (i > 0 && first <= column(t.firstSeq, i - 1))) {
+    if (
+      first < header.firstSeq ||
+      first > header.lastSeq ||
+      (i > 0 && first <= column(t.firstSeq, i - 1))
+    ) {
       throw bad(at + 16, 'commits pages out of order');
     }
   }
   for (let i = 0; i < d; i++, at += PACK_ENTRY_BYTES) {
     common(index.packs, i, at, at + 16, PACK_IDS_PER_PAGE);
     checkZero(plain, at + 20, at + 24, what);
-    if (i + 1 < d && index.packs.records[i] !== PACK_IDS_PER_PAGE) throw bad(at + 12, 'a pack id page that is not full');
+    if (i + 1 < d && index.packs.records[i] !== PACK_IDS_PER_PAGE)
+      throw bad(at + 12, 'a pack id page that is not full');
   }
   if (nextOffset !== indexOffset) throw bad(0, 'the pages do not fill the segment');
   const sum = (t: PageTable): number => t.records.reduce((n, r) => n + r, 0);
@@ -510,7 +542,8 @@ export function encodeSegmentTrailer(indexOffset: number): Buffer {
 export function decodeSegmentTrailer(trailer: Buffer, sizeBytes: number, what: string): number {
   const at = sizeBytes - SEGMENT_TRAILER_BYTES;
   if (trailer.length !== SEGMENT_TRAILER_BYTES) throw damaged(what, at, 'the segment is cut off');
-  if (trailer.readUInt32LE(0) !== TRAILER_MAGIC) throw damaged(what, at, 'the segment has no trailer');
+  if (trailer.readUInt32LE(0) !== TRAILER_MAGIC)
+    throw damaged(what, at, 'the segment has no trailer');
   if (trailer.readUInt32LE(12) !== crc32(trailer.subarray(0, 12))) {
     throw damaged(what, at, 'the checksum of the trailer is wrong');
   }
@@ -596,8 +629,16 @@ export function decodeExtentPage(
     const seq = page.seq(r);
     const pack = page.pack(r);
     const at = r * EXTENT_RECORD_BYTES;
-    if (!Number.isSafeInteger(block) || count < 1 || (block % STRIPE_BLOCKS) + count > STRIPE_BLOCKS) {
-      throw damaged(what, at, `extent of ${count} blocks at block ${block} crosses a stripe or is empty`);
+    if (
+      !Number.isSafeInteger(block) ||
+      count < 1 ||
+      (block % STRIPE_BLOCKS) + count > STRIPE_BLOCKS
+    ) {
+      throw damaged(
+        what,
+        at,
+        `extent of ${count} blocks at block ${block} crosses a stripe or is empty`,
+      );
     }
     if (block < beforeBlock || (block === beforeBlock && seq <= beforeSeq)) {
       throw damaged(what, at, 'extents out of order');
@@ -605,11 +646,13 @@ export function decodeExtentPage(
     if (seq > span) throw damaged(what, at, `extent of a commit that is not in the segment`);
     if (pack === HOLE) {
       if (header.level === undefined) throw damaged(what, at, 'a full map names a hole');
-      if ((page.frame(r) | page.sub(r) | page.skip(r)) !== 0) throw damaged(what, at, 'a hole with a place');
+      if ((page.frame(r) | page.sub(r) | page.skip(r)) !== 0)
+        throw damaged(what, at, 'a hole with a place');
     } else if (pack >= index.packCount) {
       throw damaged(what, at, `extent in pack ${pack} of ${index.packCount}`);
     }
-    if (header.level === undefined && block < beforeEnd) throw damaged(what, at, 'a full map with an overlap');
+    if (header.level === undefined && block < beforeEnd)
+      throw damaged(what, at, 'a full map with an overlap');
     beforeBlock = block;
     beforeSeq = seq;
     beforeEnd = block + count;
@@ -682,7 +725,8 @@ export function decodeCommitPage(
     if (c.firstSeq < from || c.seq > header.lastSeq || c.firstSeq <= lastSeq) {
       throw damaged(what, pos, `commit ${c.seq} out of order`);
     }
-    if (c.pack >= index.packCount) throw damaged(what, pos, `commit in pack ${c.pack} of ${index.packCount}`);
+    if (c.pack >= index.packCount)
+      throw damaged(what, pos, `commit in pack ${c.pack} of ${index.packCount}`);
     if (c.pointClass >= PointClass.crash) points++;
     if (c.instantNs < least) least = c.instantNs;
     if (c.instantNs > greatest) greatest = c.instantNs;
@@ -703,7 +747,12 @@ export function decodeCommitPage(
 }
 
 /** Validates pack id page `i` and returns it: `records` ids of 16 bytes. */
-export function checkPackIdPage(plain: Buffer, i: number, index: SegmentIndex, what: string): Buffer {
+export function checkPackIdPage(
+  plain: Buffer,
+  i: number,
+  index: SegmentIndex,
+  what: string,
+): Buffer {
   if (plain.length !== column(index.packs.records, i) * PACK_ID_BYTES) {
     throw damaged(what, 0, 'the page has another number of pack ids than the index says');
   }
@@ -711,7 +760,10 @@ export function checkPackIdPage(plain: Buffer, i: number, index: SegmentIndex, w
 }
 
 /** Element `i` of a column that is known to have it. */
-export function column<T extends number | bigint>(values: { readonly [i: number]: T }, i: number): T {
+export function column<T extends number | bigint>(
+  values: { readonly [i: number]: T },
+  i: number,
+): T {
   const v = values[i];
   if (v === undefined) throw new RangeError(`no element ${i}`);
   return v;

@@ -110,7 +110,13 @@ export class BlockMap {
   }
 
   #check(from: number, to: number): void {
-    if (!Number.isSafeInteger(from) || !Number.isSafeInteger(to) || from < 0 || from > to || to > this.blocks) {
+    if (
+      !Number.isSafeInteger(from) ||
+      !Number.isSafeInteger(to) ||
+      from < 0 ||
+      from > to ||
+      to > this.blocks
+    ) {
       throw new RangeError(`blocks ${from} to ${to} of a device of ${this.blocks}`);
     }
   }
@@ -155,10 +161,19 @@ async function fillGaps(
   const base = full ? 0 : source.firstSeq;
   const least = full ? 0 : window.afterSeq + 1;
   const most = full ? 0 : window.uptoSeq;
-  const record = { block: 0, end: 0, seq: 0, source, page: undefined as ExtentPage | undefined, i: 0 };
+  const record = {
+    block: 0,
+    end: 0,
+    seq: 0,
+    source,
+    page: undefined as ExtentPage | undefined,
+    i: 0,
+  };
   const stripe = hullFrom - (hullFrom % STRIPE_BLOCKS);
   for (let n = 0; n < pages.length; n += READ_AHEAD) {
-    const loaded = await Promise.all(pages.slice(n, n + READ_AHEAD).map((p) => source.extentPage(p)));
+    const loaded = await Promise.all(
+      pages.slice(n, n + READ_AHEAD).map((p) => source.extentPage(p)),
+    );
     for (const page of loaded) {
       record.page = page;
       for (let i = page.lowerBound(stripe); i < page.length; i++) {
@@ -209,7 +224,7 @@ async function withoutHotPages(window: SourceWindow, pages: readonly number[]): 
   const { source, uptoSeq, afterSeq } = window;
   const { firstBlock, endBlock } = source.index.extents;
   const kept: number[] = [];
-  for (let n = 0; n < pages.length; ) {
+  for (let n = 0; n < pages.length;) {
     const block = firstBlock[pages[n] ?? 0];
     let last = n;
     while (
@@ -241,7 +256,8 @@ async function withoutHotPages(window: SourceWindow, pages: readonly number[]): 
       let reach = 0;
       for (let i = 0; i < page.length && page.block(i) === block; i++) {
         const seq = source.firstSeq + page.seq(i);
-        if (seq > afterSeq && seq <= uptoSeq) reach = Math.max(reach, page.block(i) + page.count(i));
+        if (seq > afterSeq && seq <= uptoSeq)
+          reach = Math.max(reach, page.block(i) + page.count(i));
       }
       for (let k = newest - 1; k >= n; k--) {
         const end = endBlock[pages[k] ?? 0] ?? 0;
@@ -322,7 +338,8 @@ class Joiner {
     if (
       this.#count > 0 &&
       this.#packId === packId &&
-      (packId === undefined || placesJoin(this.#place, this.#count, place, count, this.#chunkBlocks))
+      (packId === undefined ||
+        placesJoin(this.#place, this.#count, place, count, this.#chunkBlocks))
     ) {
       this.#count += count;
       return;
@@ -337,7 +354,14 @@ class Joiner {
   #flush(): void {
     if (this.#count === 0) return;
     const { frame, sub, skip } = this.#place;
-    this.#ready.push({ block: this.#block, count: this.#count, packId: this.#packId, frame, sub, skip });
+    this.#ready.push({
+      block: this.#block,
+      count: this.#count,
+      packId: this.#packId,
+      frame,
+      sub,
+      skip,
+    });
     this.#count = 0;
   }
 }

@@ -87,6 +87,12 @@ export class CondemnedPlaces {
     return this.known.size === 0;
   }
 
+  /** True while an object is there that cannot be read: then nobody knows what it condemns. */
+  get isUncertain(): boolean {
+    for (const c of this.known.values()) if (c === 'damaged') return true;
+    return false;
+  }
+
   /** Condemned objects that could be read. */
   *readable(): Iterable<Condemned> {
     for (const c of this.known.values()) if (c !== 'damaged') yield c;

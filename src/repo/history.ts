@@ -3,7 +3,7 @@
  * chain they make. Immutable once open; open it again to see what has come since.
  */
 import { B2Error, isKind } from '../errors.js';
-import { ZERO_HASH } from '../format/commit.js';
+import { CommitFlag, ZERO_HASH } from '../format/commit.js';
 import {
   journalName,
   packName,
@@ -34,12 +34,18 @@ export interface HistoryProblem {
   readonly error: B2Error;
 }
 
+/** Commits from `firstSeq` to `lastSeq`. */
+export interface SeqRange {
+  readonly firstSeq: number;
+  readonly lastSeq: number;
+}
+
 const MAX_REOPENS = 5;
 
 export class VolumeHistory {
   readonly repo: Repository;
   readonly volumeId: string;
-  /** Delta segments that cover 1 to `coveredSeq` without a gap, ascending. */
+  /** Delta segments that cover the commits up to `coveredSeq`, but for `lost`, ascending. */
   readonly deltas: readonly SegmentReader[];
   /** Full maps, ascending. */
   readonly fulls: readonly SegmentReader[];
@@ -48,6 +54,10 @@ export class VolumeHistory {
   readonly journal: readonly JournalPack[];
   readonly chain: Chain;
   readonly problems: readonly HistoryProblem[];
+  /** Commits of the chain that are nowhere to be found (or only in what cannot be read), ascending. */
+  readonly lost: readonly SeqRange[];
+  /** Commits whose image cannot be made: those lost, and those behind them up to the next full commit or full map. */
+  readonly unreadable: readonly SeqRange[];
   /** The journal's commits on the chain, as a segment; undefined if there are none. */
   readonly tail: SegmentSource | undefined;
   private readonly lastRecord: CommitRecord | undefined;
@@ -62,6 +72,8 @@ export class VolumeHistory {
       journal: readonly JournalPack[];
       chain: Chain;
       problems: readonly HistoryProblem[];
+      lost: readonly SeqRange[];
+      unreadable: readonly SeqRange[];
       lastRecord: CommitRecord | undefined;
     },
   ) {
@@ -73,6 +85,8 @@ export class VolumeHistory {
     this.journal = parts.journal;
     this.chain = parts.chain;
     this.problems = parts.problems;
+    this.lost = parts.lost;
+    this.unreadable = parts.unreadable;
     this.lastRecord = parts.lastRecord;
     const { commits, gap } = parts.chain;
     this.tail =
@@ -81,7 +95,10 @@ export class VolumeHistory {
         : memorySegment(commits, commits[0]?.commit.prevHash ?? ZERO_HASH);
   }
 
-  /** Opens the history. What is damaged or missing is in `problems`, and `chain.gap` says if the chain is broken by it. */
+  /**
+   * Opens the history. What is damaged or missing is in `problems` and `lost`; `chain.gap` is set if because of that the newest commit
+   * has no image. A loss before the last full commit (or full map) leaves what comes after it whole (FORMAT.md 6.9).
+   */
   static async open(repo: Repository, volumeId: string): Promise<VolumeHistory> {
     for (let tries = 1; ; tries++) {
       const opened: SegmentReader[] = [];
@@ -124,13 +141,24 @@ export class VolumeHistory {
     };
     let usable = names.filter((n) => n.level !== undefined);
     let deltas: SegmentReader[] = [];
+    let lastRecord: CommitRecord | undefined;
     for (;;) {
       const chosen = coverFrom(usable);
       const readers = await Promise.all(
         chosen.map((n) => deltas.find((d) => d.name === segmentName(n)) ?? open(n)),
       );
       deltas = readers.filter((r): r is SegmentReader => r !== undefined);
-      if (deltas.length === chosen.length) break;
+      if (deltas.length === chosen.length) {
+        const last = deltas.at(-1);
+        if (last === undefined) break;
+        try {
+          lastRecord = await lastRecordOf(last);
+          break;
+        } catch (error) {
+          if (!isKind(error, 'damaged')) throw error;
+          problems.push({ object: last.name, error });
+        }
+      }
       usable = usable.filter((n) => !problems.some((p) => p.object === segmentName(n)));
     }
     const fulls = (
@@ -142,12 +170,6 @@ export class VolumeHistory {
       )
     ).filter((r): r is SegmentReader => r !== undefined);
 
-    const lastSegment = deltas.at(-1);
-    let lastRecord: CommitRecord | undefined;
-    if (lastSegment !== undefined) {
-      const page = await lastSegment.commitPage(lastSegment.index.commits.length - 1);
-      lastRecord = await commitRecordOf(lastSegment, page.record(page.length - 1));
-    }
     const journal = await Promise.all(packIds.map((id) => readJournalPack(repo, volumeId, id, problems)));
     const base: ChainEnd | undefined =
       lastRecord === undefined
@@ -158,13 +180,27 @@ export class VolumeHistory {
       base,
     );
     const newest = chain.commits.at(-1);
+    const lost = lostCommits(deltas, names, chain);
+    const unreadable: SeqRange[] = [];
+    let gap = chain.gap;
+    // Another predecessor than the segments' last commit: not a loss but a fork, which no full commit mends.
+    const forked = gap !== undefined && base !== undefined && gap.seq <= base.seq;
+    if (!forked) gap = undefined;
+    const end = chain.tip?.seq ?? 0;
+    for (const range of lost) {
+      const restart = await nextWhole(range.lastSeq, deltas, fulls, chain.commits);
+      unreadable.push({ firstSeq: range.firstSeq, lastSeq: (restart ?? Math.max(end, range.lastSeq) + 1) - 1 });
+      if (restart === undefined) gap ??= chain.gap ?? { seq: range.lastSeq, hash: '' };
+    }
     return new VolumeHistory(repo, volumeId, {
       deltas,
       fulls,
       names,
       journal,
-      chain,
+      chain: { ...chain, gap },
       problems,
+      lost,
+      unreadable: joined(unreadable),
       lastRecord: newest?.record ?? lastRecord,
     });
   }
@@ -245,6 +281,11 @@ export class VolumeHistory {
   }
 }
 
+async function lastRecordOf(segment: SegmentReader): Promise<CommitRecord> {
+  const page = await segment.commitPage(segment.index.commits.length - 1);
+  return commitRecordOf(segment, page.record(page.length - 1));
+}
+
 async function readJournalPack(
   repo: Repository,
   volumeId: string,
@@ -285,17 +326,85 @@ export async function sealAbandoned(repo: Repository, packId: string): Promise<v
   repo.packs.forget(packId);
 }
 
-/** Segments that cover 1, 2, 3, … as far as possible, the longest first; ascending. */
+/** Segments that cover as many commits as possible, the longest first; ascending. Where none continues, the next one there is. */
 export function coverFrom(names: readonly SegmentName[]): SegmentName[] {
   const chosen: SegmentName[] = [];
   let next = 1;
   for (;;) {
     let best: SegmentName | undefined;
+    let later: SegmentName | undefined;
     for (const n of names) {
-      if (n.firstSeq <= next && n.lastSeq >= next && (best === undefined || n.lastSeq > best.lastSeq)) best = n;
+      if (n.lastSeq < next) continue;
+      if (n.firstSeq <= next) {
+        if (best === undefined || n.lastSeq > best.lastSeq) best = n;
+      } else if (later === undefined || n.firstSeq < later.firstSeq) {
+        later = n;
+      }
     }
-    if (best === undefined) return chosen;
-    chosen.push(best);
-    next = best.lastSeq + 1;
+    if (best !== undefined) {
+      chosen.push(best);
+      next = best.lastSeq + 1;
+    } else if (later !== undefined) {
+      next = later.firstSeq;
+    } else {
+      return chosen;
+    }
   }
+}
+
+/** Commits that segments or the journal skip, and those that only the name of a segment speaks of. */
+function lostCommits(deltas: readonly SegmentReader[], names: readonly SegmentName[], chain: Chain): SeqRange[] {
+  const lost: SeqRange[] = [];
+  let next = 1;
+  for (const d of deltas) {
+    if (d.firstSeq > next) lost.push({ firstSeq: next, lastSeq: d.firstSeq - 1 });
+    next = Math.max(next, d.lastSeq + 1);
+  }
+  const first = chain.commits[0]?.firstSeq ?? next;
+  if (first > next) lost.push({ firstSeq: next, lastSeq: first - 1 });
+  const end = Math.max(next - 1, chain.commits.at(-1)?.seq ?? 0);
+  const named = names.reduce((n, s) => Math.max(n, s.lastSeq), 0);
+  if (named > end) lost.push({ firstSeq: end + 1, lastSeq: named });
+  return lost;
+}
+
+/** The first commit behind `seq` whose image needs nothing before it: a full commit, or where a full map stands. */
+async function nextWhole(
+  seq: number,
+  deltas: readonly SegmentReader[],
+  fulls: readonly SegmentReader[],
+  commits: readonly ReadCommit[],
+): Promise<number | undefined> {
+  let found: number | undefined;
+  const offer = (at: number): void => {
+    if (found === undefined || at < found) found = at;
+  };
+  for (const m of fulls) if (m.lastSeq > seq) offer(m.lastSeq);
+  for (const c of commits) if (c.full && c.firstSeq > seq) offer(c.seq);
+  for (const d of deltas) {
+    if (d.index.lastFullFirstSeq <= seq || (found !== undefined && d.firstSeq >= found)) continue;
+    for (let p = 0; p < d.index.commits.length; p++) {
+      const page = await d.commitPage(p, false);
+      for (let i = 0; i < page.length; i++) {
+        if ((page.flags(i) & CommitFlag.full) === 0) continue;
+        const c = page.record(i);
+        if (c.firstSeq > seq) offer(c.seq);
+      }
+    }
+  }
+  return found;
+}
+
+/** Ranges that overlap or touch as one; ascending. */
+function joined(ranges: readonly SeqRange[]): SeqRange[] {
+  const out: SeqRange[] = [];
+  for (const r of [...ranges].sort((a, b) => a.firstSeq - b.firstSeq)) {
+    const last = out.at(-1);
+    if (last !== undefined && r.firstSeq <= last.lastSeq + 1) {
+      out[out.length - 1] = { firstSeq: last.firstSeq, lastSeq: Math.max(last.lastSeq, r.lastSeq) };
+    } else {
+      out.push(r);
+    }
+  }
+  return out;
 }

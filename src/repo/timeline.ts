@@ -55,7 +55,7 @@ export interface CoverageInterval {
 export class Timeline {
   readonly #windows: readonly SourceWindow[];
 
-  /** `deltas` as in HistorySources. Kind `damaged` if commits are missing among them. */
+  /** `deltas` as in HistorySources. */
   constructor(deltas: readonly SegmentSource[]) {
     this.#windows = chainWindows(deltas);
   }
@@ -94,11 +94,16 @@ export class Timeline {
   /**
    * The newest point of at least `minClass` not after `timeNs`; see above for what that means when the clock stepped.
    */
-  async before(timeNs: bigint, minClass: PointClass = PointClass.crash): Promise<PointAt | undefined> {
+  async before(
+    timeNs: bigint,
+    minClass: PointClass = PointClass.crash,
+  ): Promise<PointAt | undefined> {
     const pages = this.#pages({ untilNs: timeNs, minClass });
     // The best that a page can hold is known from the index: pages with the best prospects first.
     const bound = (p: PageAt): bigint => (p.greatestNs < timeNs ? p.greatestNs : timeNs);
-    const byProspect = [...pages].sort((a, b) => compare(bound(b), bound(a)) || b.firstSeq - a.firstSeq);
+    const byProspect = [...pages].sort(
+      (a, b) => compare(bound(b), bound(a)) || b.firstSeq - a.firstSeq,
+    );
     let best: Found | undefined;
     for (const p of byProspect) {
       if (best !== undefined && bound(p) < best.instantNs) break;
@@ -108,7 +113,11 @@ export class Timeline {
         if (instantNs > timeNs || page.pointClass(i) < minClass) continue;
         const seq = page.seq(i);
         if (!inside(p.window, seq)) continue;
-        if (best === undefined || instantNs > best.instantNs || (instantNs === best.instantNs && seq > best.seq)) {
+        if (
+          best === undefined ||
+          instantNs > best.instantNs ||
+          (instantNs === best.instantNs && seq > best.seq)
+        ) {
           best = { at: p, i, seq, instantNs };
         }
       }
@@ -132,7 +141,8 @@ export class Timeline {
         const i = newestFirst ? page.length - 1 - n : n;
         const t = page.instantNs(i);
         if (page.pointClass(i) < minClass || !inside(window, page.seq(i))) continue;
-        if ((sinceNs !== undefined && t < sinceNs) || (untilNs !== undefined && t > untilNs)) continue;
+        if ((sinceNs !== undefined && t < sinceNs) || (untilNs !== undefined && t > untilNs))
+          continue;
         yield await commitRecordOf(window.source, page.record(i));
       }
     }
@@ -153,8 +163,12 @@ export class Timeline {
       if (at === undefined) break;
       // Its intervals reach from the last instant of the page before to its own greatest one.
       const previous = all[n - 1];
-      const least = previous !== undefined && previous.leastNs < at.leastNs ? previous.leastNs : at.leastNs;
-      if ((sinceNs !== undefined && at.greatestNs < sinceNs) || (untilNs !== undefined && least > untilNs)) {
+      const least =
+        previous !== undefined && previous.leastNs < at.leastNs ? previous.leastNs : at.leastNs;
+      if (
+        (sinceNs !== undefined && at.greatestNs < sinceNs) ||
+        (untilNs !== undefined && least > untilNs)
+      ) {
         before = undefined;
         continue;
       }
@@ -175,7 +189,12 @@ export class Timeline {
         const fromNs = sinceNs !== undefined && from.instantNs < sinceNs ? sinceNs : from.instantNs;
         const toNs = untilNs !== undefined && c.instantNs > untilNs ? untilNs : c.instantNs;
         if (fromNs >= toNs) continue;
-        if (open !== undefined && open.coverage === c.coverage && open.toNs === fromNs && open.uptoSeq === from.seq) {
+        if (
+          open !== undefined &&
+          open.coverage === c.coverage &&
+          open.toNs === fromNs &&
+          open.uptoSeq === from.seq
+        ) {
           open = { ...open, toNs, uptoSeq: c.seq };
           continue;
         }
@@ -226,7 +245,8 @@ export class Timeline {
         if (sinceNs !== undefined && greatestNs < sinceNs) continue;
         if (untilNs !== undefined && leastNs > untilNs) continue;
         if (minClass >= PointClass.crash && t.points[page] === 0) continue;
-        if (firstSeq > window.uptoSeq || (t.firstSeq[page + 1] ?? Infinity) <= window.afterSeq + 1) continue;
+        if (firstSeq > window.uptoSeq || (t.firstSeq[page + 1] ?? Infinity) <= window.afterSeq + 1)
+          continue;
         pages.push({ window, page, firstSeq, leastNs, greatestNs });
       }
     }

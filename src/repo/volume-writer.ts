@@ -118,6 +118,12 @@ export class VolumeWriter implements AsyncDisposable {
     const epoch = await claimEpoch(repo, volumeId);
     const history = await VolumeHistory.open(repo, volumeId);
     try {
+      // A commit under an epoch that is not above those of the chain would fall off it.
+      if ((history.tip?.epoch ?? 0) >= epoch) {
+        throw new B2Error('damaged', `the claims of volume ${volumeId} are lost: its last commit is of epoch ${history.tip?.epoch}, this claim got ${epoch}`, {
+          hint: 'Run "b2 repair".',
+        });
+      }
       await history.settle();
       const last = history.lastCommit;
       const writer = new VolumeWriter(

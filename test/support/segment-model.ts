@@ -115,7 +115,11 @@ export interface RandomHistory {
 export function randomHistory(
   seed: number,
   count: number,
-  options: { readonly merged?: boolean; readonly resize?: boolean; readonly fullEvery?: number } = {},
+  options: {
+    readonly merged?: boolean;
+    readonly resize?: boolean;
+    readonly fullEvery?: number;
+  } = {},
 ): RandomHistory {
   const pick = seededInts(seed);
   const around = STRIPE_BLOCKS;
@@ -137,14 +141,26 @@ export function randomHistory(
       const base = { block, seq: pick(seq - firstSeq + 1), pack: pick(2), frame };
       if (kind === 0) {
         const skip = pick(CHUNK_BLOCKS - 1);
-        extents.push({ ...base, count: Math.min(room, 1 + pick(CHUNK_BLOCKS - skip)), sub: pick(9), skip });
+        extents.push({
+          ...base,
+          count: Math.min(room, 1 + pick(CHUNK_BLOCKS - skip)),
+          sub: pick(9),
+          skip,
+        });
       } else if (kind === 1) {
         const length = Math.min(room, CHUNK_BLOCKS + 1 + pick(60));
         const skip = pick(CHUNK_BLOCKS);
         const run = skip + length > CHUNK_BLOCKS;
         extents.push({ ...base, count: length, sub: run ? 0 : pick(3), skip });
       } else if (kind === 2) {
-        extents.push({ ...base, count: Math.min(room, 1 + pick(40)), pack: HOLE, frame: 0, sub: 0, skip: 0 });
+        extents.push({
+          ...base,
+          count: Math.min(room, 1 + pick(40)),
+          pack: HOLE,
+          frame: 0,
+          sub: 0,
+          skip: 0,
+        });
       } else {
         extents.push({ ...base, count: 1, sub: pick(100), skip: pick(CHUNK_BLOCKS) });
       }
@@ -154,7 +170,15 @@ export function randomHistory(
     let list = extents.filter((e) => e.block + e.count <= blocks);
     if (blocks > before) {
       list = list.filter((e) => e.block + e.count <= before);
-      list.push({ block: before, count: blocks - before, seq: 0, pack: HOLE, frame: 0, sub: 0, skip: 0 });
+      list.push({
+        block: before,
+        count: blocks - before,
+        seq: 0,
+        pack: HOLE,
+        frame: 0,
+        sub: 0,
+        skip: 0,
+      });
     }
     const every = options.fullEvery ?? 0;
     commits.push(
@@ -174,7 +198,14 @@ export function randomHistory(
 /** Where a block lies, exactly; undefined: zeros. */
 export type BlockPlace = string | undefined;
 
-function placeOf(packId: string, frame: number, sub: number, skip: number, count: number, i: number): string {
+function placeOf(
+  packId: string,
+  frame: number,
+  sub: number,
+  skip: number,
+  count: number,
+  i: number,
+): string {
   const at = skip + i;
   if (skip + count <= CHUNK_BLOCKS) return `${packId}/${frame}/${sub}/${at}`;
   return `${packId}/${frame + Math.floor(at / CHUNK_BLOCKS)}/0/${at % CHUNK_BLOCKS}`;
@@ -193,7 +224,11 @@ export function walk(commits: readonly JournalCommit[], seq: number): Map<number
     for (const e of c.extents) {
       for (let i = 0; i < e.count; i++) {
         if (e.pack === HOLE) map.delete(e.block + i);
-        else map.set(e.block + i, placeOf(c.packIds[e.pack] ?? '?', e.frame, e.sub, e.skip, e.count, i));
+        else
+          map.set(
+            e.block + i,
+            placeOf(c.packIds[e.pack] ?? '?', e.frame, e.sub, e.skip, e.count, i),
+          );
       }
     }
   }
@@ -225,6 +260,10 @@ export function blocksOfExtents(
 }
 
 /** The part of `map` in [from, to). */
-export function partOf(map: ReadonlyMap<number, string>, from: number, to: number): Map<number, string> {
+export function partOf(
+  map: ReadonlyMap<number, string>,
+  from: number,
+  to: number,
+): Map<number, string> {
   return new Map([...map].filter(([b]) => b >= from && b < to).sort(([a], [b]) => a - b));
 }

@@ -29,11 +29,19 @@ export async function* checkChain(
   for (const s of deltas) {
     const expected = before === undefined ? 1 : before.lastSeq + 1;
     if (s.firstSeq > expected) {
-      yield finding(s, `commits ${expected} to ${s.firstSeq - 1} are missing before it`, expected, s.firstSeq - 1);
+      yield finding(
+        s,
+        `commits ${expected} to ${s.firstSeq - 1} are missing before it`,
+        expected,
+        s.firstSeq - 1,
+      );
     } else if (s.firstSeq === expected) {
       const hash = before?.index.lastHash ?? ZERO_HASH;
       if (!s.index.prevHash.equals(hash)) {
-        yield finding(s, `it does not continue ${before?.name ?? 'an empty volume'}: the hash of commit ${expected - 1} differs`);
+        yield finding(
+          s,
+          `it does not continue ${before?.name ?? 'an empty volume'}: the hash of commit ${expected - 1} differs`,
+        );
       }
     } else if (before !== undefined) {
       yield* checkAgainst(s, [before]);
@@ -84,10 +92,20 @@ async function* checkCommits(
       for (let i = 0; i < page.length; i++) {
         const c = page.record(i);
         if (!full && complete && c.firstSeq !== upto + 1) {
-          yield finding(s, `commits ${upto + 1} to ${c.firstSeq - 1} are missing in it`, upto + 1, c.firstSeq - 1);
+          yield finding(
+            s,
+            `commits ${upto + 1} to ${c.firstSeq - 1} are missing in it`,
+            upto + 1,
+            c.firstSeq - 1,
+          );
         }
         if (c.epoch < epoch) {
-          yield finding(s, `commit ${c.seq} has epoch ${c.epoch}, the one before it ${epoch}`, c.seq, c.seq);
+          yield finding(
+            s,
+            `commit ${c.seq} has epoch ${c.epoch}, the one before it ${epoch}`,
+            c.seq,
+            c.seq,
+          );
         }
         complete = true;
         upto = c.seq;
@@ -104,11 +122,20 @@ async function* checkCommits(
   }
   if (complete && last !== undefined) {
     if (!last.hash.equals(s.index.lastHash)) {
-      yield finding(s, `its index has another hash for commit ${last.seq} than its pages`, last.seq, last.seq);
+      yield finding(
+        s,
+        `its index has another hash for commit ${last.seq} than its pages`,
+        last.seq,
+        last.seq,
+      );
     }
-    if (last.seq !== s.lastSeq) yield finding(s, `it ends with commit ${last.seq}, not ${s.lastSeq}`);
+    if (last.seq !== s.lastSeq)
+      yield finding(s, `it ends with commit ${last.seq}, not ${s.lastSeq}`);
     if (lastFullFirstSeq !== s.index.lastFullFirstSeq) {
-      yield finding(s, `its index names ${s.index.lastFullFirstSeq} as the last full commit; it is ${lastFullFirstSeq}`);
+      yield finding(
+        s,
+        `its index names ${s.index.lastFullFirstSeq} as the last full commit; it is ${lastFullFirstSeq}`,
+      );
     }
   }
   yield { epoch };
@@ -154,6 +181,11 @@ async function damageOf(read: Promise<unknown>): Promise<string | undefined> {
   }
 }
 
-function finding(s: SegmentSource, problem: string, firstSeq = s.firstSeq, lastSeq = s.lastSeq): ManifestFinding {
+function finding(
+  s: SegmentSource,
+  problem: string,
+  firstSeq = s.firstSeq,
+  lastSeq = s.lastSeq,
+): ManifestFinding {
   return { object: s.name, problem, firstSeq, lastSeq };
 }

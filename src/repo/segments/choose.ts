@@ -25,8 +25,7 @@ export function chooseSegments(segments: readonly SegmentName[]): ChosenSegments
   const deltas = segments
     .filter((s) => s.level !== undefined)
     .sort(
-      (a, b) =>
-        a.firstSeq - b.firstSeq || b.lastSeq - a.lastSeq || (b.level ?? 0) - (a.level ?? 0),
+      (a, b) => a.firstSeq - b.firstSeq || b.lastSeq - a.lastSeq || (b.level ?? 0) - (a.level ?? 0),
     );
   const chain: ChainLink[] = [];
   const used = new Set<string>();

@@ -56,7 +56,10 @@ export function nextStep(
   return nextMerge(whole, policy) ?? nextFull(whole, fullMaps, facts, policy);
 }
 
-function nextMerge(chain: readonly SegmentFacts[], policy: MaintenancePolicy): MaintenanceStep | undefined {
+function nextMerge(
+  chain: readonly SegmentFacts[],
+  policy: MaintenancePolicy,
+): MaintenanceStep | undefined {
   const levels = [...new Set(chain.map((s) => s.level ?? 0))].sort((a, b) => a - b);
   for (const level of levels) {
     if (level >= MAX_SEGMENT_LEVEL) continue;
@@ -100,7 +103,8 @@ function nextFull(
     if (s !== undefined) better(s);
   }
   // A segment that is one full commit and nothing else is as good as a map.
-  for (const s of chain) if (s.lastFullFirstSeq === s.firstSeq && s.firstSeq === s.lastSeq) better(s);
+  for (const s of chain)
+    if (s.lastFullFirstSeq === s.firstSeq && s.firstSeq === s.lastSeq) better(s);
   let since = 0;
   for (const s of chain) {
     if (s.lastSeq <= baseSeq) continue;
@@ -167,7 +171,11 @@ export async function maintainManifest(
           await remove(step.segment);
           break;
         case 'merge':
-          await mergeSegments(target(), step.inputs.map((n) => at(open, n)), step.level);
+          await mergeSegments(
+            target(),
+            step.inputs.map((n) => at(open, n)),
+            step.level,
+          );
           merged++;
           for (const n of step.inputs) await remove(n);
           break;

@@ -60,7 +60,14 @@ export function memorySegment(
   for (let at = 0; at < ids.length; at += PACK_ID_BYTES) {
     idStrings.push(ids.toString('hex', at, at + PACK_ID_BYTES));
   }
-  const index = indexOf(extentPages, commitPages, packs.count, prevHash, last.record.hash, lastFullFirstSeq);
+  const index = indexOf(
+    extentPages,
+    commitPages,
+    packs.count,
+    prevHash,
+    last.record.hash,
+    lastFullFirstSeq,
+  );
   return {
     name,
     level: 0,

@@ -36,7 +36,11 @@ export async function mergeSegments(
       throw new RangeError(`${s.name} does not follow ${before?.name ?? 'nothing'}`);
     }
     if (before !== undefined && !s.index.prevHash.equals(before.index.lastHash)) {
-      throw damaged(s.name, 0, `it does not continue ${before.name}: the hash of commit ${before.lastSeq} differs`);
+      throw damaged(
+        s.name,
+        0,
+        `it does not continue ${before.name}: the hash of commit ${before.lastSeq} differs`,
+      );
     }
   });
   const range = { level, firstSeq: first.firstSeq, lastSeq: last.lastSeq };
@@ -56,9 +60,18 @@ export async function mergeSegments(
       if (top === undefined) break;
       const { page, i, source } = top;
       const map = maps.get(source);
-      if (page === undefined || map === undefined) throw new RangeError('a cursor without a record');
+      if (page === undefined || map === undefined)
+        throw new RangeError('a cursor without a record');
       const pack = map.known(page.pack(i)) ?? (await map.learn(page.pack(i)));
-      builder.addExtent(top.block, page.count(i), top.seq, pack, page.frame(i), page.sub(i), page.skip(i));
+      builder.addExtent(
+        top.block,
+        page.count(i),
+        top.seq,
+        pack,
+        page.frame(i),
+        page.sub(i),
+        page.skip(i),
+      );
       if (!heap.step()) await heap.load();
       if (n % YIELD_EVERY === 0) yield;
     }

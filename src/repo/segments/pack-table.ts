@@ -48,7 +48,8 @@ export class PackTable {
       const index = this.#slots[slot];
       if (index === undefined || index === EMPTY) return slot;
       const here = index * PACK_ID_BYTES;
-      if (this.#ids.compare(from, at, at + PACK_ID_BYTES, here, here + PACK_ID_BYTES) === 0) return slot;
+      if (this.#ids.compare(from, at, at + PACK_ID_BYTES, here, here + PACK_ID_BYTES) === 0)
+        return slot;
       slot = (slot + 1) & mask;
     }
   }

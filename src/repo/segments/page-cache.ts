@@ -1,7 +1,7 @@
 /** A cache of decoded segment pages, shared by all images of a process, bounded in bytes. */
 
-/** Enough for the pages that 500 lookups in a large manifest touch. */
-export const DEFAULT_PAGE_CACHE_BYTES = 64 * 1024 * 1024;
+/** Room for some 280 pages of extents: the hot part of many images. */
+export const DEFAULT_PAGE_CACHE_BYTES = 32 * 1024 * 1024;
 
 interface Entry {
   readonly value: object;

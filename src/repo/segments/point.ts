@@ -21,14 +21,13 @@ export interface PointSources {
   readonly commit: CommitRecord;
 }
 
-/** The deltas as windows without overlap, ascending. Kind `damaged` if commits from 1 on are missing between them. */
+/** The deltas as windows without overlap, ascending. Commits that are missing between them (FORMAT.md 6.9) are in no window. */
 export function chainWindows(deltas: readonly SegmentSource[]): SourceWindow[] {
   const windows: SourceWindow[] = [];
   let upto = 0;
   for (const source of deltas) {
     if (source.lastSeq <= upto) continue;
-    if (source.firstSeq > upto + 1) throw missing(upto + 1, source.firstSeq - 1);
-    windows.push({ source, afterSeq: upto, uptoSeq: source.lastSeq });
+    windows.push({ source, afterSeq: Math.max(upto, source.firstSeq - 1), uptoSeq: source.lastSeq });
     upto = source.lastSeq;
   }
   return windows;
@@ -101,9 +100,13 @@ async function lastFullBefore(
 }
 
 function missing(first: number, last: number): B2Error {
-  return new B2Error('damaged', `commits ${first} to ${last} of the volume are in no segment and in no journal`, {
-    hint: 'Run "b2 repair" to rebuild the manifest from the packs.',
-  });
+  return new B2Error(
+    'damaged',
+    `commits ${first} to ${last} of the volume are in no segment and in no journal`,
+    {
+      hint: 'Run "b2 repair" to rebuild the manifest from the packs.',
+    },
+  );
 }
 
 function noSuchPoint(seq: number): B2Error {

@@ -170,7 +170,10 @@ export class SegmentReader implements SegmentSource {
     const length = PAGE_HEADER_BYTES + column(t.stored, i);
     const bytes = await readExactly(this.#object, at, length, this.name);
     const what = `${this.name} (page ${number})`;
-    return { plain: openPage(this.#sealer, this.#headerBytes, type, number, bytes, this.name, at), what };
+    return {
+      plain: openPage(this.#sealer, this.#headerBytes, type, number, bytes, this.name, at),
+      what,
+    };
   }
 }
 
@@ -213,6 +216,7 @@ async function readExactly(
 ): Promise<Buffer> {
   const into = Buffer.allocUnsafeSlow(length);
   const got = await object.read(into, offset);
-  if (got !== length) throw damaged(name, offset + got, `the object ends ${length - got} bytes early`);
+  if (got !== length)
+    throw damaged(name, offset + got, `the object ends ${length - got} bytes early`);
   return into;
 }

@@ -92,7 +92,10 @@ export class RecordCursor {
         // It is awaited by the next call of load, if there is one; a failure must wait for that.
         this.#ahead.catch(() => undefined);
       }
-      this.i = (t.firstBlock[p] ?? 0) < this.#from ? this.page.lowerBound(this.#from - (this.#from % STRIPE_BLOCKS)) - 1 : -1;
+      this.i =
+        (t.firstBlock[p] ?? 0) < this.#from
+          ? this.page.lowerBound(this.#from - (this.#from % STRIPE_BLOCKS)) - 1
+          : -1;
       if (this.step()) return;
     }
   }

@@ -368,7 +368,15 @@ export function putMemorySegment(target: SegmentTarget, source: SegmentSource): 
       for (let i = 0; i < page.length; i++) {
         const pack = map.known(page.pack(i)) ?? (await map.learn(page.pack(i)));
         const seq = source.firstSeq + page.seq(i);
-        builder.addExtent(page.block(i), page.count(i), seq, pack, page.frame(i), page.sub(i), page.skip(i));
+        builder.addExtent(
+          page.block(i),
+          page.count(i),
+          seq,
+          pack,
+          page.frame(i),
+          page.sub(i),
+          page.skip(i),
+        );
       }
       yield;
     }

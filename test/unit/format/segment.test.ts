@@ -90,9 +90,17 @@ const INDEX_OFFSET = 96 + 116 + 216 + 64;
 describe('golden bytes', () => {
   it('header', () => {
     const hex =
-      '4232534547000000' + '0100' + '0100' + '03000000' + '0123456789abcdef0123456789abcdef' +
-      'fedcba9876543210fedcba9876543210' + 'a0a1a2a3a4a5a6a7a8a9aaabacadaeaf' + '0605040302010000' +
-      '0706040302010000' + '8877665544332211' + '00000000';
+      '4232534547000000' +
+      '0100' +
+      '0100' +
+      '03000000' +
+      '0123456789abcdef0123456789abcdef' +
+      'fedcba9876543210fedcba9876543210' +
+      'a0a1a2a3a4a5a6a7a8a9aaabacadaeaf' +
+      '0605040302010000' +
+      '0706040302010000' +
+      '8877665544332211' +
+      '00000000';
     const bytes = encodeSegmentHeader(HEADER);
     expect(bytes.toString('hex', 0, 92)).toBe(hex);
     expect(bytes.readUInt32LE(92)).toBe(0xbb96_a6f7);
@@ -110,9 +118,21 @@ describe('golden bytes', () => {
     const bytes = Buffer.alloc(COMMIT_RECORD_BYTES);
     encodeCommitRecord(COMMIT, 0x77, bytes, 0);
     expect(bytes.toString('hex')).toBe(
-      '0705040302010000' + '0605040302010000' + '03' + '01' + '0200' + '09000000' + '1111111111111111' +
-        '2222222222222222' + '3333333333333333' + '0056341200000000' + 'cc'.repeat(32) + '77000000' +
-        '44000000' + '5500000000000000' + '6600000000000000',
+      '0705040302010000' +
+        '0605040302010000' +
+        '03' +
+        '01' +
+        '0200' +
+        '09000000' +
+        '1111111111111111' +
+        '2222222222222222' +
+        '3333333333333333' +
+        '0056341200000000' +
+        'cc'.repeat(32) +
+        '77000000' +
+        '44000000' +
+        '5500000000000000' +
+        '6600000000000000',
     );
     expect(decodeCommitRecord(bytes, 0, 'x')).toEqual({ ...COMMIT, pack: 0x77 });
   });
@@ -120,11 +140,31 @@ describe('golden bytes', () => {
   it('index', () => {
     const bytes = encodeSegmentIndex(sampleIndex());
     expect(bytes.toString('hex')).toBe(
-      '01000000' + '01000000' + '01000000' + '02000000' + '0300000000000000' + '0400000000000000' +
-        'aa'.repeat(32) + 'bb'.repeat(32) + '0605040302010000' + '0000000000000000' +
-        ('6000000000000000' + '00000000' + '03000000' + '0700000000000000' + '2000000000000000' + '64000000' + '00000000') +
-        ('d400000000000000' + '01000000' + '04000000' + '0705040302010000' + '0100000000000000' + '00000000000000ff' +
-          'c8000000' + '02000000') +
+      '01000000' +
+        '01000000' +
+        '01000000' +
+        '02000000' +
+        '0300000000000000' +
+        '0400000000000000' +
+        'aa'.repeat(32) +
+        'bb'.repeat(32) +
+        '0605040302010000' +
+        '0000000000000000' +
+        ('6000000000000000' +
+          '00000000' +
+          '03000000' +
+          '0700000000000000' +
+          '2000000000000000' +
+          '64000000' +
+          '00000000') +
+        ('d400000000000000' +
+          '01000000' +
+          '04000000' +
+          '0705040302010000' +
+          '0100000000000000' +
+          '00000000000000ff' +
+          'c8000000' +
+          '02000000') +
         ('ac01000000000000' + '02000000' + '02000000' + '30000000' + '00000000'),
     );
     expect(decodeSegmentIndex(bytes, HEADER, INDEX_OFFSET, 'x')).toEqual(sampleIndex());
@@ -139,8 +179,16 @@ describe('golden bytes', () => {
   it('page, without encryption', () => {
     const keys = keyRing(Buffer.alloc(32, 1), false);
     const header = encodeSegmentHeader({ ...HEADER, encrypted: false });
-    const page = sealPage(keys.segmentSealer(HEADER.salt), header, PageType.packIds, 5, Buffer.from('00112233', 'hex'));
-    expect(page.toString('hex', 0, 20)).toBe('03' + '00' + '0000' + '05000000' + '14000000' + '04000000' + '00112233');
+    const page = sealPage(
+      keys.segmentSealer(HEADER.salt),
+      header,
+      PageType.packIds,
+      5,
+      Buffer.from('00112233', 'hex'),
+    );
+    expect(page.toString('hex', 0, 20)).toBe(
+      '03' + '00' + '0000' + '05000000' + '14000000' + '04000000' + '00112233',
+    );
     expect(page.length).toBe(36);
   });
 });
@@ -169,30 +217,43 @@ describe('damage', () => {
   it('every flipped bit and every cut of a header or trailer is found', () => {
     const header = encodeSegmentHeader(HEADER);
     const trailer = encodeSegmentTrailer(4711);
-    const decodeHeader = (b: Buffer) => expect(thrown(() => decodeSegmentHeader(b, 'x'))).toEqual(damagedError);
-    const decodeTrailer = (b: Buffer) => expect(thrown(() => decodeSegmentTrailer(b, 9999, 'x'))).toEqual(damagedError);
+    const decodeHeader = (b: Buffer) =>
+      expect(thrown(() => decodeSegmentHeader(b, 'x'))).toEqual(damagedError);
+    const decodeTrailer = (b: Buffer) =>
+      expect(thrown(() => decodeSegmentTrailer(b, 9999, 'x'))).toEqual(damagedError);
     flips(header, decodeHeader);
     cuts(header, decodeHeader);
     flips(trailer, decodeTrailer);
     cuts(trailer, decodeTrailer);
   });
 
-  it.each([true, false])('every flipped bit and every cut of a page is found (encrypted: %s)', (encrypted) => {
-    const sealer = keyRing(Buffer.alloc(32, 1), encrypted).segmentSealer(HEADER.salt);
-    const header = encodeSegmentHeader({ ...HEADER, encrypted });
-    for (const plain of [Buffer.from('00112233445566778899', 'hex'), Buffer.alloc(4000, 3)]) {
-      const page = sealPage(sealer, header, PageType.extents, 5, plain);
-      expect(openPage(sealer, header, PageType.extents, 5, page, 'x', 0)).toEqual(plain);
-      const open = (b: Buffer) =>
-        expect(thrown(() => openPage(sealer, header, PageType.extents, 5, b, 'x', 0))).toEqual(damagedError);
-      flips(page, open);
-      cuts(page, open);
-      expect(thrown(() => openPage(sealer, header, PageType.extents, 4, page, 'x', 0))).toEqual(damagedError);
-      expect(thrown(() => openPage(sealer, header, PageType.commits, 5, page, 'x', 0))).toEqual(damagedError);
-      const other = encodeSegmentHeader({ ...HEADER, encrypted, level: 4 });
-      expect(thrown(() => openPage(sealer, other, PageType.extents, 5, page, 'x', 0))).toEqual(damagedError);
-    }
-  });
+  it.each([true, false])(
+    'every flipped bit and every cut of a page is found (encrypted: %s)',
+    (encrypted) => {
+      const sealer = keyRing(Buffer.alloc(32, 1), encrypted).segmentSealer(HEADER.salt);
+      const header = encodeSegmentHeader({ ...HEADER, encrypted });
+      for (const plain of [Buffer.from('00112233445566778899', 'hex'), Buffer.alloc(4000, 3)]) {
+        const page = sealPage(sealer, header, PageType.extents, 5, plain);
+        expect(openPage(sealer, header, PageType.extents, 5, page, 'x', 0)).toEqual(plain);
+        const open = (b: Buffer) =>
+          expect(thrown(() => openPage(sealer, header, PageType.extents, 5, b, 'x', 0))).toEqual(
+            damagedError,
+          );
+        flips(page, open);
+        cuts(page, open);
+        expect(thrown(() => openPage(sealer, header, PageType.extents, 4, page, 'x', 0))).toEqual(
+          damagedError,
+        );
+        expect(thrown(() => openPage(sealer, header, PageType.commits, 5, page, 'x', 0))).toEqual(
+          damagedError,
+        );
+        const other = encodeSegmentHeader({ ...HEADER, encrypted, level: 4 });
+        expect(thrown(() => openPage(sealer, other, PageType.extents, 5, page, 'x', 0))).toEqual(
+          damagedError,
+        );
+      }
+    },
+  );
 
   it('a newer version is refused as such, not as damage', () => {
     const bytes = encodeSegmentHeader(HEADER);
@@ -213,16 +274,22 @@ describe('damage', () => {
     const x = sampleIndex();
     change(x);
     const bytes = encodeSegmentIndex(x);
-    expect(thrown(() => decodeSegmentIndex(bytes, HEADER, INDEX_OFFSET, 'x'))).toEqual(damagedError);
+    expect(thrown(() => decodeSegmentIndex(bytes, HEADER, INDEX_OFFSET, 'x'))).toEqual(
+      damagedError,
+    );
   });
 
   it('an index of another length or with reserved bytes is refused', () => {
     const bytes = encodeSegmentIndex(sampleIndex());
-    cuts(bytes, (b) => expect(thrown(() => decodeSegmentIndex(b, HEADER, INDEX_OFFSET, 'x'))).toEqual(damagedError));
+    cuts(bytes, (b) =>
+      expect(thrown(() => decodeSegmentIndex(b, HEADER, INDEX_OFFSET, 'x'))).toEqual(damagedError),
+    );
     for (const at of [104, 111, 112 + 36, 112 + 40 + 48 + 20]) {
       const changed = Buffer.from(bytes);
       changed[at] = 1;
-      expect(thrown(() => decodeSegmentIndex(changed, HEADER, INDEX_OFFSET, 'x'))).toEqual(damagedError);
+      expect(thrown(() => decodeSegmentIndex(changed, HEADER, INDEX_OFFSET, 'x'))).toEqual(
+        damagedError,
+      );
     }
   });
 
@@ -236,7 +303,8 @@ describe('damage', () => {
     ['that ends elsewhere', [record, { ...record, seq: 1 }, record]],
     ['too few', [record, good[2]]],
   ])('extents %s are refused', (_, list) => {
-    const full = (l: readonly (typeof record | undefined)[]) => encodeExtents(l.map((e) => e ?? record));
+    const full = (l: readonly (typeof record | undefined)[]) =>
+      encodeExtents(l.map((e) => e ?? record));
     const decode = (b: Buffer) => decodeExtentPage(b, 0, sampleIndex(), HEADER, 'x');
     expect(decode(full(good)).length).toBe(3);
     expect(thrown(() => decode(full(list)))).toEqual(damagedError);
@@ -255,12 +323,31 @@ describe('damage', () => {
     };
     const fullMap: SegmentHeader = { ...HEADER, level: undefined, firstSeq: 1 };
     expect(decode([{ ...record, block: STRIPE_BLOCKS - 5, count: 5 }]).length).toBe(1);
-    expect(thrown(() => decode([{ ...record, block: STRIPE_BLOCKS - 5, count: 6 }]))).toEqual(damagedError);
-    expect(thrown(() => decode([{ ...record, count: 0 }, { ...record, block: 9 }]))).toEqual(damagedError);
+    expect(thrown(() => decode([{ ...record, block: STRIPE_BLOCKS - 5, count: 6 }]))).toEqual(
+      damagedError,
+    );
+    expect(
+      thrown(() =>
+        decode([
+          { ...record, count: 0 },
+          { ...record, block: 9 },
+        ]),
+      ),
+    ).toEqual(damagedError);
     expect(thrown(() => decode([{ ...record, pack: HOLE, frame: 1 }]))).toEqual(damagedError);
     expect(decode([record, { ...record, block: 8 }], fullMap).length).toBe(2);
     expect(thrown(() => decode([{ ...record, pack: HOLE }], fullMap))).toEqual(damagedError);
-    expect(thrown(() => decode([{ ...record, count: 3 }, { ...record, block: 8 }], fullMap))).toEqual(damagedError);
+    expect(
+      thrown(() =>
+        decode(
+          [
+            { ...record, count: 3 },
+            { ...record, block: 8 },
+          ],
+          fullMap,
+        ),
+      ),
+    ).toEqual(damagedError);
     expect(thrown(() => decode([{ ...record, seq: 1 }], fullMap))).toEqual(damagedError);
   });
 
@@ -284,7 +371,12 @@ describe('damage', () => {
     expect(thrown(() => decode(page({ firstSeq: 5 })))).toEqual(damagedError);
     expect(thrown(() => decode(page({ seq: COMMIT.seq - 1 })))).toEqual(damagedError);
     expect(thrown(() => decode(Buffer.concat([page({}), page({})])))).toEqual(damagedError);
-    for (const [at, value] of [[16, 5], [17, 3], [18, 4], [18, 0]] as const) {
+    for (const [at, value] of [
+      [16, 5],
+      [17, 3],
+      [18, 4],
+      [18, 0],
+    ] as const) {
       const bytes = page({});
       bytes[at] = value;
       expect(thrown(() => decode(bytes))).toEqual(damagedError);
@@ -296,7 +388,8 @@ describe('round trips', () => {
   const u32 = fc.integer({ min: 0, max: 0xffff_ffff });
   const u64 = fc.bigInt({ min: 0n, max: 0xffff_ffff_ffff_ffffn });
   const safe = fc.maxSafeNat();
-  const bytes = (n: number) => fc.uint8Array({ minLength: n, maxLength: n }).map((b) => Buffer.from(b));
+  const bytes = (n: number) =>
+    fc.uint8Array({ minLength: n, maxLength: n }).map((b) => Buffer.from(b));
   const id = bytes(16).map((b) => b.toString('hex'));
 
   it('headers', () => {

@@ -41,6 +41,8 @@ class LoggedFile implements OverlayFile {
   bytes: Buffer;
   closed = false;
   fail: ((change: Change) => Error | undefined) | undefined;
+  /** Every change waits for this first. */
+  gate: Promise<void> = Promise.resolve();
 
   constructor(initial: Buffer) {
     this.initial = Buffer.from(initial);
@@ -67,7 +69,7 @@ class LoggedFile implements OverlayFile {
   }
 
   async #do(change: Change): Promise<void> {
-    await Promise.resolve();
+    await this.gate;
     const failure = this.fail?.(change);
     if (failure !== undefined) throw failure;
     apply(this.bytes, change);
@@ -434,6 +436,30 @@ describe('failures', () => {
       }),
     );
     expect(file.log.filter((change) => change.kind === 'sync').length).toBeLessThan(20);
+  });
+});
+
+describe('a flush while a write goes on', () => {
+  it('does not let a later flush believe that the write is durable', async () => {
+    const file = emptyFile();
+    const overlay = await openOverlayOn(baseImage(), file, ID);
+    await overlay.write(Buffer.alloc(BLOCK, 1), 0);
+    await overlay.flush();
+    // In place: no map page changes, so only the sync tells.
+    let release = (): void => undefined;
+    file.gate = new Promise((done) => (release = done));
+    const writing = overlay.write(Buffer.alloc(BLOCK, 2), 0);
+    await new Promise((done) => setImmediate(done));
+    file.gate = Promise.resolve();
+    await overlay.flush();
+    release();
+    await writing;
+    expect(file.log.at(-1)?.kind).toBe('write');
+    await overlay.flush();
+    expect(file.log.at(-1)?.kind).toBe('sync');
+    const changes = file.log.length;
+    await overlay.flush();
+    expect(file.log.length).toBe(changes);
   });
 });
 

@@ -30,7 +30,11 @@ async function sources(commits: readonly JournalCommit[], size: number): Promise
     const part = commits.slice(i, i + size);
     const source = memorySegment(part, hashOf((part[0]?.firstSeq ?? 1) - 1));
     const last = i + size >= commits.length;
-    deltas.push(last ? source : await openSegment(bench.context, await putMemorySegment(bench.target(), source)));
+    deltas.push(
+      last
+        ? source
+        : await openSegment(bench.context, await putMemorySegment(bench.target(), source)),
+    );
   }
   return deltas;
 }
@@ -39,17 +43,25 @@ describe('Timeline', () => {
   it('finds the newest point not after a time, as a linear search does', async () => {
     await fc.assert(
       fc.asyncProperty(
-        fc.array(fc.record({ t: fc.nat(60), pointClass: fc.constantFrom(0, 1, 2, 3, 4) as fc.Arbitrary<PointClass> }), {
-          minLength: 1,
-          maxLength: 40,
-        }),
+        fc.array(
+          fc.record({
+            t: fc.nat(60),
+            pointClass: fc.constantFrom(0, 1, 2, 3, 4) as fc.Arbitrary<PointClass>,
+          }),
+          {
+            minLength: 1,
+            maxLength: 40,
+          },
+        ),
         fc.nat(70),
         fc.constantFrom(1, 2, 4) as fc.Arbitrary<PointClass>,
         async (list, t, minClass) => {
           const commits = list.map((c, i) =>
             commitOf({ seq: i + 1, instantNs: s(c.t), pointClass: c.pointClass }),
           );
-          const ok = commits.filter((c) => c.record.instantNs <= s(t) && c.record.pointClass >= minClass);
+          const ok = commits.filter(
+            (c) => c.record.instantNs <= s(t) && c.record.pointClass >= minClass,
+          );
           const best = ok.reduce<JournalCommit | undefined>(
             (b, c) => (b === undefined || c.record.instantNs >= b.record.instantNs ? c : b),
             undefined,
@@ -76,7 +88,12 @@ describe('Timeline', () => {
 
   it('reaches every point by its own instant after the clock was put back', async () => {
     const timeline = new Timeline(await sources(at(100, 110, 120, 130, 95, 105, 115), 2));
-    for (const [t, seq] of [[110, 2], [130, 4], [95, 5], [105, 6]] as const) {
+    for (const [t, seq] of [
+      [110, 2],
+      [130, 4],
+      [95, 5],
+      [105, 6],
+    ] as const) {
       expect((await timeline.before(s(t)))?.point.seq).toBe(seq);
     }
     expect((await timeline.before(s(130)))?.later?.seq).toBe(7);
@@ -89,11 +106,17 @@ describe('Timeline', () => {
     );
     const timeline = new Timeline(await sources(commits, 1300));
     expect(timeline.counts).toEqual({ commits: 3000, exactPoints: 2000 });
-    const seqs = async (o: Parameters<Timeline['list']>[0]): Promise<number[]> => (await all(timeline.list(o))).map((c) => c.seq);
+    const seqs = async (o: Parameters<Timeline['list']>[0]): Promise<number[]> =>
+      (await all(timeline.list(o))).map((c) => c.seq);
     expect(await seqs({ sinceNs: s(1298), untilNs: s(1303) })).toEqual([1299, 1301, 1302, 1304]);
-    expect(await seqs({ sinceNs: s(1298), untilNs: s(1303), newestFirst: true, minClass: PointClass.none })).toEqual([
-      1304, 1303, 1302, 1301, 1300, 1299,
-    ]);
+    expect(
+      await seqs({
+        sinceNs: s(1298),
+        untilNs: s(1303),
+        newestFirst: true,
+        minClass: PointClass.none,
+      }),
+    ).toEqual([1304, 1303, 1302, 1301, 1300, 1299]);
     expect(await seqs({})).toHaveLength(2000);
     expect((await timeline.first())?.seq).toBe(1);
     expect((await timeline.latest(PointClass.none))?.seq).toBe(3000);
@@ -107,7 +130,9 @@ describe('Timeline', () => {
   });
 
   it('reads one page to find a time among many', async () => {
-    const commits = Array.from({ length: 20_000 }, (_, i) => commitOf({ seq: i + 1, instantNs: s(i) }));
+    const commits = Array.from({ length: 20_000 }, (_, i) =>
+      commitOf({ seq: i + 1, instantNs: s(i) }),
+    );
     const source = memorySegment(commits, hashOf(0));
     const read: number[] = [];
     const counted: SegmentSource = {
@@ -133,9 +158,19 @@ describe('Timeline', () => {
       [45, exact],
       [60, exact],
     ].map(([t = 0, coverage = 0], i) =>
-      commitOf({ seq: i + 1, instantNs: s(t), coverage: coverage as Coverage, pointClass: i % 2 === 0 ? 2 : 0 }),
+      commitOf({
+        seq: i + 1,
+        instantNs: s(t),
+        coverage: coverage as Coverage,
+        pointClass: i % 2 === 0 ? 2 : 0,
+      }),
     );
-    const short = (v: CoverageInterval) => [Number(v.fromNs / s(1)), Number(v.toNs / s(1)), v.coverage, v.clockSteppedBack];
+    const short = (v: CoverageInterval) => [
+      Number(v.fromNs / s(1)),
+      Number(v.toNs / s(1)),
+      v.coverage,
+      v.clockSteppedBack,
+    ];
 
     it.each([1, 2, 3, 5, 100])('joins equal neighbours, in segments of %i', async (size) => {
       const timeline = new Timeline(await sources(commits, size));
@@ -146,19 +181,26 @@ describe('Timeline', () => {
         [30, 50, coalesced, false],
         [45, 60, exact, true],
       ]);
-      expect(list.map((v) => [v.afterSeq, v.uptoSeq])).toEqual([[1, 3], [3, 4], [4, 6], [7, 8]]);
+      expect(list.map((v) => [v.afterSeq, v.uptoSeq])).toEqual([
+        [1, 3],
+        [3, 4],
+        [4, 6],
+        [7, 8],
+      ]);
     });
 
     it.each([1, 2, 3, 100])('is clipped to the range, in segments of %i', async (size) => {
       const timeline = new Timeline(await sources(commits, size));
-      expect((await all(timeline.coverage({ sinceNs: s(15), untilNs: s(35) }))).map(short)).toEqual([
-        [15, 20, exact, false],
-        [20, 30, unknown, false],
-        [30, 35, coalesced, false],
-      ]);
-      expect((await all(timeline.coverage({ sinceNs: s(32), untilNs: s(34) }))).map(short)).toEqual([
-        [32, 34, coalesced, false],
-      ]);
+      expect((await all(timeline.coverage({ sinceNs: s(15), untilNs: s(35) }))).map(short)).toEqual(
+        [
+          [15, 20, exact, false],
+          [20, 30, unknown, false],
+          [30, 35, coalesced, false],
+        ],
+      );
+      expect((await all(timeline.coverage({ sinceNs: s(32), untilNs: s(34) }))).map(short)).toEqual(
+        [[32, 34, coalesced, false]],
+      );
       expect(await all(timeline.coverage({ sinceNs: s(70) }))).toEqual([]);
     });
   });

@@ -1,5 +1,9 @@
 import { describe, expect, it } from 'vitest';
-import { checkChain, checkPages, type ManifestFinding } from '../../../../src/repo/segments/chain.js';
+import {
+  checkChain,
+  checkPages,
+  type ManifestFinding,
+} from '../../../../src/repo/segments/chain.js';
 import { memorySegment } from '../../../../src/repo/segments/memory.js';
 import { openSegment } from '../../../../src/repo/segments/reader.js';
 import type { JournalCommit, SegmentSource } from '../../../../src/repo/segments/source.js';
@@ -37,13 +41,19 @@ describe('checkChain', () => {
     );
     const covered = [part(commits.slice(3, 9), 'covered')];
     expect(await findings(checkChain({ deltas: [a, b, c], fulls: [full] }, covered))).toEqual([]);
-    expect(await findings(checkChain({ deltas: [a, part(commits.slice(15), 'overlapping')], fulls: [] }))).toEqual([]);
+    expect(
+      await findings(
+        checkChain({ deltas: [a, part(commits.slice(15), 'overlapping')], fulls: [] }),
+      ),
+    ).toEqual([]);
     expect(await findings(checkChain({ deltas: [], fulls: [] }))).toEqual([]);
   });
 
   it('names the commits that are missing', async () => {
     const gap = { firstSeq: b.firstSeq, lastSeq: b.lastSeq };
-    expect(await findings(checkChain({ deltas: [a, c], fulls: [] }))).toMatchObject([{ object: 'c', ...gap }]);
+    expect(await findings(checkChain({ deltas: [a, c], fulls: [] }))).toMatchObject([
+      { object: 'c', ...gap },
+    ]);
     expect(await findings(checkChain({ deltas: [b, c], fulls: [] }))).toMatchObject([
       { object: 'b', firstSeq: 1, lastSeq: a.lastSeq },
     ]);
@@ -62,13 +72,24 @@ describe('checkChain', () => {
   });
 
   it('finds epochs that fall and indexes that lie', async () => {
-    const fallen = commits.slice(40).map((x, i) => ({ ...x, record: { ...x.record, epoch: i === 0 ? 5 : 4 } }));
+    const fallen = commits
+      .slice(40)
+      .map((x, i) => ({ ...x, record: { ...x.record, epoch: i === 0 ? 5 : 4 } }));
     const found = await findings(checkChain({ deltas: [a, b, part(fallen, 'c')], fulls: [] }));
     expect(found).toMatchObject([{ object: 'c', firstSeq: fallen[1]?.seq }]);
-    const lie = (index: Partial<SegmentSource['index']>): SegmentSource => ({ ...c, index: { ...c.index, ...index } });
-    expect(await findings(checkChain({ deltas: [a, b, lie({ lastHash: hashOf(3) })], fulls: [] }))).toHaveLength(1);
-    expect(await findings(checkChain({ deltas: [a, b, lie({ lastFullFirstSeq: 1 })], fulls: [] }))).toHaveLength(1);
-    expect(await findings(checkChain({ deltas: [a, b, { ...c, lastSeq: last + 3 }], fulls: [] }))).toHaveLength(1);
+    const lie = (index: Partial<SegmentSource['index']>): SegmentSource => ({
+      ...c,
+      index: { ...c.index, ...index },
+    });
+    expect(
+      await findings(checkChain({ deltas: [a, b, lie({ lastHash: hashOf(3) })], fulls: [] })),
+    ).toHaveLength(1);
+    expect(
+      await findings(checkChain({ deltas: [a, b, lie({ lastFullFirstSeq: 1 })], fulls: [] })),
+    ).toHaveLength(1);
+    expect(
+      await findings(checkChain({ deltas: [a, b, { ...c, lastSeq: last + 3 }], fulls: [] })),
+    ).toHaveLength(1);
   });
 
   it('tells damaged pages, the commits they hold, and goes on', async () => {
@@ -83,7 +104,11 @@ describe('checkChain', () => {
     const name = await putMemorySegment(bench.target(), part(many, 'many'));
     const bytes = await bench.store.get(name);
     const whole = await openSegment(bench.context, name);
-    for (const [table, at] of [['commits', 1], ['extents', 0], ['packs', 0]] as const) {
+    for (const [table, at] of [
+      ['commits', 1],
+      ['extents', 0],
+      ['packs', 0],
+    ] as const) {
       const changed = Buffer.from(bytes);
       const offset = (whole.index[table].offset[at] ?? 0) + 20;
       changed[offset] = (changed[offset] ?? 0) ^ 1;
@@ -91,7 +116,9 @@ describe('checkChain', () => {
       const reader = await openSegment(bench.context, name);
       const chain = await findings(checkChain({ deltas: [reader], fulls: [] }));
       const pages = await findings(checkPages(reader));
-      expect(chain.map((f) => [f.firstSeq, f.lastSeq])).toEqual(table === 'commits' ? [[1025, 2048]] : []);
+      expect(chain.map((f) => [f.firstSeq, f.lastSeq])).toEqual(
+        table === 'commits' ? [[1025, 2048]] : [],
+      );
       expect(pages.length).toBe(table === 'commits' ? 0 : 1);
       await reader.close();
     }

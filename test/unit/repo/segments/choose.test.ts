@@ -34,9 +34,12 @@ describe('chooseSegments', () => {
   it('covers what the segments cover, once, whatever they are', () => {
     fc.assert(
       fc.property(
-        fc.array(fc.record({ level: fc.nat(3), firstSeq: fc.integer({ min: 1, max: 30 }), n: fc.nat(12) }), {
-          maxLength: 12,
-        }),
+        fc.array(
+          fc.record({ level: fc.nat(3), firstSeq: fc.integer({ min: 1, max: 30 }), n: fc.nat(12) }),
+          {
+            maxLength: 12,
+          },
+        ),
         (list) => {
           const segments = list.map((s) => seg(s.level, s.firstSeq, s.firstSeq + s.n));
           const { chain, covered } = chooseSegments(segments);
@@ -48,7 +51,8 @@ describe('chooseSegments', () => {
             expect(l.segment.lastSeq).toBe(l.uptoSeq);
           }
           const kept = new Set(chain.flatMap((l) => range(l.segment.firstSeq, l.segment.lastSeq)));
-          for (const c of covered) for (const s of range(c.firstSeq, c.lastSeq)) expect(kept.has(s)).toBe(true);
+          for (const c of covered)
+            for (const s of range(c.firstSeq, c.lastSeq)) expect(kept.has(s)).toBe(true);
         },
       ),
     );

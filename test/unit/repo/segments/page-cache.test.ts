@@ -44,12 +44,16 @@ describe('PageCache', () => {
   it('keeps nothing of a load that failed or is not to be kept, and drops by prefix', async () => {
     const cache = new PageCache(100);
     await expect(cache.get('a', () => Promise.reject(new Error('torn')))).rejects.toThrow('torn');
-    await expect(cache.get('a', () => Promise.resolve(page('a')), false)).resolves.toEqual({ name: 'a' });
+    await expect(cache.get('a', () => Promise.resolve(page('a')), false)).resolves.toEqual({
+      name: 'a',
+    });
     expect(cache.bytes).toBe(0);
     await cache.get('1:a', () => Promise.resolve(page('x')));
     await cache.get('11:a', () => Promise.resolve(page('y')));
     cache.drop('1:');
     expect(cache.bytes).toBe(10);
-    await expect(cache.get('1:a', () => Promise.resolve(page('z')))).resolves.toEqual({ name: 'z' });
+    await expect(cache.get('1:a', () => Promise.resolve(page('z')))).resolves.toEqual({
+      name: 'z',
+    });
   });
 });

@@ -7,9 +7,20 @@ import { memorySegment } from '../../../../src/repo/segments/memory.js';
 import { mergeSegments, putFullMap } from '../../../../src/repo/segments/merge.js';
 import { PageCache } from '../../../../src/repo/segments/page-cache.js';
 import { openSegment, type SegmentReader } from '../../../../src/repo/segments/reader.js';
-import { commitRecordOf, findCommit, type SegmentSource } from '../../../../src/repo/segments/source.js';
+import {
+  commitRecordOf,
+  findCommit,
+  type SegmentSource,
+} from '../../../../src/repo/segments/source.js';
 import { putMemorySegment, SegmentBuilder } from '../../../../src/repo/segments/writer.js';
-import { hashOf, packIdOf, randomHistory, testBench, commitOf, VOLUME } from '../../../support/segment-model.js';
+import {
+  hashOf,
+  packIdOf,
+  randomHistory,
+  testBench,
+  commitOf,
+  VOLUME,
+} from '../../../support/segment-model.js';
 
 /** Everything a source says, with packs by id. */
 async function contents(source: SegmentSource): Promise<{ extents: string[]; commits: unknown[] }> {
@@ -19,13 +30,18 @@ async function contents(source: SegmentSource): Promise<{ extents: string[]; com
     for (let i = 0; i < page.length; i++) {
       const pack = page.pack(i) === HOLE ? 'hole' : await source.packId(page.pack(i));
       const seq = source.level === undefined ? 0 : source.firstSeq + page.seq(i);
-      extents.push([page.block(i), page.count(i), seq, pack, page.frame(i), page.sub(i), page.skip(i)].join(' '));
+      extents.push(
+        [page.block(i), page.count(i), seq, pack, page.frame(i), page.sub(i), page.skip(i)].join(
+          ' ',
+        ),
+      );
     }
   }
   const commits: unknown[] = [];
   for (let p = 0; p < source.index.commits.length; p++) {
     const page = await source.commitPage(p);
-    for (let i = 0; i < page.length; i++) commits.push(await commitRecordOf(source, page.record(i)));
+    for (let i = 0; i < page.length; i++)
+      commits.push(await commitRecordOf(source, page.record(i)));
   }
   return { extents, commits };
 }
@@ -61,7 +77,12 @@ describe('segments', () => {
     const { commits } = randomHistory(42, 2500, { merged: true });
     const source = memorySegment(commits, hashOf(0));
     const name = await putMemorySegment(bench.target(), source);
-    expect(parseSegmentName(name)).toEqual({ volumeId: VOLUME, level: 0, firstSeq: 1, lastSeq: commits.at(-1)?.seq });
+    expect(parseSegmentName(name)).toEqual({
+      volumeId: VOLUME,
+      level: 0,
+      firstSeq: 1,
+      lastSeq: commits.at(-1)?.seq,
+    });
     const reader = await openSegment(bench.context, name);
     expect(reader.index.extents.length).toBeGreaterThan(2);
     expect(reader.index.commits.length).toBe(3);
@@ -110,18 +131,27 @@ describe('segments', () => {
     for (let i = 0; i < commits.length; i += 130) {
       const part = commits.slice(i, i + 130);
       const source = memorySegment(part, hashOf((part[0]?.firstSeq ?? 1) - 1));
-      readers.push(await openSegment(bench.context, await putMemorySegment(bench.target(), source)));
+      readers.push(
+        await openSegment(bench.context, await putMemorySegment(bench.target(), source)),
+      );
     }
-    const merged = await openSegment(bench.context, await mergeSegments(bench.target(), readers, 1));
+    const merged = await openSegment(
+      bench.context,
+      await mergeSegments(bench.target(), readers, 1),
+    );
     expect(await contents(merged)).toEqual(expected(commits));
     const whole = memorySegment(commits, hashOf(0));
     expect(merged.index.lastFullFirstSeq).toBe(whole.index.lastFullFirstSeq);
     expect(merged.index.lastFullFirstSeq).toBeGreaterThan(0);
     expect(merged.index.packCount).toBe(whole.index.packCount);
     expect(merged.level).toBe(1);
-    await expect(mergeSegments(bench.target(), [readers[0], readers[2]].filter((r) => r !== undefined), 1)).rejects.toThrow(
-      'does not follow',
-    );
+    await expect(
+      mergeSegments(
+        bench.target(),
+        [readers[0], readers[2]].filter((r) => r !== undefined),
+        1,
+      ),
+    ).rejects.toThrow('does not follow');
   });
 
   it('refuse to be merged into a chain that forks', async () => {
@@ -129,7 +159,9 @@ describe('segments', () => {
     const part = (first: number, prev: Buffer) =>
       memorySegment([commitOf({ seq: first }), commitOf({ seq: first + 1 })], prev);
     const inputs = [part(1, hashOf(0)), part(3, hashOf(77))];
-    await expect(mergeSegments(bench.target(), inputs, 1)).rejects.toMatchObject({ kind: 'damaged' });
+    await expect(mergeSegments(bench.target(), inputs, 1)).rejects.toMatchObject({
+      kind: 'damaged',
+    });
     const names: string[] = [];
     for await (const o of bench.store.list('')) names.push(o.name);
     expect(names).toEqual([]);
@@ -140,7 +172,10 @@ describe('segments', () => {
     const { commits } = randomHistory(45, 200, { resize: true });
     const deltas = [memorySegment(commits, hashOf(0))];
     const at = commits[150];
-    const full = await openSegment(bench.context, await putFullMap(bench.target(), { deltas, fulls: [] }, at?.seq ?? 0));
+    const full = await openSegment(
+      bench.context,
+      await putFullMap(bench.target(), { deltas, fulls: [] }, at?.seq ?? 0),
+    );
     expect(full.header.level).toBeUndefined();
     expect(full.firstSeq).toBe(1);
     const got = await contents(full); // opening the pages checks order, overlap and holes
@@ -149,29 +184,36 @@ describe('segments', () => {
     expect(full.index.prevHash).toEqual(Buffer.alloc(32));
   });
 
-  it.each([true, false])('find every flipped bit and every cut, or read the same (encrypted: %s)', async (encrypted) => {
-    const bench = testBench(encrypted);
-    const { commits } = randomHistory(46, 6);
-    const source = memorySegment(commits, hashOf(0));
-    const name = await putMemorySegment(bench.target(), source);
-    const want = await contents(source);
-    const bytes = await bench.store.get(name);
-    const tryRead = async (changed: Buffer): Promise<void> => {
-      await bench.store.put(name, changed);
-      const reader = await openSegment({ ...bench.context, cache: new PageCache() }, name);
-      expect(await contents(reader)).toEqual(want);
-    };
-    await tryRead(bytes);
-    for (let bit = 0; bit < bytes.length * 8; bit += bit < 1200 ? 1 : 5) {
-      const changed = Buffer.from(bytes);
-      changed[bit >> 3] = (changed[bit >> 3] ?? 0) ^ (1 << (bit & 7));
-      await expect(tryRead(changed), `bit ${bit}`).rejects.toMatchObject({ kind: 'damaged' });
-    }
-    for (let n = 0; n < bytes.length; n += 7) {
-      await expect(tryRead(bytes.subarray(0, n)), `cut at ${n}`).rejects.toMatchObject({ kind: 'damaged' });
-    }
-    await expect(tryRead(Buffer.concat([bytes, Buffer.from([0])]))).rejects.toMatchObject({ kind: 'damaged' });
-  });
+  it.each([true, false])(
+    'find every flipped bit and every cut, or read the same (encrypted: %s)',
+    async (encrypted) => {
+      const bench = testBench(encrypted);
+      const { commits } = randomHistory(46, 6);
+      const source = memorySegment(commits, hashOf(0));
+      const name = await putMemorySegment(bench.target(), source);
+      const want = await contents(source);
+      const bytes = await bench.store.get(name);
+      const tryRead = async (changed: Buffer): Promise<void> => {
+        await bench.store.put(name, changed);
+        const reader = await openSegment({ ...bench.context, cache: new PageCache() }, name);
+        expect(await contents(reader)).toEqual(want);
+      };
+      await tryRead(bytes);
+      for (let bit = 0; bit < bytes.length * 8; bit += bit < 1200 ? 1 : 5) {
+        const changed = Buffer.from(bytes);
+        changed[bit >> 3] = (changed[bit >> 3] ?? 0) ^ (1 << (bit & 7));
+        await expect(tryRead(changed), `bit ${bit}`).rejects.toMatchObject({ kind: 'damaged' });
+      }
+      for (let n = 0; n < bytes.length; n += 7) {
+        await expect(tryRead(bytes.subarray(0, n)), `cut at ${n}`).rejects.toMatchObject({
+          kind: 'damaged',
+        });
+      }
+      await expect(tryRead(Buffer.concat([bytes, Buffer.from([0])]))).rejects.toMatchObject({
+        kind: 'damaged',
+      });
+    },
+  );
 
   it('in the place of another segment, volume or repository are refused', async () => {
     const bench = testBench(true);
@@ -180,12 +222,23 @@ describe('segments', () => {
     const nameB = await putMemorySegment(bench.target(), memorySegment(b, hashOf(0)));
     await bench.store.put(nameA, await bench.store.get(nameB));
     await expect(openSegment(bench.context, nameA)).rejects.toThrow('files were exchanged');
-    await expect(openSegment({ ...bench.context, repositoryId: '33'.repeat(16) }, nameB)).rejects.toThrow('another repository');
+    await expect(
+      openSegment({ ...bench.context, repositoryId: '33'.repeat(16) }, nameB),
+    ).rejects.toThrow('another repository');
     const moved = nameB.replace(VOLUME, '44'.repeat(16));
     await bench.store.put(moved, await bench.store.get(nameB));
-    await expect(openSegment({ ...bench.context, volumeId: '44'.repeat(16) }, moved)).rejects.toThrow('exchanged');
+    await expect(
+      openSegment({ ...bench.context, volumeId: '44'.repeat(16) }, moved),
+    ).rejects.toThrow('exchanged');
     const wrongKey = testBench(true).context;
-    const other = { ...wrongKey, store: bench.store, keys: { ...wrongKey.keys, segmentSealer: () => testBench(true).keys.segmentSealer(Buffer.alloc(16, 1)) } };
+    const other = {
+      ...wrongKey,
+      store: bench.store,
+      keys: {
+        ...wrongKey.keys,
+        segmentSealer: () => testBench(true).keys.segmentSealer(Buffer.alloc(16, 1)),
+      },
+    };
     await expect(openSegment(other, nameB)).rejects.toThrow('does not open');
   });
 });
@@ -222,7 +275,9 @@ describe('memorySegment', () => {
   });
 
   it('refuses commits with a gap, and records of another commit', () => {
-    expect(() => memorySegment([commitOf({ seq: 1 }), commitOf({ seq: 3 })], hashOf(0))).toThrow(RangeError);
+    expect(() => memorySegment([commitOf({ seq: 1 }), commitOf({ seq: 3 })], hashOf(0))).toThrow(
+      RangeError,
+    );
     expect(() => memorySegment([], hashOf(0))).toThrow(RangeError);
     const wrong = commitOf({
       seq: 1,
@@ -235,7 +290,10 @@ describe('memorySegment', () => {
 
 describe('SegmentBuilder', () => {
   const record = (seq: number) => commitOf({ seq }).record;
-  const build = (use: (b: SegmentBuilder) => void, range: ConstructorParameters<typeof SegmentBuilder>[1] = small) => {
+  const build = (
+    use: (b: SegmentBuilder) => void,
+    range: ConstructorParameters<typeof SegmentBuilder>[1] = small,
+  ) => {
     const b = new SegmentBuilder(testBench().target(), range, hashOf(0));
     b.packIndex(Buffer.alloc(16, 1));
     use(b);
@@ -247,12 +305,21 @@ describe('SegmentBuilder', () => {
   };
 
   it.each<[string, (b: SegmentBuilder) => void]>([
-    ['extents out of order', (b) => (b.addExtent(5, 1, 1, 0, 0, 0, 0), b.addExtent(4, 1, 1, 0, 0, 0, 0), both(b))],
-    ['one block twice in a commit', (b) => (b.addExtent(5, 1, 1, 0, 0, 0, 0), b.addExtent(5, 1, 1, 0, 0, 0, 0), both(b))],
+    [
+      'extents out of order',
+      (b) => (b.addExtent(5, 1, 1, 0, 0, 0, 0), b.addExtent(4, 1, 1, 0, 0, 0, 0), both(b)),
+    ],
+    [
+      'one block twice in a commit',
+      (b) => (b.addExtent(5, 1, 1, 0, 0, 0, 0), b.addExtent(5, 1, 1, 0, 0, 0, 0), both(b)),
+    ],
     ['an extent of a commit outside', (b) => (b.addExtent(5, 1, 3, 0, 0, 0, 0), both(b))],
     ['an extent across a stripe', (b) => (b.addExtent(262_143, 2, 1, 0, 0, 0, 0), both(b))],
     ['an unknown pack', (b) => (b.addExtent(5, 1, 1, 1, 0, 0, 0), both(b))],
-    ['an extent after a commit', (b) => (b.addCommit(record(1), 0), b.addExtent(5, 1, 1, 0, 0, 0, 0))],
+    [
+      'an extent after a commit',
+      (b) => (b.addCommit(record(1), 0), b.addExtent(5, 1, 1, 0, 0, 0, 0)),
+    ],
     ['a missing commit at the start', (b) => b.addCommit(record(2), 0)],
     ['a missing commit at the end', (b) => b.addCommit(record(1), 0)],
     ['a commit too many', (b) => (both(b), b.addCommit(record(3), 0))],
@@ -263,10 +330,20 @@ describe('SegmentBuilder', () => {
   it('refuses holes and overlaps in a full map', () => {
     const full = { level: undefined, firstSeq: 1, lastSeq: 2 };
     const last = (b: SegmentBuilder) => b.addCommit(record(2), 0);
-    expect(build((b) => (b.addExtent(5, 2, 2, 0, 0, 0, 0), b.addExtent(7, 1, 2, 0, 0, 0, 0), last(b)), full).length).toBe(6);
-    expect(() => build((b) => (b.addExtent(5, 1, 2, HOLE, 0, 0, 0), last(b)), full)).toThrow(RangeError);
-    expect(() => build((b) => (b.addExtent(5, 3, 2, 0, 0, 0, 0), b.addExtent(7, 1, 2, 0, 0, 0, 0), last(b)), full)).toThrow(
+    expect(
+      build(
+        (b) => (b.addExtent(5, 2, 2, 0, 0, 0, 0), b.addExtent(7, 1, 2, 0, 0, 0, 0), last(b)),
+        full,
+      ).length,
+    ).toBe(6);
+    expect(() => build((b) => (b.addExtent(5, 1, 2, HOLE, 0, 0, 0), last(b)), full)).toThrow(
       RangeError,
     );
+    expect(() =>
+      build(
+        (b) => (b.addExtent(5, 3, 2, 0, 0, 0, 0), b.addExtent(7, 1, 2, 0, 0, 0, 0), last(b)),
+        full,
+      ),
+    ).toThrow(RangeError);
   });
 });

@@ -3,7 +3,7 @@
  * puts a secret into a message.
  */
 import { execFile } from 'node:child_process';
-import { closeSync, openSync, readFileSync, readSync, statSync, writeSync } from 'node:fs';
+import { closeSync, openSync, readFileSync, statSync, writeSync } from 'node:fs';
 import { join } from 'node:path';
 import { ReadStream, isatty } from 'node:tty';
 import { B2Error, errnoOf, ioError, messageOf } from './errors.js';
@@ -138,17 +138,4 @@ export async function askPassword(prompt: string): Promise<string | undefined> {
     writeSync(fd, '\n');
     tty.destroy();
   }
-}
-
-/** Reads the first line of standard input, for `--password-stdin`-like use in scripts. */
-export function readLineFromFd(fd: number): string {
-  const buf = Buffer.alloc(4096);
-  let text = '';
-  for (;;) {
-    const n = readSync(fd, buf, 0, buf.length, null);
-    if (n === 0) break;
-    text += buf.toString('utf8', 0, n);
-    if (text.includes('\n')) break;
-  }
-  return (text.split('\n')[0] ?? '').replace(/\r$/, '');
 }

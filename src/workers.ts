@@ -9,7 +9,13 @@
 import { existsSync } from 'node:fs';
 import { sep } from 'node:path';
 import { fileURLToPath, pathToFileURL } from 'node:url';
-import { Worker, isMainThread, parentPort, workerData, type MessagePort } from 'node:worker_threads';
+import {
+  Worker,
+  isMainThread,
+  parentPort,
+  workerData,
+  type MessagePort,
+} from 'node:worker_threads';
 
 import { B2Error, type ErrorKind, type ExitCode, errnoOf, messageOf } from './errors.js';
 
@@ -39,7 +45,8 @@ export function toPortableError(error: unknown, depth = 0): PortableError {
     name: isError ? error.name : 'Error',
     message: messageOf(error),
     stack: isError ? error.stack : undefined,
-    cause: inner === undefined || depth >= MAX_CAUSES ? undefined : toPortableError(inner, depth + 1),
+    cause:
+      inner === undefined || depth >= MAX_CAUSES ? undefined : toPortableError(inner, depth + 1),
   };
   if (error instanceof B2Error) {
     return {
@@ -287,7 +294,9 @@ export async function runWorkers<Job, Result, Message = never>(
         clearTimeout(running.get(worker));
         running.delete(worker);
         if (!reported) {
-          fail(new B2Error('failed', `${what}: a worker thread ended without a result (exit ${code})`));
+          fail(
+            new B2Error('failed', `${what}: a worker thread ended without a result (exit ${code})`),
+          );
         }
         resolve(result);
       });

@@ -48,7 +48,12 @@ export class Placements {
   private readonly packs: Uint32Array;
   private readonly places: Uint32Array;
 
-  constructor(range: ByteRange, chunkBytes: number, packIds: readonly string[], memory: PlacementMemory) {
+  constructor(
+    range: ByteRange,
+    chunkBytes: number,
+    packIds: readonly string[],
+    memory: PlacementMemory,
+  ) {
     this.range = range;
     this.chunkBytes = chunkBytes;
     this.windows = Math.ceil(range.length / chunkBytes);
@@ -84,9 +89,12 @@ export class Placements {
     const chunkBlocks = this.chunkBytes / BLOCK_BYTES;
     const firstBlock = this.range.offset / BLOCK_BYTES;
     const blocks = blocksOf(this.range.length);
-    for (let index = 0; index < this.windows; ) {
+    for (let index = 0; index < this.windows;) {
       const block = firstBlock + index * chunkBlocks;
-      const limit = Math.min(this.windows, index + (STRIPE_BLOCKS - (block % STRIPE_BLOCKS)) / chunkBlocks);
+      const limit = Math.min(
+        this.windows,
+        index + (STRIPE_BLOCKS - (block % STRIPE_BLOCKS)) / chunkBlocks,
+      );
       const pack = this.packs[index] ?? WINDOW_HOLE;
       const place = this.places[index] ?? 0;
       let end = index + 1;
@@ -94,12 +102,24 @@ export class Placements {
         while (end < limit && this.packs[end] === WINDOW_HOLE) end++;
       } else if (!sharesFrame(place) && subOfPlace(place) === 0) {
         // The next frame is one more in the upper half of the word.
-        while (end < limit && this.packs[end] === pack && this.places[end] === place + (end - index) * 0x1_0000) end++;
+        while (
+          end < limit &&
+          this.packs[end] === pack &&
+          this.places[end] === place + (end - index) * 0x1_0000
+        )
+          end++;
       }
       const count = Math.min(end * chunkBlocks, blocks) - index * chunkBlocks;
       yield pack === WINDOW_HOLE
         ? { block, count, packId: undefined, frame: 0, sub: 0, skip: 0 }
-        : { block, count, packId: this.packIds[pack], frame: frameOfPlace(place), sub: subOfPlace(place), skip: 0 };
+        : {
+            block,
+            count,
+            packId: this.packIds[pack],
+            frame: frameOfPlace(place),
+            sub: subOfPlace(place),
+            skip: 0,
+          };
       index = end;
     }
   }

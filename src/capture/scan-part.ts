@@ -37,7 +37,16 @@ export interface ScanShared {
 }
 
 /** Numbers that a worker keeps up to date: index of each in its part of the counters. */
-export const Counter = { done: 0, read: 1, zero: 2, duplicate: 3, fresh: 4, stored: 5, chunks: 6, freshChunks: 7 } as const;
+export const Counter = {
+  done: 0,
+  read: 1,
+  zero: 2,
+  duplicate: 3,
+  fresh: 4,
+  stored: 5,
+  chunks: 6,
+  freshChunks: 7,
+} as const;
 export const COUNTERS = 8;
 
 /** What a scan reads and how. */
@@ -228,9 +237,13 @@ class ScanPart {
 
   private endedEarly(at: number): B2Error {
     const { path, sizeBytes } = this.o.device.facts;
-    return new B2Error('io', `read ${path}: it ends at byte ${at}, though its size was ${sizeBytes}`, {
-      hint: 'It has shrunk or is going away. Check the device (dmesg), then run the command again.',
-    });
+    return new B2Error(
+      'io',
+      `read ${path}: it ends at byte ${at}, though its size was ${sizeBytes}`,
+      {
+        hint: 'It has shrunk or is going away. Check the device (dmesg), then run the command again.',
+      },
+    );
   }
 
   /** After a failed read: chunk by chunk, in a failed chunk block by block; blocks that cannot be read become zeros. */
@@ -268,7 +281,10 @@ class ScanPart {
   private noteUnreadable(offset: number, length: number): void {
     const last = this.unreadable.at(-1);
     if (last !== undefined && last.offset + last.length === offset) {
-      this.unreadable[this.unreadable.length - 1] = { offset: last.offset, length: last.length + length };
+      this.unreadable[this.unreadable.length - 1] = {
+        offset: last.offset,
+        length: last.length + length,
+      };
     } else {
       this.unreadable.push({ offset, length });
     }
@@ -323,7 +339,12 @@ class ScanPart {
     const { view } = this.o;
     const { writer } = this;
     if (writer === undefined) return view.find(id);
-    return view.findOrAdd(id, this.writerNumber, writer.chunkCount, placeWord(writer.frameCount, 0, false));
+    return view.findOrAdd(
+      id,
+      this.writerNumber,
+      writer.chunkCount,
+      placeWord(writer.frameCount, 0, false),
+    );
   }
 
   private async beginPack(): Promise<void> {
@@ -358,7 +379,11 @@ class ScanPart {
       throw error;
     }
     this.o.view.endPack(number, writer.sizeBytes, writer.chunkCount);
-    this.packs.push({ packId: writer.packId, sizeBytes: writer.sizeBytes, frames: writer.frameCount });
+    this.packs.push({
+      packId: writer.packId,
+      sizeBytes: writer.sizeBytes,
+      frames: writer.frameCount,
+    });
   }
 
   /** Nothing refers to a pack of a scan that has failed: what there is of it only takes room. */

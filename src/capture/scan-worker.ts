@@ -2,8 +2,7 @@
 import { systemClock, systemRandom } from '../clock.js';
 import { openReadDevice } from '../devices/open.js';
 import { B2Error } from '../errors.js';
-import type { DedupeShared } from '../repo/dedupe/view.js';
-import { DedupeView } from '../repo/dedupe/view.js';
+import { DedupeView, type DedupeShared } from '../repo/dedupe/view.js';
 import { contextOf, type RepositoryHandle } from '../repo/handle.js';
 import { openStore } from '../repo/store-url.js';
 import { abortError, serveWorker } from '../workers.js';
@@ -15,6 +14,8 @@ export interface ScanJob {
   /** The size that the scan was planned for, and what else must be as it was. */
   readonly sizeBytes: number;
   readonly devNumber: string | undefined;
+  /** Of a file. */
+  readonly inode: string | undefined;
   readonly storeUrl: string;
   readonly handle: RepositoryHandle;
   readonly plan: ScanPlan;
@@ -25,10 +26,19 @@ export interface ScanJob {
 serveWorker<ScanJob, ScanPartResult>(async (job, { index, signal, isAborted }) => {
   const device = await openReadDevice(job.devicePath);
   try {
-    if (device.facts.sizeBytes < job.sizeBytes || device.facts.devNumber !== job.devNumber) {
-      throw new B2Error('io', `${job.devicePath} is not what it was when the scan began: another size or another device`, {
-        hint: 'Run the command again once the device is settled.',
-      });
+    const { sizeBytes, devNumber, identity } = device.facts;
+    if (
+      sizeBytes < job.sizeBytes ||
+      devNumber !== job.devNumber ||
+      identity['inode'] !== job.inode
+    ) {
+      throw new B2Error(
+        'io',
+        `${job.devicePath} is not what it was when the scan began: another size or another device`,
+        {
+          hint: 'Run the command again once the device is settled.',
+        },
+      );
     }
     const store = await openStore(job.storeUrl);
     try {

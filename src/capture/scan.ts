@@ -72,7 +72,7 @@ export interface ScanResult {
   readonly placements: Placements;
   /** Written by this scan; sealed and durable. */
   readonly packs: readonly ScannedPack[];
-  /** Packs that placements refer to and that this process did not write (FORMAT.md 6.4 b). */
+  /** Packs that placements refer to and that this scan did not write (FORMAT.md 6.4 b). */
   readonly foreignPacks: readonly string[];
   /** With `collect`: ascending; blocks of these ranges that could not be read count as zeros. */
   readonly unreadable: readonly ByteRange[];
@@ -115,9 +115,15 @@ async function scanOpen(options: ScanOptions, device: ReadDevice): Promise<ScanR
 
   const windows = Math.ceil(range.length / chunkBytes);
   const segments = Math.ceil(range.length / SEGMENT_BYTES);
-  const threads = handle.storeUrl === undefined ? 0 : Math.min(options.workers, Math.max(1, segments));
+  const threads =
+    handle.storeUrl === undefined ? 0 : Math.min(options.workers, Math.max(1, segments));
   const parts = Math.max(1, threads);
-  const plan: ScanPlan = { range, chunkBytes, packBytes, onReadError: options.onReadError ?? 'fail' };
+  const plan: ScanPlan = {
+    range,
+    chunkBytes,
+    packBytes,
+    onReadError: options.onReadError ?? 'fail',
+  };
   const shared: ScanShared = {
     placements: {
       packs: new SharedArrayBuffer(windows * 4),
@@ -131,7 +137,9 @@ async function scanOpen(options: ScanOptions, device: ReadDevice): Promise<ScanR
 
   // An incompressible chunk takes its own size and a little; every pack but the last of each worker is full.
   const mostPacks =
-    Math.ceil((range.length * 1.02 + windows * 128) / packBytes) + Math.ceil(windows / (MAX_PACK_FRAMES - 8)) + parts;
+    Math.ceil((range.length * 1.02 + windows * 128) / packBytes) +
+    Math.ceil(windows / (MAX_PACK_FRAMES - 8)) +
+    parts;
   index.startSession(windows, mostPacks);
   let kept = false;
   const report = (): void => options.onProgress?.(statsOf(shared), range.length);
@@ -182,8 +190,15 @@ async function scanOpen(options: ScanOptions, device: ReadDevice): Promise<ScanR
 function checkRange(range: ByteRange, chunkBytes: number, facts: DeviceFacts): void {
   const end = range.offset + range.length;
   const whole = (n: number): boolean => Number.isSafeInteger(n) && n >= 0 && n % chunkBytes === 0;
-  if (!whole(range.offset) || end > facts.sizeBytes || (end !== facts.sizeBytes && !whole(end)) || range.length < 0) {
-    throw new RangeError(`cannot scan bytes ${range.offset} to ${end} of ${facts.path}: not whole chunks of the device`);
+  if (
+    !whole(range.offset) ||
+    end > facts.sizeBytes ||
+    (end !== facts.sizeBytes && !whole(end)) ||
+    range.length < 0
+  ) {
+    throw new RangeError(
+      `cannot scan bytes ${range.offset} to ${end} of ${facts.path}: not whole chunks of the device`,
+    );
   }
 }
 
@@ -220,9 +235,10 @@ async function scanInThreads(
 ): Promise<ScanPartResult[]> {
   const { handle, index } = options;
   const job: ScanJob = {
-    devicePath: facts.realPath,
+    devicePath: facts.path,
     sizeBytes: facts.sizeBytes,
     devNumber: facts.devNumber,
+    inode: facts.identity['inode'],
     storeUrl: handle.storeUrl ?? '',
     handle,
     plan,
@@ -237,7 +253,12 @@ async function scanInThreads(
 }
 
 /** Marks the windows that may hold data, ahead of the workers, which wait for it. */
-async function findHoles(device: ReadDevice, plan: ScanPlan, shared: ScanShared, checkStop: () => void): Promise<void> {
+async function findHoles(
+  device: ReadDevice,
+  plan: ScanPlan,
+  shared: ScanShared,
+  checkStop: () => void,
+): Promise<void> {
   const { range, chunkBytes } = plan;
   const data = new Uint8Array(shared.data);
   const control = new Int32Array(shared.control);
@@ -291,7 +312,9 @@ function finish(
     const number = packOf[window] ?? WINDOW_UNKNOWN;
     if (number === WINDOW_HOLE) continue;
     if (number === WINDOW_UNKNOWN) {
-      throw new Error(`the scan of ${facts.path} has left out byte ${plan.range.offset + window * plan.chunkBytes}`);
+      throw new Error(
+        `the scan of ${facts.path} has left out byte ${plan.range.offset + window * plan.chunkBytes}`,
+      );
     }
     if (number !== lastNumber) {
       let at = indexOf.get(number);

@@ -13,12 +13,14 @@
  * 4. `npm run man` rewrites man/; commit the pages (`npm run lint` fails until they agree).
  */
 import { completionCommand } from './completion.js';
+import { demoCommand } from './demo.js';
 import { initCommand } from './init.js';
 import { keyAddCommand } from './key-add.js';
 import { keyListCommand } from './key-list.js';
 import { keyRemoveCommand } from './key-remove.js';
 import { restoreCommand } from './restore.js';
 import { pointsCommand } from './points.js';
+import { serveNbdCommand } from './serve-nbd.js';
 import { snapshotCommand } from './snapshot.js';
 import { snapshotsCommand } from './snapshots.js';
 import { volumesCommand } from './volumes.js';
@@ -31,13 +33,16 @@ export const COMMANDS: readonly CommandSpec[] = [
   pointsCommand,
   snapshotsCommand,
   restoreCommand,
+  serveNbdCommand,
   keyListCommand,
   keyAddCommand,
   keyRemoveCommand,
   completionCommand,
+  demoCommand,
 ];
 
 /** What the first word of commands with two words stands for: summary, no full stop. */
 export const GROUPS: Readonly<Record<string, string>> = {
+  serve: 'images as network block devices',
   key: 'passwords and key files of the repository',
 };

@@ -1,10 +1,12 @@
 /** The object `config` (FORMAT.md section 3): parameters and wrapped keys, as YAML. */
 import { parse, stringify } from 'yaml';
-import { damaged } from './bytes.js';
+import { B2Error } from '../errors.js';
 import { newerVersion } from './pack.js';
 
 export const CONFIG_VERSION = 1;
 const MAX_CONFIG_BYTES = 64 * 1024;
+/** Memory that deriving a key may take: a forged config must not exhaust the machine. */
+const MAX_SCRYPT_BYTES = 1024 * 1024 * 1024;
 
 interface KeyCommon {
   /** 16 hex digits. */
@@ -69,7 +71,10 @@ export function encodeConfig(c: RepositoryConfig): Buffer {
   );
 }
 
-const bad = (path: string, problem: string): Error => damaged(`config: ${path}`, 0, problem);
+const bad = (path: string, problem: string): B2Error =>
+  new B2Error('damaged', `config: ${path === '' ? '' : `${path}: `}${problem}`, {
+    hint: 'Put back "config" from "config.copy", or from a backup of the repository.',
+  });
 
 function checkKeys(o: Record<string, unknown>, known: readonly string[], path: string): void {
   for (const k of Object.keys(o)) if (!known.includes(k)) throw bad(`${path}${k}`, 'unknown key');
@@ -118,13 +123,15 @@ function decodeKey(v: unknown, path: string): ConfigKey {
       checkKeys(o, [...common, 'salt', 'N', 'r', 'p', 'wrapped'], at);
       const N = int(o, 'N', at, 16_384, 2 ** 24);
       if (2 ** Math.round(Math.log2(N)) !== N) throw bad(`${at}N`, 'not a power of two');
+      const r = int(o, 'r', at, 1, 64);
+      if (128 * N * r > MAX_SCRYPT_BYTES) throw bad(`${at}r`, 'scrypt would need more than 1 GiB of memory');
       return {
         ...base(),
         kind,
         salt: text(o, 'salt', at, BASE64),
         N,
-        r: int(o, 'r', at, 1, 64),
-        p: int(o, 'p', at, 1, 64),
+        r,
+        p: int(o, 'p', at, 1, 16),
         wrapped: text(o, 'wrapped', at, BASE64),
       };
     }
@@ -141,12 +148,12 @@ function decodeKey(v: unknown, path: string): ConfigKey {
 
 /** Parses and validates. Kind `damaged`, with the key's path, for anything wrong; the MAC is for the caller to check. */
 export function decodeConfig(b: Buffer): RepositoryConfig {
-  if (b.length > MAX_CONFIG_BYTES) throw damaged('config', 0, `it has ${b.length} bytes`);
+  if (b.length > MAX_CONFIG_BYTES) throw bad('', `it has ${b.length} bytes`);
   let parsed: unknown;
   try {
     parsed = parse(b.toString('utf8'), { maxAliasCount: 0 });
   } catch (error) {
-    throw damaged('config', 0, `not YAML (${error instanceof Error ? error.message.split('\n')[0] : 'unknown'})`);
+    throw bad('', `it is not YAML (${error instanceof Error ? (error.message.split('\n')[0] ?? '') : 'unknown'})`);
   }
   const o = object(parsed, '');
   if (o['b2'] !== 'repository') throw bad('b2', 'this is not the configuration of a b2 repository');

@@ -41,6 +41,25 @@ export function quarantineName(id: string): string {
   return `quarantine/${id}`;
 }
 
+/** Commits of a volume that repair found to be lost. */
+export function lostName(volumeId: string, firstSeq: number, lastSeq: number): string {
+  return `volumes/${volumeId}/lost/${hex(firstSeq, 16)}-${hex(lastSeq, 16)}`;
+}
+
+const LOST = /^volumes\/([0-9a-f]{32})\/lost\/([0-9a-f]{16})-([0-9a-f]{16})$/;
+
+/** Undefined if `name` is not that of such an object. */
+export function parseLostName(
+  name: string,
+): { readonly volumeId: string; readonly firstSeq: number; readonly lastSeq: number } | undefined {
+  const m = LOST.exec(name);
+  if (m === null) return undefined;
+  const firstSeq = Number.parseInt(m[2] ?? '', 16);
+  const lastSeq = Number.parseInt(m[3] ?? '', 16);
+  if (!Number.isSafeInteger(firstSeq) || !Number.isSafeInteger(lastSeq) || firstSeq > lastSeq) return undefined;
+  return { volumeId: m[1] ?? '', firstSeq, lastSeq };
+}
+
 /** What a segment's name says. `level` is undefined for a full map. */
 export interface SegmentName {
   readonly volumeId: string;

@@ -18,6 +18,7 @@ export const ObjectKind = {
   condemned: 5,
   tape: 6,
   quarantine: 7,
+  lost: 8,
 } as const;
 export type ObjectKind = (typeof ObjectKind)[keyof typeof ObjectKind];
 

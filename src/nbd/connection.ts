@@ -154,7 +154,9 @@ export class Connection {
     this.#socket.write(p.buildGreeting());
     const client = p.parseClientFlags(await this.#reader.take(p.CLIENT_FLAGS_BYTES));
     for (;;) {
-      const { option, length } = p.parseOptionHeader(await this.#reader.take(p.OPTION_HEADER_BYTES));
+      const { option, length } = p.parseOptionHeader(
+        await this.#reader.take(p.OPTION_HEADER_BYTES),
+      );
       if (!client.fixedNewstyle && option !== p.Option.exportName) {
         throw new p.ProtocolViolation('options need fixed newstyle');
       }
@@ -188,9 +190,12 @@ export class Connection {
   async #option(option: number, data: Buffer): Promise<Session | undefined> {
     switch (option) {
       case p.Option.list:
-        if (data.length > 0) return await this.#answer(option, p.Reply.errInvalid, 'LIST takes no data');
+        if (data.length > 0)
+          return await this.#answer(option, p.Reply.errInvalid, 'LIST takes no data');
         for (const { name, description } of this.#host.exportNames()) {
-          await this.#send(p.buildOptionReply(option, p.Reply.server, p.buildListEntry(name, description)));
+          await this.#send(
+            p.buildOptionReply(option, p.Reply.server, p.buildListEntry(name, description)),
+          );
         }
         return await this.#answer(option, p.Reply.ack);
       case p.Option.structuredReply:
@@ -215,7 +220,8 @@ export class Connection {
     const served = name === undefined ? undefined : this.#host.find(name);
     const locked = this.#host.tlsRequired && !this.#secure;
     // This option knows no errors: closing is the answer.
-    if (served === undefined || locked || this.#closing) throw new p.ProtocolViolation('no such export');
+    if (served === undefined || locked || this.#closing)
+      throw new p.ProtocolViolation('no such export');
     const image = await this.#open(served);
     if (image === undefined) throw new p.ProtocolViolation('the export cannot be opened');
     await this.#send(p.buildExportNameReply(image.sizeBytes, this.#flagsOf(image), noZeroes));
@@ -224,14 +230,21 @@ export class Connection {
 
   async #info(option: number, data: Buffer): Promise<Session | undefined> {
     const request = p.parseInfoRequest(data);
-    if (request === undefined) return await this.#answer(option, p.Reply.errInvalid, 'malformed request');
+    if (request === undefined)
+      return await this.#answer(option, p.Reply.errInvalid, 'malformed request');
     const served = request.name === undefined ? undefined : this.#host.find(request.name);
-    if (served === undefined) return await this.#answer(option, p.Reply.errUnknown, 'no export of that name');
+    if (served === undefined)
+      return await this.#answer(option, p.Reply.errUnknown, 'no export of that name');
     const image = await this.#open(served);
     if (image === undefined) {
-      return await this.#answer(option, p.Reply.errUnknown, 'the export cannot be opened; see the log of the server');
+      return await this.#answer(
+        option,
+        p.Reply.errUnknown,
+        'the export cannot be opened; see the log of the server',
+      );
     }
-    const info = (payload: Buffer): Promise<void> => this.#send(p.buildOptionReply(option, p.Reply.info, payload));
+    const info = (payload: Buffer): Promise<void> =>
+      this.#send(p.buildOptionReply(option, p.Reply.info, payload));
     await info(p.buildInfoExport(image.sizeBytes, this.#flagsOf(image)));
     if (request.requests.has(p.Info.name)) await info(p.buildInfoString(p.Info.name, served.name));
     if (request.requests.has(p.Info.description) && served.description !== '') {
@@ -248,11 +261,14 @@ export class Connection {
     const set = option === p.Option.setMetaContext;
     // Also when it fails: what was selected before is gone.
     if (set) this.#allocationOf = undefined;
-    if (!this.#structured) return await this.#answer(option, p.Reply.errInvalid, 'needs structured replies');
+    if (!this.#structured)
+      return await this.#answer(option, p.Reply.errInvalid, 'needs structured replies');
     const request = p.parseMetaContextRequest(data);
-    if (request === undefined) return await this.#answer(option, p.Reply.errInvalid, 'malformed request');
+    if (request === undefined)
+      return await this.#answer(option, p.Reply.errInvalid, 'malformed request');
     const served = request.name === undefined ? undefined : this.#host.find(request.name);
-    if (served === undefined) return await this.#answer(option, p.Reply.errUnknown, 'no export of that name');
+    if (served === undefined)
+      return await this.#answer(option, p.Reply.errUnknown, 'no export of that name');
     const named = request.queries.includes(p.ALLOCATION_CONTEXT);
     const wildcard = request.queries.length === 0 || request.queries.includes('base:');
     if (named || (!set && wildcard)) {
@@ -265,9 +281,11 @@ export class Connection {
 
   async #startTls(data: Buffer): Promise<void> {
     const option = p.Option.startTls;
-    if (data.length > 0) return await this.#answer(option, p.Reply.errInvalid, 'STARTTLS takes no data');
+    if (data.length > 0)
+      return await this.#answer(option, p.Reply.errInvalid, 'STARTTLS takes no data');
     const { tls } = this.#host;
-    if (tls === undefined) return await this.#answer(option, p.Reply.errPolicy, 'this server has no TLS');
+    if (tls === undefined)
+      return await this.#answer(option, p.Reply.errPolicy, 'this server has no TLS');
     if (this.#secure) return await this.#answer(option, p.Reply.errInvalid, 'TLS is on already');
     // No waiting between the answer and the hand-over: the client's first TLS bytes must find the TLS socket.
     const plain = this.#socket;
@@ -330,7 +348,9 @@ export class Connection {
 
   async #transmit(session: Session): Promise<void> {
     for (;;) {
-      const header = this.#reader.tryTake(p.REQUEST_HEADER_BYTES) ?? (await this.#reader.take(p.REQUEST_HEADER_BYTES));
+      const header =
+        this.#reader.tryTake(p.REQUEST_HEADER_BYTES) ??
+        (await this.#reader.take(p.REQUEST_HEADER_BYTES));
       const request = p.parseRequest(header);
       if (request.command === p.Command.disconnect) return;
       const cost = costOf(request);
@@ -345,7 +365,8 @@ export class Connection {
         } else if (request.length > 0) {
           this.#bytesInFlight += cost;
           try {
-            payload = this.#reader.tryTake(request.length) ?? (await this.#reader.take(request.length));
+            payload =
+              this.#reader.tryTake(request.length) ?? (await this.#reader.take(request.length));
           } finally {
             this.#bytesInFlight -= cost;
           }
@@ -362,21 +383,31 @@ export class Connection {
     const { command, flags, offset, length } = request;
     const { image } = session;
     const writes =
-      command === p.Command.write || command === p.Command.trim || command === p.Command.writeZeroes;
+      command === p.Command.write ||
+      command === p.Command.trim ||
+      command === p.Command.writeZeroes;
     if (this.#closing) return [p.NbdError.ESHUTDOWN, 'the server is shutting down'];
     if (writes && !isWritable(image)) return [p.NbdError.EPERM, 'the export is read-only'];
-    const allowed = allowedFlags(command, this.#structured) | (isWritable(image) ? p.CommandFlag.fua : 0);
+    const allowed =
+      allowedFlags(command, this.#structured) | (isWritable(image) ? p.CommandFlag.fua : 0);
     if (allowed < 0) return [p.NbdError.EINVAL, `unknown command ${command}`];
-    if ((flags & ~allowed) !== 0) return [p.NbdError.EINVAL, `flags 0x${flags.toString(16)} do not go with this command`];
+    if ((flags & ~allowed) !== 0)
+      return [p.NbdError.EINVAL, `flags 0x${flags.toString(16)} do not go with this command`];
     if (command === p.Command.flush) {
-      return offset === 0 && length === 0 ? undefined : [p.NbdError.EINVAL, 'a flush has no offset and no length'];
+      return offset === 0 && length === 0
+        ? undefined
+        : [p.NbdError.EINVAL, 'a flush has no offset and no length'];
     }
     if (offset + length > image.sizeBytes) {
       const full = command === p.Command.write || command === p.Command.writeZeroes;
-      return [full ? p.NbdError.ENOSPC : p.NbdError.EINVAL, 'the range goes beyond the end of the export'];
+      return [
+        full ? p.NbdError.ENOSPC : p.NbdError.EINVAL,
+        'the range goes beyond the end of the export',
+      ];
     }
     if (command === p.Command.blockStatus) {
-      if (this.#allocationOf !== session.served) return [p.NbdError.EINVAL, 'no metadata context was selected'];
+      if (this.#allocationOf !== session.served)
+        return [p.NbdError.EINVAL, 'no metadata context was selected'];
       if (length === 0) return [p.NbdError.EINVAL, 'a block status request has a length'];
     }
     if (length > MAX_PAYLOAD_BYTES) {
@@ -410,7 +441,11 @@ export class Connection {
       });
   }
 
-  async #perform(session: Session, request: p.Request, payload: Buffer | undefined): Promise<Buffer> {
+  async #perform(
+    session: Session,
+    request: p.Request,
+    payload: Buffer | undefined,
+  ): Promise<Buffer> {
     const { command, offset, length, flags } = request;
     const { image } = session;
     switch (command) {
@@ -437,7 +472,11 @@ export class Connection {
       case p.Command.writeZeroes: {
         const allocate = (flags & p.CommandFlag.noHole) !== 0;
         if (allocate && (flags & p.CommandFlag.fastZero) !== 0) {
-          return this.#failure(request, p.NbdError.ENOTSUP, 'zeros that take space are no faster than writing');
+          return this.#failure(
+            request,
+            p.NbdError.ENOTSUP,
+            'zeros that take space are no faster than writing',
+          );
         }
         await image.zero(offset, length, allocate);
         break;
@@ -460,9 +499,12 @@ export class Connection {
       return reply;
     }
     const sparse = length >= SPARSE_READ_BYTES && (flags & p.CommandFlag.dontFragment) === 0;
-    const chunks = sparse ? await chunksOf(image, offset, length) : [{ offset, length, hole: false }];
+    const chunks = sparse
+      ? await chunksOf(image, offset, length)
+      : [{ offset, length, hole: false }];
     let bytes = 0;
-    for (const chunk of chunks) bytes += chunk.hole ? p.HOLE_CHUNK_BYTES : p.DATA_CHUNK_HEADER_BYTES + chunk.length;
+    for (const chunk of chunks)
+      bytes += chunk.hole ? p.HOLE_CHUNK_BYTES : p.DATA_CHUNK_HEADER_BYTES + chunk.length;
     const reply = Buffer.allocUnsafe(bytes);
     const reads: Promise<void>[] = [];
     let at = 0;
@@ -489,7 +531,9 @@ export class Connection {
   }
 
   #failure(request: p.Request, error: p.NbdError, message: string): Buffer {
-    return this.#structured ? p.buildErrorChunk(request, error, message) : p.buildSimpleReply(request, error);
+    return this.#structured
+      ? p.buildErrorChunk(request, error, message)
+      : p.buildSimpleReply(request, error);
   }
 
   #fail(request: p.Request, error: p.NbdError, message: string): void {
@@ -498,7 +542,8 @@ export class Connection {
 
   #performFailed(session: Session, request: p.Request, error: unknown): void {
     const { code, message } = errorForClient(request, error);
-    const range = request.command === p.Command.flush ? '' : `, bytes ${request.offset}+${request.length}`;
+    const range =
+      request.command === p.Command.flush ? '' : `, bytes ${request.offset}+${request.length}`;
     this.#host.report(`export ${session.served.name}${range}`, error);
     this.#fail(request, code, message);
   }
@@ -586,7 +631,11 @@ function preferredBlockBytes(image: Image): number {
 }
 
 /** The chunks that answer a read: the image's extents with short holes filled in. */
-async function chunksOf(image: Image, offset: number, length: number): Promise<readonly ImageExtent[]> {
+async function chunksOf(
+  image: Image,
+  offset: number,
+  length: number,
+): Promise<readonly ImageExtent[]> {
   const end = offset + length;
   const chunks: { offset: number; length: number; hole: boolean }[] = [];
   let at = offset;
@@ -608,7 +657,10 @@ async function chunksOf(image: Image, offset: number, length: number): Promise<r
 async function blockStatus(image: Image, request: p.Request): Promise<Buffer> {
   const limit = (request.flags & p.CommandFlag.requireOne) !== 0 ? 1 : STATUS_RUNS;
   const extents = await image.extents(request.offset, request.length, limit);
-  const runs = extents.map(({ length, hole }) => ({ length, state: hole ? p.STATE_HOLE | p.STATE_ZERO : 0 }));
+  const runs = extents.map(({ length, hole }) => ({
+    length,
+    state: hole ? p.STATE_HOLE | p.STATE_ZERO : 0,
+  }));
   return p.buildBlockStatus(request, p.ALLOCATION_CONTEXT_ID, runs);
 }
 
@@ -621,7 +673,8 @@ async function warm(image: Image, offset: number, length: number): Promise<void>
 }
 
 function errorForClient(request: p.Request, error: unknown): { code: p.NbdError; message: string } {
-  if (!(error instanceof B2Error)) return { code: p.NbdError.EIO, message: 'internal error; see the log of the server' };
+  if (!(error instanceof B2Error))
+    return { code: p.NbdError.EIO, message: 'internal error; see the log of the server' };
   const wrote = request.command !== p.Command.read && request.command !== p.Command.blockStatus;
   const full = wrote && isKind(error, 'no-space');
   return { code: full ? p.NbdError.ENOSPC : p.NbdError.EIO, message: messageOf(error) };

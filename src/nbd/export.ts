@@ -31,7 +31,8 @@ export async function withNbdExport<T>(
 ): Promise<T> {
   const failures: unknown[] = [];
   const watched = watch(image, (error) => failures.push(error));
-  const parent = options.directory ?? (Buffer.byteLength(tmpdir()) <= MAX_DIRECTORY_BYTES ? tmpdir() : '/tmp');
+  const parent =
+    options.directory ?? (Buffer.byteLength(tmpdir()) <= MAX_DIRECTORY_BYTES ? tmpdir() : '/tmp');
   let directory: string;
   try {
     directory = await mkdtemp(join(parent, 'b2-nbd-'));

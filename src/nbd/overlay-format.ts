@@ -72,7 +72,13 @@ export function overlayLayout(sizeBytes: number): OverlayLayout {
   const blocks = Math.ceil(sizeBytes / OVERLAY_BLOCK_BYTES);
   const pages = Math.ceil(blocks / BLOCKS_PER_PAGE);
   const dataOffset = Math.ceil((MAP_OFFSET + pages * 2 * SLOT_BYTES) / 1_048_576) * 1_048_576;
-  return { sizeBytes, blocks, pages, dataOffset, fileBytes: dataOffset + blocks * OVERLAY_BLOCK_BYTES };
+  return {
+    sizeBytes,
+    blocks,
+    pages,
+    dataOffset,
+    fileBytes: dataOffset + blocks * OVERLAY_BLOCK_BYTES,
+  };
 }
 
 /** Where slot 0 or 1 of map page `page` lies. */
@@ -94,7 +100,8 @@ export interface OverlayHeader {
 
 export function buildHeader(header: OverlayHeader): Buffer {
   const identity = Buffer.from(header.identity, 'utf8');
-  if (identity.length > MAX_IDENTITY_BYTES) throw new RangeError('the identity is too long for the header');
+  if (identity.length > MAX_IDENTITY_BYTES)
+    throw new RangeError('the identity is too long for the header');
   const out = Buffer.alloc(HEADER_BYTES);
   out.write(HEADER_MAGIC, 0, 'latin1');
   out.writeUInt32LE(VERSION, 8);
@@ -108,7 +115,8 @@ export function buildHeader(header: OverlayHeader): Buffer {
 
 /** `foreign`: this is no overlay at all; `damaged`: it was one. */
 export function parseHeader(bytes: Buffer): OverlayHeader | 'foreign' | 'damaged' | 'newer' {
-  if (bytes.length < HEADER_BYTES || bytes.toString('latin1', 0, 8) !== HEADER_MAGIC) return 'foreign';
+  if (bytes.length < HEADER_BYTES || bytes.toString('latin1', 0, 8) !== HEADER_MAGIC)
+    return 'foreign';
   const identityBytes = bytes.readUInt32LE(40);
   if (identityBytes > MAX_IDENTITY_BYTES) return 'damaged';
   const identity = bytes.subarray(IDENTITY_AT, IDENTITY_AT + identityBytes);
@@ -116,7 +124,11 @@ export function parseHeader(bytes: Buffer): OverlayHeader | 'foreign' | 'damaged
   if (bytes.readUInt32LE(8) !== VERSION) return 'newer';
   const sizeBytes = Number(bytes.readBigUInt64LE(16));
   if (!Number.isSafeInteger(sizeBytes)) return 'damaged';
-  return { sizeBytes, id: Buffer.from(bytes.subarray(24, 40)), identity: identity.toString('utf8') };
+  return {
+    sizeBytes,
+    id: Buffer.from(bytes.subarray(24, 40)),
+    identity: identity.toString('utf8'),
+  };
 }
 
 function isZero(bytes: Buffer): boolean {
@@ -124,7 +136,12 @@ function isZero(bytes: Buffer): boolean {
 }
 const ZERO_SLOT = Buffer.alloc(SLOT_BYTES);
 
-export function buildMapSlot(id: Buffer, page: number, generation: bigint, states: Uint8Array): Buffer {
+export function buildMapSlot(
+  id: Buffer,
+  page: number,
+  generation: bigint,
+  states: Uint8Array,
+): Buffer {
   const out = Buffer.alloc(SLOT_BYTES);
   out.write(MAP_MAGIC, 0, 'latin1');
   out.writeUInt32LE(page, 8);
@@ -140,7 +157,11 @@ export interface MapSlot {
   readonly states: Uint8Array;
 }
 
-export function parseMapSlot(bytes: Buffer, id: Buffer, page: number): MapSlot | 'empty' | 'invalid' {
+export function parseMapSlot(
+  bytes: Buffer,
+  id: Buffer,
+  page: number,
+): MapSlot | 'empty' | 'invalid' {
   if (isZero(bytes)) return 'empty';
   if (bytes.toString('latin1', 0, 4) !== MAP_MAGIC) return 'invalid';
   if (crc32(bytes.subarray(8)) !== bytes.readUInt32LE(4)) return 'invalid';

@@ -46,7 +46,7 @@ export interface OverlayIdentity {
   /** Volume id, hexadecimal. */
   readonly volume: string;
   /** Sequence number of the commit. */
-  readonly seq: bigint;
+  readonly seq: number;
   /** Hash of the commit, hexadecimal. */
   readonly hash: string;
 }
@@ -84,9 +84,11 @@ export async function openOverlay(options: OpenOverlayOptions): Promise<Writable
   const random = options.random ?? systemRandom;
   let handle: FileHandle | undefined;
   try {
-    handle = (await openIfExists(path)) ?? (await createOverlay(path, base.sizeBytes, identity, random));
+    handle =
+      (await openIfExists(path)) ?? (await createOverlay(path, base.sizeBytes, identity, random));
     const stat = await handle.stat();
-    if (!stat.isFile()) throw new B2Error('refused', `${path} is not a regular file: an overlay must be one`);
+    if (!stat.isFile())
+      throw new B2Error('refused', `${path} is not a regular file: an overlay must be one`);
     if (!tryLock(handle.fd)) {
       throw new B2Error('held', `the overlay ${path} is in use by another process`, {
         hint: 'Stop the other server first, or use another overlay file.',
@@ -135,7 +137,11 @@ export async function openTemporaryOverlay(options: {
  * An overlay on any {@link OverlayFile} as long as {@link overlayLayout} says, all zeros when new. The header is the
  * caller's business, as is closing `base` and `file` when this rejects. `id` is 16 bytes.
  */
-export async function openOverlayOn(base: Image, file: OverlayFile, id: Buffer): Promise<WritableImage> {
+export async function openOverlayOn(
+  base: Image,
+  file: OverlayFile,
+  id: Buffer,
+): Promise<WritableImage> {
   const overlay = new Overlay(base, file, id);
   await overlay.recover();
   return overlay;
@@ -153,7 +159,7 @@ async function openIfExists(path: string): Promise<FileHandle | undefined> {
 
 function identityText(identity: OverlayIdentity): string {
   const { repository, volume, seq, hash } = identity;
-  return JSON.stringify({ repository, volume, seq: seq.toString(), hash });
+  return JSON.stringify({ repository, volume, seq, hash });
 }
 
 /** The file appears under its name whole: header durable, then renamed, then the directory durable. */
@@ -167,7 +173,11 @@ async function createOverlay(
   const handle = await open(temporary, 'wx+', 0o600);
   try {
     await handle.truncate(overlayLayout(sizeBytes).fileBytes);
-    const header = buildHeader({ sizeBytes, id: Buffer.from(random(16)), identity: identityText(identity) });
+    const header = buildHeader({
+      sizeBytes,
+      id: Buffer.from(random(16)),
+      identity: identityText(identity),
+    });
     await writeFully(systemFileCalls, handle.fd, header, 0);
     await handle.sync();
     await renameNoReplace(temporary, path);
@@ -203,13 +213,29 @@ function checkHeader(
   if (header.identity !== identityText(identity) || header.sizeBytes !== sizeBytes) {
     throw new B2Error(
       'refused',
-      `the overlay ${path} (${header.sizeBytes} bytes, ${header.identity}) lies on another point than the one asked ` +
-        `for (${sizeBytes} bytes, ${identityText(identity)})`,
+      `the overlay ${path} lies on another point: on ${pointText(header.identity, header.sizeBytes)}, ` +
+        `not on ${pointText(identityText(identity), sizeBytes)}`,
       { hint: 'Serve the point that it was made for, or name a new overlay file.' },
     );
   }
-  if (fileBytes < overlayLayout(sizeBytes).fileBytes) throw damage(path, fileBytes, 'the file ends here, too early');
+  if (fileBytes < overlayLayout(sizeBytes).fileBytes)
+    throw damage(path, fileBytes, 'the file ends here, too early');
   return header.id;
+}
+
+/** An identity for people, whatever the file says it is. */
+function pointText(identity: string, sizeBytes: number): string {
+  let found: Partial<Record<keyof OverlayIdentity, unknown>> = {};
+  try {
+    found = Object(JSON.parse(identity));
+  } catch {
+    return `"${identity}"`;
+  }
+  const short = (id: unknown): string => String(id).slice(0, 8);
+  return (
+    `#${String(found.seq)} (hash ${short(found.hash)}) of volume ${short(found.volume)} ` +
+    `in repository ${short(found.repository)}, ${sizeBytes} bytes`
+  );
 }
 
 function damage(name: string, offset: number, problem: string): B2Error {
@@ -344,10 +370,15 @@ class Overlay implements WritableImage {
       this.#intentSlot = slot;
       this.#torn = new Set(intent.pages);
     }
-    if (invalid === 2) throw damage(this.#file.name, intentSlotOffset(0), 'both intents fail their checksums');
+    if (invalid === 2)
+      throw damage(this.#file.name, intentSlotOffset(0), 'both intents fail their checksums');
     for (const page of this.#torn) {
       if (page >= this.#layout.pages) {
-        throw damage(this.#file.name, intentSlotOffset(this.#intentSlot), 'the intent names a page that is not there');
+        throw damage(
+          this.#file.name,
+          intentSlotOffset(this.#intentSlot),
+          'the intent names a page that is not there',
+        );
       }
       await this.#page(page);
     }
@@ -399,10 +430,15 @@ class Overlay implements WritableImage {
       } else {
         let at = from;
         while (at < to && out.length <= limit) {
-          const extents = await this.#base.extents(at, to - at, Number.isFinite(limit) ? limit + 1 : undefined);
+          const extents = await this.#base.extents(
+            at,
+            to - at,
+            Number.isFinite(limit) ? limit + 1 : undefined,
+          );
           for (const extent of extents) add(extent.offset, extent.length, extent.hole);
           const last = extents.at(-1);
-          if (last === undefined) throw new Error('an image returned no extents for a range that is not empty');
+          if (last === undefined)
+            throw new Error('an image returned no extents for a range that is not empty');
           at = last.offset + last.length;
         }
       }
@@ -437,7 +473,8 @@ class Overlay implements WritableImage {
       if (from > offset) await this.#writeLocked(ZEROS.subarray(0, from - offset), offset);
       if (whole === undefined) return;
       const to = (whole.last + 1) * OVERLAY_BLOCK_BYTES;
-      if (to < offset + length) await this.#writeLocked(ZEROS.subarray(0, offset + length - to), to);
+      if (to < offset + length)
+        await this.#writeLocked(ZEROS.subarray(0, offset + length - to), to);
       await this.#discardLocked(whole.first, whole.last);
     });
   }
@@ -447,7 +484,9 @@ class Overlay implements WritableImage {
     const whole = length === 0 ? undefined : this.#wholeBlocks(offset, length);
     if (whole === undefined) return;
     this.#checkOpen();
-    await this.#locks.run(whole.first, whole.last, () => this.#discardLocked(whole.first, whole.last));
+    await this.#locks.run(whole.first, whole.last, () =>
+      this.#discardLocked(whole.first, whole.last),
+    );
   }
 
   flush(): Promise<void> {
@@ -488,7 +527,8 @@ class Overlay implements WritableImage {
   #wholeBlocks(offset: number, length: number): { first: number; last: number } | undefined {
     const end = offset + length;
     const first = Math.ceil(offset / OVERLAY_BLOCK_BYTES);
-    const past = end === this.sizeBytes ? this.#layout.blocks : Math.floor(end / OVERLAY_BLOCK_BYTES);
+    const past =
+      end === this.sizeBytes ? this.#layout.blocks : Math.floor(end / OVERLAY_BLOCK_BYTES);
     return past > first ? { first, last: past - 1 } : undefined;
   }
 
@@ -498,7 +538,9 @@ class Overlay implements WritableImage {
     const { first, last } = blocksOfRange(offset, data.length);
     const before = await this.#missing(first, offset, end);
     const after = last === first ? before : await this.#missing(last, offset, end);
-    const head = before?.subarray(0, Math.max(0, offset - first * OVERLAY_BLOCK_BYTES)) ?? ZEROS.subarray(0, 0);
+    const head =
+      before?.subarray(0, Math.max(0, offset - first * OVERLAY_BLOCK_BYTES)) ??
+      ZEROS.subarray(0, 0);
     const tail = after?.subarray(end - last * OVERLAY_BLOCK_BYTES) ?? ZEROS.subarray(0, 0);
     const at = this.#layout.dataOffset + offset - head.length;
     this.#unsynced = true;
@@ -567,7 +609,7 @@ class Overlay implements WritableImage {
   async #runs(offset: number, length: number): Promise<Run[]> {
     const { first, last } = blocksOfRange(offset, length);
     const runs: Run[] = [];
-    for (let at = first; at <= last; ) {
+    for (let at = first; at <= last;) {
       const index = Math.floor(at / BLOCKS_PER_PAGE);
       const page = this.#pages.get(index) ?? (await this.#page(index));
       const start = index * BLOCKS_PER_PAGE;
@@ -578,7 +620,8 @@ class Overlay implements WritableImage {
         while (to < past) {
           const within = to - start;
           // Four blocks at a time where they share a byte.
-          if (within % 4 === 0 && to + 4 <= past && page.states[within / 4] === state * 0x55) to += 4;
+          if (within % 4 === 0 && to + 4 <= past && page.states[within / 4] === state * 0x55)
+            to += 4;
           else if (stateIn(page.states, within) === state) to++;
           else break;
         }
@@ -590,7 +633,7 @@ class Overlay implements WritableImage {
   }
 
   async #setStates(first: number, last: number, state: BlockState): Promise<void> {
-    for (let at = first; at <= last; ) {
+    for (let at = first; at <= last;) {
       const index = Math.floor(at / BLOCKS_PER_PAGE);
       const page = this.#pages.get(index) ?? (await this.#page(index));
       const start = index * BLOCKS_PER_PAGE;
@@ -625,7 +668,8 @@ class Overlay implements WritableImage {
     const b = parseMapSlot(bytes.subarray(SLOT_BYTES), id, index);
     if (a === 'empty' && b === 'empty') return emptyPage();
     if (a === 'invalid' || b === 'invalid') {
-      if (!this.#torn.has(index) || a === b) throw damage(this.#file.name, offset, 'a map page fails its checksum');
+      if (!this.#torn.has(index) || a === b)
+        throw damage(this.#file.name, offset, 'a map page fails its checksum');
       // Written again with the next commit: recover() makes one before anything else.
       this.#dirty.add(index);
       const current = a === 'invalid' ? 1 : 0;
@@ -638,7 +682,11 @@ class Overlay implements WritableImage {
     const newer = generationA > generationB ? a : b;
     const step = generationA > generationB ? generationA - generationB : generationB - generationA;
     if (step !== 1n || newer === 'empty') {
-      throw damage(this.#file.name, offset, 'the generations of a map page do not follow each other');
+      throw damage(
+        this.#file.name,
+        offset,
+        'the generations of a map page do not follow each other',
+      );
     }
     return { states: newer.states, generation: newer.generation, current: newer === a ? 0 : 1 };
   }
@@ -658,7 +706,8 @@ class Overlay implements WritableImage {
       try {
         await this.#writeIntent(pages);
         await this.#sync();
-        for (const { index, slot, bytes } of writes) await this.#file.write(bytes, mapSlotOffset(index, slot));
+        for (const { index, slot, bytes } of writes)
+          await this.#file.write(bytes, mapSlotOffset(index, slot));
         await this.#sync();
       } catch (error) {
         for (const index of pages) this.#unfinished.add(index);
@@ -674,7 +723,8 @@ class Overlay implements WritableImage {
 
   #takePage(index: number): { index: number; page: Page; slot: 0 | 1; bytes: Buffer } {
     const page = this.#pages.get(index);
-    if (page === undefined || this.#id === undefined) throw new Error(`map page ${index} is not loaded`);
+    if (page === undefined || this.#id === undefined)
+      throw new Error(`map page ${index} is not loaded`);
     this.#dirty.delete(index);
     return {
       index,
@@ -700,7 +750,9 @@ class Overlay implements WritableImage {
     try {
       await this.#file.sync();
     } catch (error) {
-      const reason = isKind(error, 'io', 'no-space') ? error : ioError('sync overlay', this.#file.name, error);
+      const reason = isKind(error, 'io', 'no-space')
+        ? error
+        : ioError('sync overlay', this.#file.name, error);
       this.#failed = new B2Error('io', `${reason.message}; the overlay takes no more writes`, {
         cause: error,
         hint: 'Writes since the last flush may be lost. Find out what is wrong with that disk, then open it again.',
@@ -730,7 +782,7 @@ function stateIn(states: Uint8Array, block: number): BlockState {
 /** Sets blocks [from, to); true if anything changed. */
 function fillStates(states: Uint8Array, from: number, to: number, state: BlockState): boolean {
   let changed = false;
-  for (let block = from; block < to; ) {
+  for (let block = from; block < to;) {
     const index = block >> 2;
     const old = states[index] ?? 0;
     let now: number;

@@ -249,7 +249,10 @@ export function buildInfoExport(sizeBytes: number, flags: number): Buffer {
 }
 
 /** Payload of a reply of type `info`: name or description. */
-export function buildInfoString(info: typeof Info.name | typeof Info.description, text: string): Buffer {
+export function buildInfoString(
+  info: typeof Info.name | typeof Info.description,
+  text: string,
+): Buffer {
   const type = Buffer.allocUnsafe(2);
   type.writeUInt16BE(info, 0);
   return Buffer.concat([type, clippedUtf8(text)]);
@@ -301,7 +304,12 @@ export function parseRequest(bytes: Buffer): Request {
 }
 
 /** Writes a simple reply's header at `at`; with error 0 after a read the data follows it. */
-export function putSimpleReply(into: Buffer, at: number, request: Request, error: NbdError | 0): void {
+export function putSimpleReply(
+  into: Buffer,
+  at: number,
+  request: Request,
+  error: NbdError | 0,
+): void {
   into.writeUInt32BE(SIMPLE_REPLY_MAGIC, at);
   into.writeUInt32BE(error, at + 4);
   into.writeUInt32BE(request.cookieHigh, at + 8);

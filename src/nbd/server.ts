@@ -106,7 +106,8 @@ class RunningServer implements NbdServer {
   readonly #connections = new Map<Connection, Promise<void>>();
   readonly #reported = new Set<string>();
   readonly #server: Server;
-  #uriBase: { readonly scheme: string; readonly authority: string; readonly query: string } | undefined;
+  #uriBase:
+    { readonly scheme: string; readonly authority: string; readonly query: string } | undefined;
   #socketPath: string | undefined;
   #closed: Promise<void> | undefined;
 
@@ -119,13 +120,20 @@ class RunningServer implements NbdServer {
     checkNames(this.#exports, this.#byName.size);
     const overTcp = 'port' in options.listen;
     if (options.tls === undefined && overTcp && options.allowPlaintext !== true) {
-      throw new B2Error('refused', 'NBD over TCP without TLS lets everyone who reaches the port read the disk', {
-        hint: 'Give a certificate and key, use a unix socket, or allow plain connections explicitly.',
-      });
+      throw new B2Error(
+        'refused',
+        'NBD over TCP without TLS lets everyone who reaches the port read the disk',
+        {
+          hint: 'Give a certificate and key, use a unix socket, or allow plain connections explicitly.',
+        },
+      );
     }
-    this.#tls = options.tls === undefined ? undefined : tlsOptions(options.tls, this.#limits.handshakeMs);
+    this.#tls =
+      options.tls === undefined ? undefined : tlsOptions(options.tls, this.#limits.handshakeMs);
     this.#tlsRequired = this.#tls !== undefined && options.allowPlaintext !== true;
-    this.#server = createServer({ allowHalfOpen: true, noDelay: true }, (socket) => this.#accept(socket));
+    this.#server = createServer({ allowHalfOpen: true, noDelay: true }, (socket) =>
+      this.#accept(socket),
+    );
   }
 
   async listen(where: NbdListen): Promise<void> {
@@ -134,11 +142,22 @@ class RunningServer implements NbdServer {
       const path = resolve(where.socketPath);
       await listenOnPath(this.#server, path);
       this.#socketPath = path;
-      this.#uriBase = { scheme: `${scheme}+unix`, authority: '', query: `?socket=${encodeURI(path)}` };
+      this.#uriBase = {
+        scheme: `${scheme}+unix`,
+        authority: '',
+        query: `?socket=${encodeURI(path)}`,
+      };
     } else {
-      await listenOn(this.#server, `${where.host}:${where.port}`, { host: where.host, port: where.port });
+      await listenOn(this.#server, `${where.host}:${where.port}`, {
+        host: where.host,
+        port: where.port,
+      });
       const { address, port, family } = this.#server.address() as AddressInfo;
-      this.#uriBase = { scheme, authority: `${family === 'IPv6' ? `[${address}]` : address}:${port}`, query: '' };
+      this.#uriBase = {
+        scheme,
+        authority: `${family === 'IPv6' ? `[${address}]` : address}:${port}`,
+        query: '',
+      };
     }
     this.#server.on('error', (error) => this.#report('accepting connections', error));
   }
@@ -285,10 +304,14 @@ function tlsOptions(tls: NbdTls, handshakeMs: number): TlsOptions {
   try {
     createSecureContext(context);
   } catch (error) {
-    throw new B2Error('config', `the certificate or key for TLS cannot be used: ${messageOf(error)}`, {
-      cause: error,
-      hint: 'Give the certificate, its key and the CA as PEM; the key must be the one of the certificate.',
-    });
+    throw new B2Error(
+      'config',
+      `the certificate or key for TLS cannot be used: ${messageOf(error)}`,
+      {
+        cause: error,
+        hint: 'Give the certificate, its key and the CA as PEM; the key must be the one of the certificate.',
+      },
+    );
   }
   const checked = tls.clientCa === undefined ? {} : { requestCert: true, rejectUnauthorized: true };
   return { ...context, ...checked, handshakeTimeout: handshakeMs };
@@ -298,7 +321,11 @@ function stackOf(error: unknown): string {
   return error instanceof Error ? (error.stack ?? error.message) : messageOf(error);
 }
 
-async function listenOn(server: Server, name: string, where: { host: string; port: number } | { path: string }): Promise<void> {
+async function listenOn(
+  server: Server,
+  name: string,
+  where: { host: string; port: number } | { path: string },
+): Promise<void> {
   await new Promise<void>((done, reject) => {
     const fail = (error: Error): void => {
       const taken = errnoOf(error) === 'EADDRINUSE';
@@ -322,7 +349,10 @@ async function listenOn(server: Server, name: string, where: { host: string; por
  */
 async function listenOnPath(server: Server, path: string): Promise<void> {
   const directory = dirname(path);
-  const longest = Math.max(Buffer.byteLength(path), Buffer.byteLength(directory) + STAGING_SUFFIX_BYTES);
+  const longest = Math.max(
+    Buffer.byteLength(path),
+    Buffer.byteLength(directory) + STAGING_SUFFIX_BYTES,
+  );
   if (longest > MAX_SOCKET_PATH_BYTES) {
     throw new B2Error('usage', `the path of the socket ${path} is too long for a unix socket`, {
       hint: `It has at most ${MAX_SOCKET_PATH_BYTES} bytes, its directory at most ${MAX_SOCKET_PATH_BYTES - STAGING_SUFFIX_BYTES}.`,

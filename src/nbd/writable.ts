@@ -32,5 +32,6 @@ export function checkRange(sizeBytes: number, offset: number, length: number): v
     offset >= 0 &&
     length >= 0 &&
     offset <= sizeBytes - length;
-  if (!inside) throw new RangeError(`bytes ${offset}+${length} are not within an image of ${sizeBytes}`);
+  if (!inside)
+    throw new RangeError(`bytes ${offset}+${length} are not within an image of ${sizeBytes}`);
 }

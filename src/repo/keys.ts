@@ -5,7 +5,6 @@
 import { createCipheriv, createDecipheriv, hkdfSync, scrypt, timingSafeEqual } from 'node:crypto';
 import type { Random } from '../clock.js';
 import { B2Error } from '../errors.js';
-import { damaged } from '../format/bytes.js';
 import {
   canonicalConfig,
   type ConfigKey,
@@ -27,10 +26,6 @@ export interface ScryptCost {
   readonly p: number;
 }
 export const DEFAULT_SCRYPT: ScryptCost = { N: 131_072, r: 8, p: 1 };
-/** Memory that scrypt may take: what FORMAT.md allows, so that a forged config cannot exhaust the machine. */
-const MAX_SCRYPT_BYTES = 1024 * 1024 * 1024;
-const MAX_SCRYPT_P = 16;
-
 const KEY_FILE_PREFIX = 'b2-key-v1 ';
 
 /** The text of a new key file around 32 random bytes. */
@@ -50,10 +45,7 @@ export function parseKeyFile(text: string, path: string): Uint8Array {
 }
 
 function kekFromPassword(password: string, key: Pick<ScryptKey, 'salt' | 'N' | 'r' | 'p'>): Promise<Buffer> {
-  const memory = 128 * key.N * key.r;
-  if (memory > MAX_SCRYPT_BYTES || key.p > MAX_SCRYPT_P) {
-    throw damaged('config: keys', 0, 'scrypt parameters above what the format allows');
-  }
+  const memory = 128 * key.N * key.r; // decodeConfig has checked the format's limits
   return new Promise((resolve, reject) => {
     scrypt(
       Buffer.from(password.normalize('NFC'), 'utf8'),
@@ -140,7 +132,9 @@ export async function unlock(config: RepositoryConfig, secrets: readonly Secret[
   const mac = Buffer.from(config.mac, 'base64');
   const right = ring.configMac(canonicalConfig(config));
   if (mac.length !== right.length || !timingSafeEqual(mac, right)) {
-    throw damaged('config', 0, 'its authentication code is wrong: somebody or something changed it');
+    throw new B2Error('damaged', 'config: its authentication code is wrong: somebody or something has changed it', {
+      hint: 'Put back "config" from "config.copy", or from a backup of the repository.',
+    });
   }
   return found;
 }

@@ -6,7 +6,7 @@
 import { B2Error, isKind, messageOf } from '../errors.js';
 import { damaged } from '../format/bytes.js';
 import { FRAME_HEADER_BYTES } from '../format/frame.js';
-import type { PackFooter } from '../format/pack.js';
+import type { FooterFrame, PackFooter } from '../format/pack.js';
 import type { Sealer } from '../format/seal.js';
 import { HASH_BYTES } from '../hash.js';
 import {
@@ -20,6 +20,7 @@ import {
 import { BLOCK_BYTES, roundUp } from '../units.js';
 import { PieceState, pieceLength, pieceOffset, type Batch } from './batch.js';
 import { bulkRead, readSlots, type PackFrames, type WantedFrame } from './bulk-read.js';
+import { copyBytes } from './copy.js';
 
 /** Bytes of a slot: one coalesced write, or one window read back. */
 export const SLOT_BYTES = 4 * 1024 * 1024;
@@ -305,6 +306,11 @@ class Pass {
     OpenPack,
     { readonly pieces: Uint32Array; readonly sealer: Sealer }
   >();
+  /**
+   * What `packs` found to be done with slots or the fresh pack. It runs ahead of `run`, which alone may use them, and
+   * does this when it comes by.
+   */
+  private readonly later: (() => Promise<void>)[] = [];
   /** The pack that was opened anew last, because a frame was not where the footer remembered says. */
   private fresh: { readonly packId: string; readonly pack: Promise<OpenPack> } | undefined;
 
@@ -328,17 +334,22 @@ class Pass {
   }
 
   async run(): Promise<PassResult> {
+    let before: OpenPack | undefined;
     try {
       for await (const piece of bulkRead(this.packs(), this.read)) {
         if (this.host.isAborted()) throw new B2Error('interrupted', 'the restore was interrupted');
+        await this.doLater();
         this.readBytes += piece.readBytes;
+        if (before !== undefined && before !== piece.pack) this.work.delete(before);
+        before = piece.pack;
         const work = this.work.get(piece.pack);
         if (work === undefined) throw new Error('a pack without work');
         for (const { frame, tag } of piece.frames) {
           const bytes = piece.failure === undefined ? piece.bytesOf(frame) : undefined;
-          await this.frame(piece.pack, work, frame.number, frame.plainBytes, bytes, tag);
+          await this.frame(piece.pack, work, frame.number, frame, bytes, tag);
         }
       }
+      await this.doLater();
       await this.writer.finish();
     } finally {
       await this.writer.settle();
@@ -351,6 +362,10 @@ class Pass {
       writes: this.writer.writes,
       damaged: this.found,
     };
+  }
+
+  private async doLater(): Promise<void> {
+    for (let task = this.later.shift(); task !== undefined; task = this.later.shift()) await task();
   }
 
   /** Takes packs and says which frames of them are to be read. */
@@ -366,7 +381,7 @@ class Pass {
       try {
         pack = await OpenPack.open(this.ctx, packId);
       } catch (error) {
-        await this.lost(packId, pieces, error);
+        this.later.push(() => this.lost(packId, pieces, error));
         continue;
       }
       let handedOn = false;
@@ -392,8 +407,11 @@ class Pass {
           continue;
         }
         const work = { pieces, sealer: this.ctx.keys.packSealer(packId) };
-        for (const span of missing)
-          await this.frame(pack, work, this.frameOf(pieces, span.from), 0, undefined, span);
+        for (const { from, to } of missing) {
+          this.later.push(() =>
+            this.again(packId, this.frameOf(pieces, from), pieces.subarray(from, to), undefined),
+          );
+        }
         if (frames.length === 0) continue;
         this.work.set(pack, work);
         handedOn = true;
@@ -454,29 +472,38 @@ class Pass {
     pack: OpenPack,
     work: { readonly pieces: Uint32Array; readonly sealer: Sealer },
     number: number,
-    plainBytes: number,
+    frame: FooterFrame | undefined,
     bytes: Buffer | undefined,
     span: Span,
   ): Promise<void> {
     const { packId } = pack;
     this.frames++;
     const { pieces } = work;
-    if (bytes !== undefined && this.options.mode === 'write' && span.to === span.from + 1) {
+    if (
+      frame !== undefined &&
+      bytes !== undefined &&
+      this.options.mode === 'write' &&
+      span.to === span.from + 1
+    ) {
       // The common case, a chunk that is used once and whole: straight to its place in the slot.
       const piece = pieces[span.from] ?? 0;
       const length = pieceLength(this.batch, piece);
-      if (this.batch.skip[piece] === 0 && this.batch.sub[piece] === 0 && plainBytes <= length) {
+      if (
+        this.batch.skip[piece] === 0 &&
+        this.batch.sub[piece] === 0 &&
+        frame.plainBytes <= length
+      ) {
         if (!this.writer.fits(roundUp(length, BLOCK_BYTES))) await this.writer.next();
-        if (this.direct(packId, work.sealer, number, bytes, piece, length, plainBytes)) return;
+        if (this.direct(packId, work.sealer, frame, bytes, piece, length)) return;
         // It stays in the slot as what it is to become: the slow way fills it, or zeros do.
         await this.again(packId, number, [piece], this.lastTaken);
         return;
       }
     }
     let chunks: FrameChunks | undefined;
-    if (bytes !== undefined) {
+    if (frame !== undefined && bytes !== undefined) {
       try {
-        const into = this.scratchOf(plainBytes);
+        const into = frame.compression === 0 ? undefined : this.scratchOf(frame.plainBytes);
         chunks = this.verified(packId, work.sealer, number, bytes, into);
       } catch (error) {
         if (!isKind(error, 'damaged')) throw error;
@@ -503,22 +530,24 @@ class Pass {
   private direct(
     packId: string,
     sealer: Sealer,
-    number: number,
+    frame: FooterFrame,
     bytes: Buffer,
     piece: number,
     length: number,
-    plainBytes: number,
   ): boolean {
+    const { plainBytes } = frame;
     const to = this.writer.take(pieceOffset(this.batch, piece), length);
     this.lastTaken = to;
     try {
-      const chunks = this.verified(packId, sealer, number, bytes, to.subarray(0, plainBytes));
+      const into = frame.compression === 0 ? undefined : to.subarray(0, plainBytes);
+      const chunks = this.verified(packId, sealer, frame.number, bytes, into);
       if (chunks.entries.length !== 1 || this.note(chunks, piece) !== undefined) return false;
+      if (into === undefined) copyBytes(to, chunks.body);
     } catch (error) {
       if (!isKind(error, 'damaged')) throw error;
       return false;
     }
-    to.fill(0, plainBytes);
+    if (plainBytes < length) to.fill(0, plainBytes);
     return true;
   }
 
@@ -527,7 +556,7 @@ class Pass {
     sealer: Sealer,
     number: number,
     bytes: Buffer,
-    into: Buffer,
+    into: Buffer | undefined,
   ): FrameChunks {
     const open = openFrameBytes(this.ctx, sealer, packId, bytes, into);
     if (open.header.number !== number) {
@@ -578,8 +607,8 @@ class Pass {
       (chunks.starts[this.batch.sub[piece] ?? 0] ?? 0) +
       (this.batch.skip[piece] ?? 0) * BLOCK_BYTES;
     const bytes = this.batch.bytes[piece] ?? 0;
-    chunks.body.copy(to, 0, start, start + bytes);
-    to.fill(0, bytes);
+    copyBytes(to, chunks.body.subarray(start, start + bytes));
+    if (bytes < to.length) to.fill(0, bytes);
   }
 
   /**

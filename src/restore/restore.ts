@@ -1,14 +1,17 @@
 /** Restore: an image to a device or file, from the checks of the target to the growing of what was restored. */
+import { constants } from 'node:fs';
 import { unlink } from 'node:fs/promises';
 
 import type { Clock } from '../clock.js';
 import { growTarget, type GrowReport } from '../devices/grow.js';
 import { openReadDevice } from '../devices/open.js';
+import { closeFd, openFd } from '../devices/raw-io.js';
 import { readPartitionTable } from '../devices/table.js';
-import { B2Error } from '../errors.js';
+import { B2Error, errnoOf, messageOf } from '../errors.js';
 import type { EventSink } from '../events.js';
 import { formatBytes } from '../human.js';
 import type { Image } from '../image.js';
+import { rereadPartitions } from '../syscalls.js';
 import { convertImage, requireQemuImg, type VmFormat } from './convert.js';
 import {
   examineTarget,
@@ -30,8 +33,6 @@ export type RestoreFormat = 'raw' | VmFormat;
 
 /** What is restored. */
 export interface RestoreSource extends ImageSource {
-  /** For messages: `web1/sda at 2026-11-22 16:31:07.123 +01:00`. */
-  readonly label: string;
   /** The repository's directory, where it is a local one. */
   readonly repositoryPath: string | undefined;
   /** Opens the same image for random reads; the caller closes it. Used for VM formats. */
@@ -118,6 +119,7 @@ export async function restore(
     }
   }
   const written = await writeRaw(source, facts, options);
+  if (facts.kind === 'block') await showPartitions(target, events);
   const targetBytes =
     facts.kind === 'block' ? (facts.sizeBytes ?? source.sizeBytes) : source.sizeBytes;
   let grown: GrowReport | undefined;
@@ -278,6 +280,31 @@ async function afterFailure(
     retryable: error.retryable,
     ...(hint === undefined ? {} : { hint }),
   });
+}
+
+/**
+ * The kernel still knows the partitions that were on a whole disk before. Failing to tell it costs no data: said, not thrown.
+ */
+async function showPartitions(target: string, events: EventSink): Promise<void> {
+  const device = await openReadDevice(target);
+  const { partitionOf } = device.facts;
+  const hasTable = (await readPartitionTable(device)) !== undefined;
+  await device.close();
+  if (partitionOf !== undefined || !hasTable) return;
+  const fd = await openFd(target, constants.O_RDONLY);
+  try {
+    await rereadPartitions(fd);
+  } catch (error) {
+    // EINVAL: a device that is not divided by the kernel (a loop device without partitions).
+    if (errnoOf(error) === 'EINVAL') return;
+    events({
+      type: 'warning',
+      message: `the kernel did not read the new partition table of ${target}: ${messageOf(error)}`,
+      hint: `Run "partprobe ${target}" or start the machine anew before using its partitions.`,
+    });
+  } finally {
+    await closeFd(fd);
+  }
 }
 
 async function hintAtGrowing(target: string, moreBytes: number, events: EventSink): Promise<void> {

@@ -44,7 +44,13 @@ export async function examineTarget({
     await inUseReasons(target, repositoryPath === undefined ? {} : { repositoryPath })
   ).map((r) => r.text);
   if (kind === 'none') {
-    const parent = path.dirname(path.resolve(target));
+    const absolute = path.resolve(target);
+    if (absolute.startsWith('/dev/') && !absolute.startsWith('/dev/shm/')) {
+      throw new B2Error('not-found', `there is no device ${target}`, {
+        hint: 'lsblk lists the block devices of this machine.',
+      });
+    }
+    const parent = path.dirname(absolute);
     const found = await stat(parent).catch(() => undefined);
     if (found === undefined) {
       throw new B2Error(

@@ -2,6 +2,7 @@
 import { B2Error } from '../errors.js';
 import { HOLE } from '../format/extent.js';
 import { VolumeHistory } from '../repo/history.js';
+import { unnotedLoss } from '../repo/lost.js';
 import type { Repository } from '../repo/repository.js';
 import type { SegmentSource } from '../repo/segments/source.js';
 import { listVolumeIds } from '../repo/volume.js';
@@ -62,7 +63,10 @@ export async function findLiveness(repo: Repository, signal?: AbortSignal): Prom
   for (const { id } of await listVolumeIds(repo)) {
     const history = await VolumeHistory.open(repo, id);
     try {
-      const problem = history.problems[0]?.error.message;
+      const [loss] = await unnotedLoss(history);
+      const problem =
+        history.problems[0]?.error.message ??
+        (loss === undefined ? undefined : `commits ${loss.firstSeq} to ${loss.lastSeq} are missing`);
       if (history.chain.gap !== undefined || problem !== undefined) {
         throw new B2Error(
           'refused',

@@ -99,7 +99,7 @@ async function pruneHeld(repo: Repository, options: PruneOptions, lease: Lease |
   let freedBytes = 0;
   let packsDeleted = 0;
   let packsCompacted = 0;
-  for (const c of [...condemned.readable()]) {
+  for (const c of condemned.readable()) {
     signal?.throwIfAborted();
     const age = now - c.createdNs;
     if (age < graceNs || lease === undefined) continue;

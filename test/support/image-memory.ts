@@ -35,7 +35,11 @@ export class MemoryImage implements Image {
   readonly content: Buffer;
   readonly runs: readonly ImageExtent[];
   /** Ranges that reject with kind `damaged`. */
-  readonly damaged: { readonly offset: number; readonly length: number; readonly message: string }[] = [];
+  readonly damaged: {
+    readonly offset: number;
+    readonly length: number;
+    readonly message: string;
+  }[] = [];
   closed = 0;
   reads = 0;
   /** Bytes being read now, and the most there ever were. */

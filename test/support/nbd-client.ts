@@ -36,7 +36,11 @@ export function requestBytes(fields: RequestFields): Buffer {
   return out;
 }
 
-export function optionBytes(option: number, data: Uint8Array = Buffer.alloc(0), length = data.length): Buffer {
+export function optionBytes(
+  option: number,
+  data: Uint8Array = Buffer.alloc(0),
+  length = data.length,
+): Buffer {
   const head = Buffer.alloc(16);
   head.write('IHAVEOPT', 'latin1');
   head.writeUInt32BE(option, 8);
@@ -173,10 +177,14 @@ export class NbdTestClient {
     const covered = new Uint8Array(length);
     for (const { type, payload } of await this.reply()) {
       if (type === 0) continue;
-      if (type === 0x8001) throw Object.assign(new Error(payload.toString('utf8', 6)), { errno: payload.readUInt32BE(0) });
+      if (type === 0x8001)
+        throw Object.assign(new Error(payload.toString('utf8', 6)), {
+          errno: payload.readUInt32BE(0),
+        });
       const at = Number(payload.readBigUInt64BE(0)) - offset;
       const bytes = type === 2 ? payload.readUInt32BE(8) : payload.length - 8;
-      if (bytes === 0 || at < 0 || at + bytes > length) throw new Error('a chunk outside the request');
+      if (bytes === 0 || at < 0 || at + bytes > length)
+        throw new Error('a chunk outside the request');
       if (covered.subarray(at, at + bytes).includes(1)) throw new Error('overlapping chunks');
       covered.fill(1, at, at + bytes);
       if (type === 2) out.fill(0, at, at + bytes);

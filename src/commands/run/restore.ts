@@ -54,7 +54,6 @@ export function run(context: CommandContext, input: RestoreInput): Promise<Outco
         store: repo.store,
         sizeBytes: commit.sizeBytes,
         extents: () => map.scan(),
-        label: `${volume.name} at ${at}`,
         repositoryPath: url.scheme === 'directory' ? url.path : undefined,
         image: () => openImage(history, volume, commit.seq),
       };

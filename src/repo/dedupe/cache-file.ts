@@ -46,10 +46,19 @@ function hasher(): KeyedHash {
 }
 
 /** Little-endian and big-endian machines write different files; the marker tells them apart. */
-function header(repositoryId: string, packs: number, runs: number, slots: number, entries: number): Buffer {
+function header(
+  repositoryId: string,
+  packs: number,
+  runs: number,
+  slots: number,
+  entries: number,
+): Buffer {
   const b = Buffer.alloc(HEADER_BYTES);
   b.write(MAGIC, 0, 'latin1');
-  new Uint8Array(b.buffer, b.byteOffset, HEADER_BYTES).set(new Uint8Array(Uint32Array.of(BYTE_ORDER).buffer), 8);
+  new Uint8Array(b.buffer, b.byteOffset, HEADER_BYTES).set(
+    new Uint8Array(Uint32Array.of(BYTE_ORDER).buffer),
+    8,
+  );
   b.writeUInt32LE(packs, 12);
   b.write(repositoryId, 16, 'hex');
   b.writeUInt32LE(runs, 32);
@@ -59,7 +68,12 @@ function header(repositoryId: string, packs: number, runs: number, slots: number
 }
 
 /** The memory of both tables in the order of the file, cut to what is used. */
-function sections(packs: PackTable, table: ChunkTable, packCount: number, runCount: number): Buffer[] {
+function sections(
+  packs: PackTable,
+  table: ChunkTable,
+  packCount: number,
+  runCount: number,
+): Buffer[] {
   const of = (memory: SharedArrayBuffer, bytes: number): Buffer => Buffer.from(memory, 0, bytes);
   return [
     of(packs.memory.ids, 16 * packCount),
@@ -87,10 +101,13 @@ export async function saveDedupeCache(
   const flags = new Int32Array(packCount);
   for (let i = 0; i < packCount; i++) {
     const state = packs.flagsOf(i);
-    flags[i] = (state & PackFlag.sealed) !== 0 && (state & PackFlag.unusable) === 0 ? PackFlag.sealed : 0;
+    flags[i] =
+      (state & PackFlag.sealed) !== 0 && (state & PackFlag.unusable) === 0 ? PackFlag.sealed : 0;
   }
   parts[3] = Buffer.from(flags.buffer);
-  hasher().digest(head.subarray(0, DIGEST_AT), ...parts).copy(head, DIGEST_AT);
+  hasher()
+    .digest(head.subarray(0, DIGEST_AT), ...parts)
+    .copy(head, DIGEST_AT);
   await mkdirDurable(path.dirname(file));
   const out = await DurableFile.begin(file, { mode: 0o600 });
   try {
@@ -128,7 +145,12 @@ export async function loadDedupeCache(
     const expected = header(repositoryId, packCount, runCount, slotCount, entries);
     if (!head.subarray(0, DIGEST_AT).equals(expected.subarray(0, DIGEST_AT))) return undefined;
     const size = HEADER_BYTES + 32 * packCount + (8 + 6 * RUN_CHUNKS) * runCount + 4 * slotCount;
-    if (found.size !== size || slotCount < 64 || entries > runCount * RUN_CHUNKS || entries > slotCount * 0.95) {
+    if (
+      found.size !== size ||
+      slotCount < 64 ||
+      entries > runCount * RUN_CHUNKS ||
+      entries > slotCount * 0.95
+    ) {
       return undefined;
     }
     const packs = PackTable.create(packCount + SPARE_PACKS);
@@ -142,7 +164,8 @@ export async function loadDedupeCache(
     const digest = hasher().digest(head.subarray(0, DIGEST_AT), ...parts);
     if (!digest.equals(head.subarray(DIGEST_AT))) return undefined;
     packs.restoreCount(packCount);
-    for (let i = 0; i < packCount; i++) if (packs.flagsOf(i) !== PackFlag.sealed) packs.set(i, PackFlag.unusable);
+    for (let i = 0; i < packCount; i++)
+      if (packs.flagsOf(i) !== PackFlag.sealed) packs.set(i, PackFlag.unusable);
     table.restoreState(runCount, entries);
     return { packs, table };
   } catch (error) {

@@ -26,7 +26,8 @@ export function chunksOfFooter(footer: PackFooter): PackChunks | undefined {
   for (const frame of footer.frames) {
     if (frame.type !== FrameType.chunks) continue;
     if (frame.number > HIGHEST_FRAME || frame.count > HIGHEST_SUB) return undefined;
-    for (let sub = 0; sub < frame.count; sub++) places[at++] = placeWord(frame.number, sub, frame.count > 1);
+    for (let sub = 0; sub < frame.count; sub++)
+      places[at++] = placeWord(frame.number, sub, frame.count > 1);
   }
   return { ids, places };
 }

@@ -119,7 +119,10 @@ export class DedupeIndex {
    * they were. Not during a session.
    */
   async refresh(
-    options: { readonly signal?: AbortSignal | undefined; readonly onProgress?: (done: number, total: number) => void } = {},
+    options: {
+      readonly signal?: AbortSignal | undefined;
+      readonly onProgress?: (done: number, total: number) => void;
+    } = {},
   ): Promise<void> {
     this.refuseSession();
     const listed = new Map<string, number>();
@@ -153,14 +156,20 @@ export class DedupeIndex {
       for (;;) {
         const packId = unknown[next++];
         if (packId === undefined) return;
-        if (options.signal?.aborted === true) throw abortError(options.signal, 'reading the index of chunks');
+        if (options.signal?.aborted === true)
+          throw abortError(options.signal, 'reading the index of chunks');
         const found = await readPackChunks(this.ctx, packId);
         done++;
         if (found !== undefined) {
           readPacks++;
           readBytes += found.sizeBytes;
           chunks += found.places.length;
-          this.addPack(packId, found, found.sizeBytes, (chunks / readBytes) * (unknownBytes - readBytes));
+          this.addPack(
+            packId,
+            found,
+            found.sizeBytes,
+            (chunks / readBytes) * (unknownBytes - readBytes),
+          );
         }
         options.onProgress?.(done, unknown.length);
       }
@@ -190,7 +199,11 @@ export class DedupeIndex {
     this.refuseSession();
     this.packs = this.packs.grown(this.packs.count + packs + SPARE_PACKS);
     // A pack begins a run, and each chunk that is not stored ends none: at most one run a pack is not full.
-    this.session = ChunkTable.create(chunks, runsFor(chunks) + packs + 64, Math.min(chunks + packs * RUN_CHUNKS, MAX_RECENT_IDS));
+    this.session = ChunkTable.create(
+      chunks,
+      runsFor(chunks) + packs + 64,
+      Math.min(chunks + packs * RUN_CHUNKS, MAX_RECENT_IDS),
+    );
   }
 
   /**
@@ -221,7 +234,7 @@ export class DedupeIndex {
     return this.packs.idOf(number);
   }
 
-  /** True if this process wrote pack `number`. */
+  /** True if the session under way writes, or has written, pack `number`. */
   isOwn(number: number): boolean {
     return (this.packs.flagsOf(number) & PackFlag.own) !== 0;
   }
@@ -247,7 +260,8 @@ export class DedupeIndex {
     const sealed = (pack: number): boolean =>
       (packs.flagsOf(pack) & (PackFlag.sealed | PackFlag.unusable)) === PackFlag.sealed;
     for (let i = 0; i < packs.count; i++) {
-      if ((packs.flagsOf(i) & PackFlag.own) === 0 || this.numberOf.has(packs.idOf(i))) continue;
+      if ((packs.flagsOf(i) & PackFlag.own) === 0) continue;
+      packs.unset(i, PackFlag.own);
       if (keep && sealed(i)) this.numberOf.set(packs.idOf(i), i);
       else packs.set(i, PackFlag.unusable);
     }
@@ -269,7 +283,12 @@ export class DedupeIndex {
     if (this.session !== undefined) throw new Error('the dedupe index has a session under way');
   }
 
-  private addPack(packId: string, found: PackChunks, sizeBytes: number, expectedMore: number): void {
+  private addPack(
+    packId: string,
+    found: PackChunks,
+    sizeBytes: number,
+    expectedMore: number,
+  ): void {
     const chunks = found.places.length;
     const number = this.packs.add(packId, 0);
     this.packs.setSealed(number, sizeBytes, chunks);
@@ -284,7 +303,8 @@ export class DedupeIndex {
       for (let i = 0; i < count; i++) {
         const at = (from + i) * 8;
         const check = (found.ids[at + 1] ?? 0) & 0xffff;
-        if (!this.base.insertAlone(first + i, found.ids[at] ?? 0, check)) throw new Error('no room was made for a chunk');
+        if (!this.base.insertAlone(first + i, found.ids[at] ?? 0, check))
+          throw new Error('no room was made for a chunk');
       }
     }
   }
@@ -295,7 +315,11 @@ export class DedupeIndex {
     const freeRuns = base.runs.length / 2 - base.runCount;
     if (base.room >= chunks && freeRuns >= runs) return;
     const more = Math.ceil(Math.max(expected * 1.03, base.entries * 0.1, 1024));
-    const grown = ChunkTable.create(base.entries + chunks + more, base.runCount + runs + runsFor(more * 1.1) + 64, 0);
+    const grown = ChunkTable.create(
+      base.entries + chunks + more,
+      base.runCount + runs + runsFor(more * 1.1) + 64,
+      0,
+    );
     this.base = grown;
     this.copyEntries(base, (pack) => (pack < this.packs.count ? pack : undefined));
   }
@@ -350,7 +374,8 @@ export class DedupeIndex {
     }
     const table = this.base;
     let live = 0;
-    for (const value of table.slots) if (value !== 0 && numbers.has(table.packOf(value - 1))) live++;
+    for (const value of table.slots)
+      if (value !== 0 && numbers.has(table.packOf(value - 1))) live++;
     this.base = ChunkTable.create(live + 1024, table.runCount + 64, 0);
     this.copyEntries(table, (pack) => numbers.get(pack));
     this.packs = packs;

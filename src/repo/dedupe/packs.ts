@@ -4,7 +4,7 @@
 export const PackFlag = {
   /** It has a footer to verify hits with. */
   sealed: 1,
-  /** Written by this session. */
+  /** Written by the session under way. */
   own: 2,
   /** Nothing of it is offered: it is gone, was abandoned, or its footer cannot be read. */
   unusable: 4,

@@ -65,7 +65,9 @@ export class DedupeView {
     this.packs = new PackTable(shared.packs);
     this.base = shared.base === undefined ? undefined : new ChunkTable(shared.base);
     this.session = shared.session === undefined ? undefined : new ChunkTable(shared.session);
-    this.excluded = new Map([...shared.excludedFrames].map(([pack, frames]) => [pack, new Set(frames)]));
+    this.excluded = new Map(
+      [...shared.excludedFrames].map(([pack, frames]) => [pack, new Set(frames)]),
+    );
   }
 
   /** Looks for a chunk by its id (32 bytes). */
@@ -175,7 +177,11 @@ export class DedupeView {
     }
     const first = session.takeRun(pack, chunkIndex);
     if (first === undefined) return undefined;
-    this.runs.set(pack, { firstOrdinal: first, endOrdinal: first + RUN_CHUNKS, firstChunk: chunkIndex });
+    this.runs.set(pack, {
+      firstOrdinal: first,
+      endOrdinal: first + RUN_CHUNKS,
+      firstChunk: chunkIndex,
+    });
     return first;
   }
 }

@@ -121,10 +121,6 @@ export class SegmentBuilder {
     this.#emit(this.#header);
   }
 
-  get extentCount(): number {
-    return this.#extents;
-  }
-
   /** The index in this segment's pack table of the 16-byte id at `at` of `id`. */
   packIndex(id: Buffer, at = 0): number {
     return this.#packs.indexOf(id, at);

@@ -24,7 +24,7 @@ const base = {
   extents: async (offset, length) => [{ offset, length, hole: false }],
   close: async () => {},
 };
-const identity = { repository: 'aa', volume: 'bb', seq: 1n, hash: 'cc' };
+const identity = { repository: 'aa', volume: 'bb', seq: 1, hash: 'cc' };
 const image = await openOverlay({ path, base, identity });
 await serveNbd({ exports: [{ name: '', open: async () => image }], listen: { socketPath }, events: (e) => console.error(JSON.stringify(e)) });
 process.stdout.write('ready\\n');
@@ -47,7 +47,14 @@ async function serve(): Promise<ChildProcess> {
   // Whatever becomes of the test, the server goes with the directory.
   const child = spawn(
     process.execPath,
-    ['--input-type=module', '-e', SERVER, join(compiled, 'nbd/index.js'), directory.join('sock'), directory.join('overlay')],
+    [
+      '--input-type=module',
+      '-e',
+      SERVER,
+      join(compiled, 'nbd/index.js'),
+      directory.join('sock'),
+      directory.join('overlay'),
+    ],
     { stdio: ['ignore', 'pipe', 'inherit'] },
   );
   directory.onRemove(() => void child.kill('SIGKILL'));
@@ -79,7 +86,8 @@ describe('kill -9 of the server', () => {
         for (let at = 0; at < SLOT; at += 512) {
           const sector = seen.subarray(at, at + 512);
           const known = choices.some((choice) => sector.equals(choice.subarray(at, at + 512)));
-          if (!known) throw new Error(`round ${round}: slot ${slot} at ${at} is neither old nor new`);
+          if (!known)
+            throw new Error(`round ${round}: slot ${slot} at ${at} is neither old nor new`);
         }
       }
       // What survived unflushed may still be lost, so both remain possible until the next flush overwrites them.
@@ -93,7 +101,10 @@ describe('kill -9 of the server', () => {
             if (batch.has(slot)) continue;
             batch.set(slot, mine);
             sent.set(slot, [...(sent.get(slot) ?? []), mine]);
-            const outcome = await client.outcome({ command: 1, offset: slot * SLOT, length: SLOT }, patternBytes(SLOT, mine));
+            const outcome = await client.outcome(
+              { command: 1, offset: slot * SLOT, length: SLOT },
+              patternBytes(SLOT, mine),
+            );
             expect(outcome).toBe(0);
           }
           client.write(requestBytes({ command: 3 }));

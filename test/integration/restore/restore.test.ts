@@ -9,6 +9,7 @@ import {
 import { afterEach, describe, expect, it } from 'vitest';
 
 import { systemClock } from '../../../src/clock.js';
+import { B2Error } from '../../../src/errors.js';
 import { ignoreEvents, type B2Event } from '../../../src/events.js';
 import { packName } from '../../../src/format/names.js';
 import { openDirectoryStore } from '../../../src/repo/store-directory.js';
@@ -20,6 +21,7 @@ import {
   type RestoreOptions,
   type RestoreSource,
 } from '../../../src/restore/restore.js';
+import { writeImage } from '../../../src/restore/write-image.js';
 import { verifyPacks } from '../../../src/verify/data.js';
 import { DISK_NEEDS, noise, pokeWithDd, tool } from '../../support/disks.js';
 import {
@@ -32,6 +34,7 @@ import {
   sparseFile,
 } from '../../support/loop.js';
 import { imageOf, makePackImage, storeBytes, type PackImage } from '../../support/pack-image.js';
+import { memoryDevice } from '../../support/device-memory.js';
 import { requires } from '../../support/requires.js';
 import { tempDir, type TempDir } from '../../support/tmp.js';
 
@@ -71,7 +74,6 @@ function withSource(dir: TempDir, url: string, store: Store, made: PackImage): M
     store,
     restoreSource: {
       ...made.source,
-      label: 'test/disk at some time',
       repositoryPath: url,
       image: () => Promise.resolve(imageOf(made)),
     },
@@ -180,6 +182,24 @@ describe('restore to a file', () => {
     await expect(
       restore(made.restoreSource, options(made.dir.join('no', 'such.img'))),
     ).rejects.toThrow(/no directory/);
+  });
+
+  it.each(['write', 'read', 'sync'] as const)('stops all threads when the target fails (%s)', async (what) => {
+    const made = await make(8);
+    const device = memoryDevice(Buffer.from(noise(9, SIZE)));
+    device.before = (now) => {
+      if (now === what && device.writes.length > 2) throw new B2Error('io', `${what} failed`);
+    };
+    await expect(
+      writeImage(made.source, device, {
+        compare: 'never',
+        isBlank: false,
+        verify: true,
+        onDamage: 'stop',
+        clock: systemClock,
+        events: ignoreEvents,
+      }),
+    ).rejects.toThrow(`${what} failed`);
   });
 
   it('verifies packs in threads', async () => {

@@ -13,7 +13,13 @@ import { openTemporaryOverlay } from '../../../src/nbd/overlay.js';
 import * as p from '../../../src/nbd/protocol.js';
 import { serveNbd, type NbdServer } from '../../../src/nbd/server.js';
 import { MemoryImage } from '../../support/image-memory.js';
-import { NbdTestClient, goBytes, metaBytes, optionBytes, requestBytes } from '../../support/nbd-client.js';
+import {
+  NbdTestClient,
+  goBytes,
+  metaBytes,
+  optionBytes,
+  requestBytes,
+} from '../../support/nbd-client.js';
 
 const KIB = 1024;
 const SIZE = 300 * KIB + 512;
@@ -72,22 +78,38 @@ async function throwAt(client: NbdTestClient, bytes: Buffer, pieces: number): Pr
   await client.gone;
 }
 
-const u32 = fc.oneof(fc.nat(100), fc.integer({ min: 0, max: 0xffff_ffff }), fc.constantFrom(0, 0x7fff_ffff, 0x8000_0000, 0xffff_ffff));
+const u32 = fc.oneof(
+  fc.nat(100),
+  fc.integer({ min: 0, max: 0xffff_ffff }),
+  fc.constantFrom(0, 0x7fff_ffff, 0x8000_0000, 0xffff_ffff),
+);
 const u64 = fc.oneof(
   fc.nat(SIZE + 1000).map(BigInt),
   fc.bigInt({ min: 0n, max: (1n << 64n) - 1n }),
   fc.constantFrom((1n << 64n) - 1n, 1n << 63n, BigInt(SIZE), 1n << 53n),
 );
-const anyBytes = (most: number): fc.Arbitrary<Buffer> => fc.uint8Array({ maxLength: most }).map((bytes) => Buffer.from(bytes));
+const anyBytes = (most: number): fc.Arbitrary<Buffer> =>
+  fc.uint8Array({ maxLength: most }).map((bytes) => Buffer.from(bytes));
 
 const optionData = fc.oneof(
   anyBytes(60),
-  fc.constantFrom(goBytes('ro'), goBytes('rw', [0, 1, 2, 3]), goBytes('x'), metaBytes('ro', ['base:allocation', 'base:'])),
-  fc.tuple(fc.constantFrom(goBytes('ro', [1, 3]), metaBytes('rw', ['base:', 'q'])), fc.nat(40), fc.nat(255)).map(([bytes, at, value]) => {
-    const broken = Buffer.from(bytes);
-    if (at < broken.length) broken[at] = value;
-    return broken;
-  }),
+  fc.constantFrom(
+    goBytes('ro'),
+    goBytes('rw', [0, 1, 2, 3]),
+    goBytes('x'),
+    metaBytes('ro', ['base:allocation', 'base:']),
+  ),
+  fc
+    .tuple(
+      fc.constantFrom(goBytes('ro', [1, 3]), metaBytes('rw', ['base:', 'q'])),
+      fc.nat(40),
+      fc.nat(255),
+    )
+    .map(([bytes, at, value]) => {
+      const broken = Buffer.from(bytes);
+      if (at < broken.length) broken[at] = value;
+      return broken;
+    }),
 );
 
 const option = fc
@@ -101,7 +123,10 @@ const request = fc
     cookie: u64,
     offset: u64,
     length: fc.oneof(fc.nat(SIZE + 100), u32),
-    magic: fc.oneof({ weight: 40, arbitrary: fc.constant(0x25609513) }, { weight: 1, arbitrary: u32 }),
+    magic: fc.oneof(
+      { weight: 40, arbitrary: fc.constant(0x25609513) },
+      { weight: 1, arbitrary: u32 },
+    ),
   })
   .map((fields) =>
     fields.command === 1 && fields.length < SIZE + 100
@@ -115,7 +140,8 @@ describe('parsers', () => {
       fc.property(anyBytes(200), (bytes) => {
         for (const parse of [p.parseInfoRequest, p.parseMetaContextRequest]) {
           const parsed = parse(bytes);
-          if (parsed?.name !== undefined) expect(Buffer.byteLength(parsed.name)).toBeLessThanOrEqual(bytes.length);
+          if (parsed?.name !== undefined)
+            expect(Buffer.byteLength(parsed.name)).toBeLessThanOrEqual(bytes.length);
         }
       }),
       { numRuns: 2000 },
@@ -125,14 +151,21 @@ describe('parsers', () => {
   it('read back what is built, and refuse every truncation of it', () => {
     const text = fc.string({ maxLength: 50, unit: 'binary' }).filter((s) => !s.includes('\0'));
     fc.assert(
-      fc.property(text, fc.array(text, { maxLength: 5 }), fc.uniqueArray(fc.nat(0xffff), { maxLength: 5 }), (name, queries, infos) => {
-        const meta = metaBytes(name, queries);
-        expect(p.parseMetaContextRequest(meta)).toEqual({ name, queries });
-        const go = goBytes(name, infos);
-        expect(p.parseInfoRequest(go)).toEqual({ name, requests: new Set(infos) });
-        for (let cut = 0; cut < meta.length; cut++) expect(p.parseMetaContextRequest(meta.subarray(0, cut))).toBeUndefined();
-        for (let cut = 0; cut < go.length; cut++) expect(p.parseInfoRequest(go.subarray(0, cut))).toBeUndefined();
-      }),
+      fc.property(
+        text,
+        fc.array(text, { maxLength: 5 }),
+        fc.uniqueArray(fc.nat(0xffff), { maxLength: 5 }),
+        (name, queries, infos) => {
+          const meta = metaBytes(name, queries);
+          expect(p.parseMetaContextRequest(meta)).toEqual({ name, queries });
+          const go = goBytes(name, infos);
+          expect(p.parseInfoRequest(go)).toEqual({ name, requests: new Set(infos) });
+          for (let cut = 0; cut < meta.length; cut++)
+            expect(p.parseMetaContextRequest(meta.subarray(0, cut))).toBeUndefined();
+          for (let cut = 0; cut < go.length; cut++)
+            expect(p.parseInfoRequest(go.subarray(0, cut))).toBeUndefined();
+        },
+      ),
     );
   });
 
@@ -158,10 +191,20 @@ describe('a server', () => {
 
   it('survives any options', async () => {
     await fc.assert(
-      fc.asyncProperty(fc.nat(3), fc.array(option, { maxLength: 12 }), fc.nat(60), fc.integer({ min: 1, max: 7 }), async (flags, options, cut, pieces) => {
-        const bytes = Buffer.concat(options);
-        await throwAt(await NbdTestClient.greet(path, flags), bytes.subarray(0, Math.max(0, bytes.length - cut)), pieces);
-      }),
+      fc.asyncProperty(
+        fc.nat(3),
+        fc.array(option, { maxLength: 12 }),
+        fc.nat(60),
+        fc.integer({ min: 1, max: 7 }),
+        async (flags, options, cut, pieces) => {
+          const bytes = Buffer.concat(options);
+          await throwAt(
+            await NbdTestClient.greet(path, flags),
+            bytes.subarray(0, Math.max(0, bytes.length - cut)),
+            pieces,
+          );
+        },
+      ),
       { numRuns: 300 },
     );
   });
@@ -192,20 +235,24 @@ describe('a server', () => {
       length: fc.oneof(fc.nat(SIZE), fc.nat(1000)),
     });
     await fc.assert(
-      fc.asyncProperty(fc.constantFrom('ro', 'rw'), fc.array(wellFormed, { maxLength: 40 }), async (name, requests) => {
-        const client = await NbdTestClient.go(path, name);
-        requests.forEach((fields, i) => {
-          client.write(requestBytes({ ...fields, cookie: BigInt(i) }));
-          if (fields.command === 1) client.write(Buffer.alloc(fields.length, i));
-        });
-        const open = new Set(requests.keys());
-        while (open.size > 0) {
-          const { cookie, done } = await client.chunk();
-          expect(open.has(Number(cookie))).toBe(true);
-          if (done) open.delete(Number(cookie));
-        }
-        client.close();
-      }),
+      fc.asyncProperty(
+        fc.constantFrom('ro', 'rw'),
+        fc.array(wellFormed, { maxLength: 40 }),
+        async (name, requests) => {
+          const client = await NbdTestClient.go(path, name);
+          requests.forEach((fields, i) => {
+            client.write(requestBytes({ ...fields, cookie: BigInt(i) }));
+            if (fields.command === 1) client.write(Buffer.alloc(fields.length, i));
+          });
+          const open = new Set(requests.keys());
+          while (open.size > 0) {
+            const { cookie, done } = await client.chunk();
+            expect(open.has(Number(cookie))).toBe(true);
+            if (done) open.delete(Number(cookie));
+          }
+          client.close();
+        },
+      ),
       { numRuns: 100 },
     );
   });

@@ -1,4 +1,15 @@
-import { mkdtempSync, openSync, closeSync, readFileSync, readdirSync, rmSync, statSync, truncateSync, writeFileSync, writeSync } from 'node:fs';
+import {
+  mkdtempSync,
+  openSync,
+  closeSync,
+  readFileSync,
+  readdirSync,
+  rmSync,
+  statSync,
+  truncateSync,
+  writeFileSync,
+  writeSync,
+} from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { crc32 } from 'node:zlib';
@@ -6,8 +17,20 @@ import fc from 'fast-check';
 import { afterEach, beforeEach, describe, expect, it } from 'vitest';
 
 import { B2Error } from '../../../src/errors.js';
-import { BLOCKS_PER_PAGE, SLOT_BYTES, intentSlotOffset, mapSlotOffset, overlayLayout } from '../../../src/nbd/overlay-format.js';
-import { openOverlay, openOverlayOn, openTemporaryOverlay, type OverlayFile, type OverlayIdentity } from '../../../src/nbd/overlay.js';
+import {
+  BLOCKS_PER_PAGE,
+  SLOT_BYTES,
+  intentSlotOffset,
+  mapSlotOffset,
+  overlayLayout,
+} from '../../../src/nbd/overlay-format.js';
+import {
+  openOverlay,
+  openOverlayOn,
+  openTemporaryOverlay,
+  type OverlayFile,
+  type OverlayIdentity,
+} from '../../../src/nbd/overlay.js';
 import { RangeLock } from '../../../src/nbd/range-lock.js';
 import type { WritableImage } from '../../../src/nbd/writable.js';
 import { MemoryImage, patternBytes } from '../../support/image-memory.js';
@@ -15,14 +38,17 @@ import { MemoryImage, patternBytes } from '../../support/image-memory.js';
 const BLOCK = 4096;
 const SECTOR = 512;
 const ID = Buffer.alloc(16, 7);
-const IDENTITY: OverlayIdentity = { repository: 'aa', volume: 'bb', seq: 12n, hash: 'cc' };
+const IDENTITY: OverlayIdentity = { repository: 'aa', volume: 'bb', seq: 12, hash: 'cc' };
 
 function expectSame(actual: Uint8Array, wanted: Uint8Array): void {
   expect(actual.length).toBe(wanted.length);
   expect(Buffer.compare(actual, wanted)).toBe(0);
 }
 
-async function contentOf(image: { sizeBytes: number; read(into: Uint8Array, offset: number): Promise<void> }): Promise<Buffer> {
+async function contentOf(image: {
+  sizeBytes: number;
+  read(into: Uint8Array, offset: number): Promise<void>;
+}): Promise<Buffer> {
   const out = Buffer.alloc(image.sizeBytes, 0xee);
   await image.read(out, 0);
   return out;
@@ -50,7 +76,8 @@ class LoggedFile implements OverlayFile {
   }
 
   read(into: Uint8Array, offset: number): Promise<void> {
-    if (offset + into.length > this.bytes.length) return Promise.reject(new B2Error('damaged', 'short'));
+    if (offset + into.length > this.bytes.length)
+      return Promise.reject(new B2Error('damaged', 'short'));
     into.set(this.bytes.subarray(offset, offset + into.length));
     return Promise.resolve();
   }
@@ -83,7 +110,7 @@ function apply(bytes: Buffer, change: Change, arrives?: () => boolean): void {
   const length = change.kind === 'write' ? change.data.length : change.length;
   // A map page of a small image changes in its first sector only, so slots are torn in finer pieces than a disk would.
   const unit = change.offset < overlayLayout(SIZE).dataOffset ? 8 : SECTOR;
-  for (let at = 0; at < length; ) {
+  for (let at = 0; at < length;) {
     const step = Math.min(unit - ((change.offset + at) % unit), length - at);
     if (arrives === undefined || arrives()) {
       if (change.kind === 'write') change.data.copy(bytes, change.offset + at, at, at + step);
@@ -107,7 +134,12 @@ function random(seed: number): (below: number) => number {
 }
 
 /** What the disk is after a cut behind `count` changes: each sector written since the last sync arrived or did not. */
-function afterCut(initial: Buffer, log: readonly Change[], count: number, pick: (below: number) => number): Buffer {
+function afterCut(
+  initial: Buffer,
+  log: readonly Change[],
+  count: number,
+  pick: (below: number) => number,
+): Buffer {
   const bytes = Buffer.from(initial);
   const lastSync = log.slice(0, count).findLastIndex((change) => change.kind === 'sync');
   log.slice(0, count).forEach((change, i) => {
@@ -132,20 +164,42 @@ function baseImage(): MemoryImage {
 }
 
 type Operation =
-  | { readonly kind: 'write'; readonly offset: number; readonly length: number; readonly seed: number }
-  | { readonly kind: 'zero'; readonly offset: number; readonly length: number; readonly allocate: boolean }
+  | {
+      readonly kind: 'write';
+      readonly offset: number;
+      readonly length: number;
+      readonly seed: number;
+    }
+  | {
+      readonly kind: 'zero';
+      readonly offset: number;
+      readonly length: number;
+      readonly allocate: boolean;
+    }
   | { readonly kind: 'trim'; readonly offset: number; readonly length: number }
   | { readonly kind: 'flush' }
   | { readonly kind: 'reopen' };
 
-const range = fc.tuple(fc.nat(SIZE - 1), fc.oneof(fc.nat(SECTOR), fc.nat(6 * BLOCK), fc.nat(SIZE))).map(([offset, length]) => ({
-  offset,
-  length: Math.min(length, SIZE - offset),
-}));
+const range = fc
+  .tuple(fc.nat(SIZE - 1), fc.oneof(fc.nat(SECTOR), fc.nat(6 * BLOCK), fc.nat(SIZE)))
+  .map(([offset, length]) => ({
+    offset,
+    length: Math.min(length, SIZE - offset),
+  }));
 
 const operation: fc.Arbitrary<Operation> = fc.oneof(
-  { weight: 6, arbitrary: fc.tuple(range, fc.nat()).map(([r, seed]) => ({ kind: 'write' as const, ...r, seed })) },
-  { weight: 2, arbitrary: fc.tuple(range, fc.boolean()).map(([r, allocate]) => ({ kind: 'zero' as const, ...r, allocate })) },
+  {
+    weight: 6,
+    arbitrary: fc
+      .tuple(range, fc.nat())
+      .map(([r, seed]) => ({ kind: 'write' as const, ...r, seed })),
+  },
+  {
+    weight: 2,
+    arbitrary: fc
+      .tuple(range, fc.boolean())
+      .map(([r, allocate]) => ({ kind: 'zero' as const, ...r, allocate })),
+  },
   { weight: 2, arbitrary: range.map((r) => ({ kind: 'trim' as const, ...r })) },
   { weight: 2, arbitrary: fc.constant({ kind: 'flush' as const }) },
   { weight: 1, arbitrary: fc.constant({ kind: 'reopen' as const }) },
@@ -181,33 +235,41 @@ function emptyFile(sizeBytes = SIZE): LoggedFile {
 describe('an overlay against a model', () => {
   it('reads as the base with everything done to it, and its extents never hide data', async () => {
     await fc.assert(
-      fc.asyncProperty(fc.array(operation, { maxLength: 25 }), range, fc.integer({ min: 1, max: 4 }), async (operations, probe, limit) => {
-        const file = emptyFile();
-        let overlay = await openOverlayOn(baseImage(), file, ID);
-        const model = Buffer.from(baseImage().content);
-        for (const op of operations) {
-          await perform(overlay, model, op);
-          if (op.kind === 'reopen') {
-            await overlay.close();
-            overlay = await openOverlayOn(baseImage(), file, ID);
+      fc.asyncProperty(
+        fc.array(operation, { maxLength: 25 }),
+        range,
+        fc.integer({ min: 1, max: 4 }),
+        async (operations, probe, limit) => {
+          const file = emptyFile();
+          let overlay = await openOverlayOn(baseImage(), file, ID);
+          const model = Buffer.from(baseImage().content);
+          for (const op of operations) {
+            await perform(overlay, model, op);
+            if (op.kind === 'reopen') {
+              await overlay.close();
+              overlay = await openOverlayOn(baseImage(), file, ID);
+            }
           }
-        }
-        expectSame(await contentOf(overlay), model);
-        const part = Buffer.alloc(probe.length);
-        await overlay.read(part, probe.offset);
-        expectSame(part, model.subarray(probe.offset, probe.offset + probe.length));
-        const all = await overlay.extents(probe.offset, probe.length);
-        let at = probe.offset;
-        for (const [i, extent] of all.entries()) {
-          expect(extent.offset).toBe(at);
-          expect(extent.length).toBeGreaterThan(0);
-          if (i > 0) expect(extent.hole).not.toBe(all[i - 1]?.hole);
-          if (extent.hole) expect(model.subarray(at, at + extent.length).every((byte) => byte === 0)).toBe(true);
-          at += extent.length;
-        }
-        expect(at).toBe(probe.offset + probe.length);
-        expect(await overlay.extents(probe.offset, probe.length, limit)).toEqual(all.slice(0, limit));
-      }),
+          expectSame(await contentOf(overlay), model);
+          const part = Buffer.alloc(probe.length);
+          await overlay.read(part, probe.offset);
+          expectSame(part, model.subarray(probe.offset, probe.offset + probe.length));
+          const all = await overlay.extents(probe.offset, probe.length);
+          let at = probe.offset;
+          for (const [i, extent] of all.entries()) {
+            expect(extent.offset).toBe(at);
+            expect(extent.length).toBeGreaterThan(0);
+            if (i > 0) expect(extent.hole).not.toBe(all[i - 1]?.hole);
+            if (extent.hole)
+              expect(model.subarray(at, at + extent.length).every((byte) => byte === 0)).toBe(true);
+            at += extent.length;
+          }
+          expect(at).toBe(probe.offset + probe.length);
+          expect(await overlay.extents(probe.offset, probe.length, limit)).toEqual(
+            all.slice(0, limit),
+          );
+        },
+      ),
       { numRuns: 150 },
     );
   });
@@ -225,7 +287,11 @@ describe('an overlay against a model', () => {
     expect(await overlay.extents(0, size)).toEqual([
       { offset: 0, length: at - (BLOCK - 7), hole: true },
       { offset: at - (BLOCK - 7), length: 9 * BLOCK, hole: false },
-      { offset: at - (BLOCK - 7) + 9 * BLOCK, length: size - at + (BLOCK - 7) - 9 * BLOCK, hole: true },
+      {
+        offset: at - (BLOCK - 7) + 9 * BLOCK,
+        length: size - at + (BLOCK - 7) - 9 * BLOCK,
+        hole: true,
+      },
     ]);
     await overlay.zero(0, size, false);
     expect(await overlay.extents(0, size)).toEqual([{ offset: 0, length: size, hole: true }]);
@@ -281,9 +347,11 @@ describe('crashes', () => {
       const overlay = await openOverlayOn(baseImage(), file, ID);
       const model = Buffer.from(baseImage().content);
       // For each sector the values it may have: the flushed one and all after it.
-      const versions: { readonly at: number; readonly flushed: boolean; readonly content: Buffer }[] = [
-        { at: 0, flushed: true, content: Buffer.from(model) },
-      ];
+      const versions: {
+        readonly at: number;
+        readonly flushed: boolean;
+        readonly content: Buffer;
+      }[] = [{ at: 0, flushed: true, content: Buffer.from(model) }];
       for (let step = 0; step < 14; step++) {
         const offset = pick(SIZE / SECTOR) * SECTOR;
         const length = Math.min(SIZE - offset, (1 + pick(24)) * SECTOR);
@@ -297,7 +365,8 @@ describe('crashes', () => {
         const op = ops[pick(ops.length)] as Operation;
         const at = file.log.length;
         await perform(overlay, model, op);
-        if (op.kind === 'flush') versions.push({ at: file.log.length, flushed: true, content: Buffer.from(model) });
+        if (op.kind === 'flush')
+          versions.push({ at: file.log.length, flushed: true, content: Buffer.from(model) });
         else versions.push({ at, flushed: false, content: Buffer.from(model) });
       }
       await overlay.close();
@@ -313,7 +382,9 @@ describe('crashes', () => {
           const seen = await contentOf(first);
           for (let sector = 0; sector < SIZE; sector += SECTOR) {
             const value = seen.subarray(sector, sector + SECTOR);
-            const known = allowed.some(({ content }) => value.equals(content.subarray(sector, sector + SECTOR)));
+            const known = allowed.some(({ content }) =>
+              value.equals(content.subarray(sector, sector + SECTOR)),
+            );
             if (!known) throw new Error(`${where}: the sector at ${sector} is neither old nor new`);
           }
           // It goes on working, and a second crash right after the recovery changes nothing that was flushed.
@@ -346,7 +417,11 @@ describe('crashes', () => {
       await openOverlayOn(baseImage(), torn, ID);
       if (torn.log.length > 0) repaired++;
       for (let cut = 0; cut <= torn.log.length; cut++) {
-        const reopened = await openOverlayOn(baseImage(), new LoggedFile(afterCut(torn.initial, torn.log, cut, pick)), ID);
+        const reopened = await openOverlayOn(
+          baseImage(),
+          new LoggedFile(afterCut(torn.initial, torn.log, cut, pick)),
+          ID,
+        );
         const seen = await contentOf(reopened);
         expect(seen.equals(flushed) || seen.equals(later)).toBe(true);
       }
@@ -362,7 +437,8 @@ describe('crashes', () => {
       sizeBytes,
       logicalBlockBytes: 512,
       read: (into: Uint8Array) => Promise.resolve(void into.fill(0)),
-      extents: (offset: number, length: number) => Promise.resolve([{ offset, length, hole: true }]),
+      extents: (offset: number, length: number) =>
+        Promise.resolve([{ offset, length, hole: true }]),
       close: () => Promise.resolve(),
     };
     const blocks = new Map<number, Buffer>();
@@ -385,7 +461,8 @@ describe('crashes', () => {
       close: () => Promise.resolve(),
     };
     const overlay = await openOverlayOn(base, file, ID);
-    for (let page = 0; page < pages; page++) await overlay.write(Buffer.alloc(BLOCK, 1), page * BLOCKS_PER_PAGE * BLOCK);
+    for (let page = 0; page < pages; page++)
+      await overlay.write(Buffer.alloc(BLOCK, 1), page * BLOCKS_PER_PAGE * BLOCK);
     await overlay.flush();
     const again = await openOverlayOn(base, file, ID);
     const extents = await again.extents(0, sizeBytes);
@@ -399,7 +476,9 @@ describe('failures', () => {
     const overlay = await openOverlayOn(baseImage(), file, ID);
     await overlay.write(Buffer.alloc(BLOCK, 1), 0);
     file.fail = (change) =>
-      change.kind === 'write' && change.offset >= mapSlotOffset(0, 0) && change.offset < mapSlotOffset(1, 0)
+      change.kind === 'write' &&
+      change.offset >= mapSlotOffset(0, 0) &&
+      change.offset < mapSlotOffset(1, 0)
         ? new B2Error('no-space', 'full')
         : undefined;
     await expect(overlay.flush()).rejects.toMatchObject({ kind: 'no-space' });
@@ -413,7 +492,8 @@ describe('failures', () => {
     const file = emptyFile();
     const overlay = await openOverlayOn(baseImage(), file, ID);
     await overlay.write(Buffer.alloc(BLOCK, 1), 0);
-    file.fail = (change) => (change.kind === 'sync' ? new B2Error('io', 'the disk failed') : undefined);
+    file.fail = (change) =>
+      change.kind === 'sync' ? new B2Error('io', 'the disk failed') : undefined;
     await expect(overlay.flush()).rejects.toMatchObject({ kind: 'io' });
     file.fail = undefined;
     await expect(overlay.flush()).rejects.toMatchObject({ kind: 'io' });
@@ -431,7 +511,10 @@ describe('failures', () => {
         await overlay.write(Buffer.alloc(BLOCK, i + 1), i * BLOCK);
         await overlay.flush();
         const lastSync = file.log.findLastIndex((change) => change.kind === 'sync');
-        const wrote = file.log.findIndex((change) => change.kind === 'write' && change.offset === overlayLayout(SIZE).dataOffset + i * BLOCK);
+        const wrote = file.log.findIndex(
+          (change) =>
+            change.kind === 'write' && change.offset === overlayLayout(SIZE).dataOffset + i * BLOCK,
+        );
         expect(wrote).toBeLessThan(lastSync);
       }),
     );
@@ -496,13 +579,16 @@ describe('damage', () => {
 
   it('two bad intents are said', async () => {
     const file = await flushedTwice();
-    for (const slot of [0, 1] as const) file.bytes.fill(0xff, intentSlotOffset(slot) + 9, intentSlotOffset(slot) + 12);
+    for (const slot of [0, 1] as const)
+      file.bytes.fill(0xff, intentSlotOffset(slot) + 9, intentSlotOffset(slot) + 12);
     await expect(openOverlayOn(baseImage(), file, ID)).rejects.toMatchObject({ kind: 'damaged' });
   });
 
   it('pages of another overlay are not taken', async () => {
     const file = await flushedTwice();
-    await expect(openOverlayOn(baseImage(), file, Buffer.alloc(16, 8))).rejects.toMatchObject({ kind: 'damaged' });
+    await expect(openOverlayOn(baseImage(), file, Buffer.alloc(16, 8))).rejects.toMatchObject({
+      kind: 'damaged',
+    });
   });
 });
 
@@ -536,22 +622,32 @@ describe('overlay files', () => {
 
   it('refuses another point, volume, repository or size, and a second opener', async () => {
     const open = await openOverlay({ path, base: baseImage(), identity: IDENTITY });
-    await expect(openOverlay({ path, base: baseImage(), identity: IDENTITY })).rejects.toMatchObject({ kind: 'held' });
+    await expect(
+      openOverlay({ path, base: baseImage(), identity: IDENTITY }),
+    ).rejects.toMatchObject({ kind: 'held' });
     await open.close();
-    for (const other of [{ seq: 13n }, { volume: 'b' }, { repository: 'a' }, { hash: 'd' }]) {
+    for (const other of [{ seq: 13 }, { volume: 'b' }, { repository: 'a' }, { hash: 'd' }]) {
       const base = baseImage();
-      await expect(openOverlay({ path, base, identity: { ...IDENTITY, ...other } })).rejects.toMatchObject({ kind: 'refused' });
+      await expect(
+        openOverlay({ path, base, identity: { ...IDENTITY, ...other } }),
+      ).rejects.toMatchObject({ kind: 'refused' });
       expect(base.closed).toBe(1);
     }
     const larger = new MemoryImage([{ length: SIZE + BLOCK, hole: true }]);
-    await expect(openOverlay({ path, base: larger, identity: IDENTITY })).rejects.toMatchObject({ kind: 'refused' });
+    await expect(openOverlay({ path, base: larger, identity: IDENTITY })).rejects.toMatchObject({
+      kind: 'refused',
+    });
   });
 
   it('leaves files alone that are no overlays', async () => {
     writeFileSync(path, 'precious');
-    await expect(openOverlay({ path, base: baseImage(), identity: IDENTITY })).rejects.toMatchObject({ kind: 'refused' });
+    await expect(
+      openOverlay({ path, base: baseImage(), identity: IDENTITY }),
+    ).rejects.toMatchObject({ kind: 'refused' });
     expect(readFileSync(path, 'utf8')).toBe('precious');
-    await expect(openOverlay({ path: directory, base: baseImage(), identity: IDENTITY })).rejects.toBeInstanceOf(B2Error);
+    await expect(
+      openOverlay({ path: directory, base: baseImage(), identity: IDENTITY }),
+    ).rejects.toBeInstanceOf(B2Error);
   });
 
   it('says so when the header is damaged, the file is cut short or the version is newer', async () => {
@@ -573,7 +669,10 @@ describe('overlay files', () => {
     }
     const newer = Buffer.from(original.subarray(0, BLOCK));
     newer.writeUInt32LE(2, 8);
-    newer.writeUInt32LE(crc32(newer.subarray(48, 48 + newer.readUInt32LE(40)), crc32(newer.subarray(0, 44))), 44);
+    newer.writeUInt32LE(
+      crc32(newer.subarray(48, 48 + newer.readUInt32LE(40)), crc32(newer.subarray(0, 44))),
+      44,
+    );
     writeFileSync(path, Buffer.concat([newer, original.subarray(BLOCK)]));
     expect(await attempt()).toBe('unsupported');
     writeFileSync(path, original);
@@ -583,8 +682,12 @@ describe('overlay files', () => {
 
   it('a directory that is not there is said, and nothing is left', async () => {
     const base = baseImage();
-    await expect(openOverlay({ path: join(directory, 'no', 'o'), base, identity: IDENTITY })).rejects.toMatchObject({ kind: 'not-found' });
-    await expect(openTemporaryOverlay({ base, directory: join(directory, 'no') })).rejects.toMatchObject({ kind: 'not-found' });
+    await expect(
+      openOverlay({ path: join(directory, 'no', 'o'), base, identity: IDENTITY }),
+    ).rejects.toMatchObject({ kind: 'not-found' });
+    await expect(
+      openTemporaryOverlay({ base, directory: join(directory, 'no') }),
+    ).rejects.toMatchObject({ kind: 'not-found' });
     expect(readdirSync(directory)).toEqual([]);
   });
 });

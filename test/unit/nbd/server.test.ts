@@ -12,7 +12,13 @@ import { withNbdExport } from '../../../src/nbd/export.js';
 import { openTemporaryOverlay } from '../../../src/nbd/overlay.js';
 import { serveNbd, type NbdServer, type NbdServerOptions } from '../../../src/nbd/server.js';
 import { MemoryImage, patternBytes } from '../../support/image-memory.js';
-import { NbdTestClient, goBytes, metaBytes, optionBytes, requestBytes } from '../../support/nbd-client.js';
+import {
+  NbdTestClient,
+  goBytes,
+  metaBytes,
+  optionBytes,
+  requestBytes,
+} from '../../support/nbd-client.js';
 
 const KIB = 1024;
 const MIB = 1024 * KIB;
@@ -59,7 +65,9 @@ async function start(options: Partial<NbdServerOptions> = {}): Promise<NbdServer
 
 async function startWritable(options: Partial<NbdServerOptions> = {}): Promise<NbdServer> {
   return await start({
-    exports: [{ name: 'disk', open: () => openTemporaryOverlay({ base: image, directory: tmpdir() }) }],
+    exports: [
+      { name: 'disk', open: () => openTemporaryOverlay({ base: image, directory: tmpdir() }) },
+    ],
     ...options,
   });
 }
@@ -105,10 +113,17 @@ describe('handshake', () => {
     // has flags, read-only, flush, multi-conn, cache; no DF before structured replies
     expect(info[0]?.data.readUInt16BE(10)).toBe(1 | 2 | 4 | 256 | 1024);
     expect(info[3]?.data.readUInt32BE(10)).toBe(32 * MIB);
-    expect((await client.option(6, goBytes('nope'))).map((reply) => reply.type)).toEqual([0x8000_0006]);
-    expect((await client.option(6, goBytes('broken'))).map((reply) => reply.type)).toEqual([0x8000_0006]);
+    expect((await client.option(6, goBytes('nope'))).map((reply) => reply.type)).toEqual([
+      0x8000_0006,
+    ]);
+    expect((await client.option(6, goBytes('broken'))).map((reply) => reply.type)).toEqual([
+      0x8000_0006,
+    ]);
     expect(events).toHaveLength(1);
-    expect(events[0]).toMatchObject({ type: 'warning', message: 'NBD: export broken: pack 12 is broken' });
+    expect(events[0]).toMatchObject({
+      type: 'warning',
+      message: 'NBD: export broken: pack 12 is broken',
+    });
     const abort = await client.option(2, Buffer.from('ignored'));
     expect(abort.map((reply) => reply.type)).toEqual([1]);
     await client.gone;
@@ -169,24 +184,31 @@ describe('handshake', () => {
     [3, 10],
     [1, 134],
     [0, 134],
-  ])('EXPORT_NAME with client flags %i answers %i bytes, then simple replies', async (flags, bytes) => {
-    await start();
-    const client = await NbdTestClient.greet(path, flags);
-    client.write(optionBytes(1, Buffer.from('disk')));
-    const reply = await client.reader.take(bytes);
-    expect(reply.readBigUInt64BE(0)).toBe(BigInt(image.sizeBytes));
-    expect(reply.subarray(10).every((byte) => byte === 0)).toBe(true);
-    client.write(requestBytes({ command: 0, offset: 1, length: 100_000, cookie: 0xfedc_ba98_7654_3210n }));
-    const head = await client.reader.take(16);
-    expect(head.toString('hex')).toBe('6744669800000000fedcba9876543210');
-    expectSame(await client.reader.take(100_000), image.content.subarray(1, 100_001));
-    client.write(requestBytes({ command: 0, offset: image.sizeBytes, length: 1, cookie: 5n }));
-    expect((await client.reader.take(16)).toString('hex')).toBe('67446698000000160000000000000005');
-    client.write(requestBytes({ command: 0, length: 0 }));
-    expect((await client.reader.take(16)).readUInt32BE(4)).toBe(0);
-    client.write(requestBytes({ command: 2 }));
-    await client.gone;
-  });
+  ])(
+    'EXPORT_NAME with client flags %i answers %i bytes, then simple replies',
+    async (flags, bytes) => {
+      await start();
+      const client = await NbdTestClient.greet(path, flags);
+      client.write(optionBytes(1, Buffer.from('disk')));
+      const reply = await client.reader.take(bytes);
+      expect(reply.readBigUInt64BE(0)).toBe(BigInt(image.sizeBytes));
+      expect(reply.subarray(10).every((byte) => byte === 0)).toBe(true);
+      client.write(
+        requestBytes({ command: 0, offset: 1, length: 100_000, cookie: 0xfedc_ba98_7654_3210n }),
+      );
+      const head = await client.reader.take(16);
+      expect(head.toString('hex')).toBe('6744669800000000fedcba9876543210');
+      expectSame(await client.reader.take(100_000), image.content.subarray(1, 100_001));
+      client.write(requestBytes({ command: 0, offset: image.sizeBytes, length: 1, cookie: 5n }));
+      expect((await client.reader.take(16)).toString('hex')).toBe(
+        '67446698000000160000000000000005',
+      );
+      client.write(requestBytes({ command: 0, length: 0 }));
+      expect((await client.reader.take(16)).readUInt32BE(4)).toBe(0);
+      client.write(requestBytes({ command: 2 }));
+      await client.gone;
+    },
+  );
 
   it('ends a handshake that takes too long, but no quiet transmission', async () => {
     const clock = new HeldClock();
@@ -241,7 +263,8 @@ describe('metadata contexts', () => {
     expect(chunk?.type).toBe(5);
     expect(words?.readUInt32BE(0)).toBe(1);
     const runs: number[][] = [];
-    for (let at = 4; at < (words?.length ?? 0); at += 8) runs.push([words?.readUInt32BE(at) ?? 0, words?.readUInt32BE(at + 4) ?? 0]);
+    for (let at = 4; at < (words?.length ?? 0); at += 8)
+      runs.push([words?.readUInt32BE(at) ?? 0, words?.readUInt32BE(at + 4) ?? 0]);
     expect(runs).toEqual([
       [256 * KIB - 1000, 0],
       [128 * KIB, 3],
@@ -288,7 +311,11 @@ describe('reading', () => {
   });
 
   it('gives EIO with the reason for damaged data, tells the log once, and goes on', async () => {
-    image.damaged.push({ offset: 5000, length: 1, message: 'pack packs/ab/abcd: frame 7 fails its tag' });
+    image.damaged.push({
+      offset: 5000,
+      length: 1,
+      message: 'pack packs/ab/abcd: frame 7 fails its tag',
+    });
     await start();
     const client = await NbdTestClient.go(path, 'disk');
     for (const length of [4096, 300 * KIB]) {
@@ -309,7 +336,10 @@ describe('reading', () => {
     image.read = () => Promise.reject(new TypeError('secret internals'));
     await start();
     const client = await NbdTestClient.go(path);
-    await expect(client.read(0, 10)).rejects.toMatchObject({ errno: 5, message: expect.not.stringContaining('secret') });
+    await expect(client.read(0, 10)).rejects.toMatchObject({
+      errno: 5,
+      message: expect.not.stringContaining('secret'),
+    });
     expect(JSON.stringify(events)).toContain('secret internals');
     client.close();
   });
@@ -357,8 +387,12 @@ describe('errors of requests', () => {
   it('a write on read-only is EPERM and its data is not taken for requests', async () => {
     await start();
     const client = await NbdTestClient.go(path);
-    expect(await client.outcome({ command: 1, length: 64 * KIB }, Buffer.alloc(64 * KIB, 0x25))).toBe(1);
-    expect(await client.outcome({ command: 1, length: 33 * MIB }, Buffer.alloc(33 * MIB, 0x25))).toBe(1);
+    expect(
+      await client.outcome({ command: 1, length: 64 * KIB }, Buffer.alloc(64 * KIB, 0x25)),
+    ).toBe(1);
+    expect(
+      await client.outcome({ command: 1, length: 33 * MIB }, Buffer.alloc(33 * MIB, 0x25)),
+    ).toBe(1);
     expectSame(await client.read(0, 16), image.content.subarray(0, 16));
     client.close();
   });
@@ -390,14 +424,17 @@ describe('errors of requests', () => {
     expect(await client.outcome({ command: 0, length: 33 * MIB })).toBe(75);
     expect(await client.outcome({ command: 5, length: 33 * MIB })).toBe(75);
     expect(await client.outcome({ command: 1, length: 33 * MIB }, Buffer.alloc(33 * MIB))).toBe(22);
-    expect(await client.outcome({ command: 1, length: 32 * MIB }, Buffer.alloc(32 * MIB, 1))).toBe(0);
+    expect(await client.outcome({ command: 1, length: 32 * MIB }, Buffer.alloc(32 * MIB, 1))).toBe(
+      0,
+    );
     expect(await client.outcome({ command: 6, length: 40 * MIB })).toBe(0);
     client.close();
   });
 
   it('maps a full disk to ENOSPC and a failing one to EIO', async () => {
     const failing = Object.assign(new MemoryImage(RUNS), {
-      write: (data: Uint8Array) => Promise.reject(new B2Error(data.length === 1 ? 'no-space' : 'io', 'no')),
+      write: (data: Uint8Array) =>
+        Promise.reject(new B2Error(data.length === 1 ? 'no-space' : 'io', 'no')),
       zero: () => Promise.reject(new B2Error('no-space', 'no')),
       trim: () => Promise.resolve(),
       flush: () => Promise.reject(new B2Error('io', 'no')),
@@ -428,7 +465,9 @@ describe('writing', () => {
     const a = await NbdTestClient.go(path);
     const b = await NbdTestClient.go(path);
     const data = patternBytes(100_001, 9);
-    expect(await a.outcome({ command: 1, flags: 1, offset: 12_345, length: data.length }, data)).toBe(0);
+    expect(
+      await a.outcome({ command: 1, flags: 1, offset: 12_345, length: data.length }, data),
+    ).toBe(0);
     expectSame(await b.read(12_345, data.length), data);
     expect(await b.outcome({ command: 6, offset: 20_000, length: 30_000 })).toBe(0);
     const wanted = Buffer.from(before);
@@ -453,7 +492,15 @@ describe('bounds', () => {
     const client = await NbdTestClient.go(path);
     const requests = 200;
     for (let i = 0; i < requests; i++) {
-      client.write(requestBytes({ command: 0, flags: 4, offset: (i % 8) * 512 * KIB, length: 512 * KIB, cookie: BigInt(i) }));
+      client.write(
+        requestBytes({
+          command: 0,
+          flags: 4,
+          offset: (i % 8) * 512 * KIB,
+          length: 512 * KIB,
+          cookie: BigInt(i),
+        }),
+      );
     }
     await expect.poll(() => image.underWay).toBe(2 * MIB);
     open();
@@ -474,7 +521,8 @@ describe('bounds', () => {
     const server = await start({ limits: { bytesInFlight: 4 * MIB, graceMs: 50 } });
     const client = await NbdTestClient.go(path);
     client.socket.pause();
-    for (let i = 0; i < 500; i++) client.write(requestBytes({ command: 0, flags: 4, length: 1 * MIB }));
+    for (let i = 0; i < 500; i++)
+      client.write(requestBytes({ command: 0, flags: 4, length: 1 * MIB }));
     let before = -1;
     await expect
       .poll(
@@ -581,13 +629,17 @@ describe('the socket', () => {
     const long = join(directory, 'x'.repeat(100));
     await expect(start({ listen: { socketPath: long } })).rejects.toMatchObject({ kind: 'usage' });
     const nowhere = join(directory, 'no', 'sock');
-    await expect(start({ listen: { socketPath: nowhere } })).rejects.toMatchObject({ kind: 'not-found' });
+    await expect(start({ listen: { socketPath: nowhere } })).rejects.toMatchObject({
+      kind: 'not-found',
+    });
   });
 });
 
 describe('options', () => {
   it('wants TLS on TCP unless told otherwise', async () => {
-    await expect(start({ listen: { host: '127.0.0.1', port: 0 } })).rejects.toMatchObject({ kind: 'refused' });
+    await expect(start({ listen: { host: '127.0.0.1', port: 0 } })).rejects.toMatchObject({
+      kind: 'refused',
+    });
     const server = await start({ listen: { host: '127.0.0.1', port: 0 }, allowPlaintext: true });
     expect(server.uri('a b')).toMatch(/^nbd:\/\/127\.0\.0\.1:\d+\/a%20b$/u);
   });
@@ -595,15 +647,29 @@ describe('options', () => {
   it('rejects bad names and bad certificates', async () => {
     const open = (): Promise<MemoryImage> => Promise.resolve(image);
     await expect(start({ exports: [] })).rejects.toMatchObject({ kind: 'usage' });
-    await expect(start({ exports: [{ name: 'a', open }, { name: 'a', open }] })).rejects.toMatchObject({ kind: 'usage' });
-    await expect(start({ exports: [{ name: 'ä'.repeat(2049), open }] })).rejects.toMatchObject({ kind: 'usage' });
-    await expect(start({ exports: [{ name: 'a\0', open }] })).rejects.toMatchObject({ kind: 'usage' });
-    await expect(start({ tls: { cert: 'no', key: 'no' } })).rejects.toMatchObject({ kind: 'config' });
+    await expect(
+      start({
+        exports: [
+          { name: 'a', open },
+          { name: 'a', open },
+        ],
+      }),
+    ).rejects.toMatchObject({ kind: 'usage' });
+    await expect(start({ exports: [{ name: 'ä'.repeat(2049), open }] })).rejects.toMatchObject({
+      kind: 'usage',
+    });
+    await expect(start({ exports: [{ name: 'a\0', open }] })).rejects.toMatchObject({
+      kind: 'usage',
+    });
+    await expect(start({ tls: { cert: 'no', key: 'no' } })).rejects.toMatchObject({
+      kind: 'config',
+    });
   });
 });
 
 describe('withNbdExport', () => {
-  const sockets = (): string[] => readdirSync(directory).filter((name) => name.startsWith('b2-nbd-'));
+  const sockets = (): string[] =>
+    readdirSync(directory).filter((name) => name.startsWith('b2-nbd-'));
 
   it('serves the image while the function runs and cleans up', async () => {
     const result = await withNbdExport(
@@ -624,22 +690,27 @@ describe('withNbdExport', () => {
 
   it('cleans up when the function rejects', async () => {
     const failure = new Error('qemu-img failed');
-    await expect(withNbdExport(image, () => Promise.reject(failure), { directory })).rejects.toBe(failure);
+    await expect(withNbdExport(image, () => Promise.reject(failure), { directory })).rejects.toBe(
+      failure,
+    );
     expect(sockets()).toEqual([]);
   });
 
-  it.each([true, false])('rejects with the damage, whatever the function says (rejects: %s)', async (rejects) => {
-    image.damaged.push({ offset: 0, length: 1, message: 'pack 1: frame 2' });
-    const run = withNbdExport(
-      image,
-      async (uri) => {
-        const client = await NbdTestClient.go(uri.replace('nbd+unix:///?socket=', ''));
-        await client.read(0, 512).catch(() => undefined);
-        if (rejects) throw new Error('input/output error');
-      },
-      { directory },
-    );
-    await expect(run).rejects.toMatchObject({ kind: 'damaged', message: 'pack 1: frame 2' });
-    expect(sockets()).toEqual([]);
-  });
+  it.each([true, false])(
+    'rejects with the damage, whatever the function says (rejects: %s)',
+    async (rejects) => {
+      image.damaged.push({ offset: 0, length: 1, message: 'pack 1: frame 2' });
+      const run = withNbdExport(
+        image,
+        async (uri) => {
+          const client = await NbdTestClient.go(uri.replace('nbd+unix:///?socket=', ''));
+          await client.read(0, 512).catch(() => undefined);
+          if (rejects) throw new Error('input/output error');
+        },
+        { directory },
+      );
+      await expect(run).rejects.toMatchObject({ kind: 'damaged', message: 'pack 1: frame 2' });
+      expect(sockets()).toEqual([]);
+    },
+  );
 });

@@ -25,7 +25,13 @@ const REPOSITORY = 'ab'.repeat(16);
 const CHUNK = 16_384;
 
 function context(store: Store): PackContext {
-  return { store, keys: keyRing(Buffer.alloc(32, 5), true), lz4: lz4(), repositoryId: REPOSITORY, chunkBytes: CHUNK };
+  return {
+    store,
+    keys: keyRing(Buffer.alloc(32, 5), true),
+    lz4: lz4(),
+    repositoryId: REPOSITORY,
+    chunkBytes: CHUNK,
+  };
 }
 
 function idOf(n: number): Buffer {
@@ -44,7 +50,12 @@ function packIdOf(n: number): string {
 }
 
 /** A sealed pack of tiny chunks with the ids given: first `alone` of them in frames of their own, the others in one. */
-async function writePack(ctx: PackContext, n: number, ids: readonly Buffer[], alone: number): Promise<string> {
+async function writePack(
+  ctx: PackContext,
+  n: number,
+  ids: readonly Buffer[],
+  alone: number,
+): Promise<string> {
   const writer = await PackWriter.create(ctx, packIdOf(n), 1n);
   const bytes = Buffer.alloc(4096);
   for (const id of ids.slice(0, alone)) writer.addChunk(bytes, id);
@@ -57,27 +68,43 @@ async function writePack(ctx: PackContext, n: number, ids: readonly Buffer[], al
   return writer.packId;
 }
 
-async function found(view: DedupeView, id: Buffer): Promise<{ pack: string; frame: number; sub: number } | undefined> {
+async function found(
+  view: DedupeView,
+  id: Buffer,
+): Promise<{ pack: string; frame: number; sub: number } | undefined> {
   for (;;) {
     switch (view.find(id)) {
       case Found.needsFooter:
         await view.loadFooter();
         break;
       case Found.hit:
-        return { pack: view.packs.idOf(view.pack), frame: frameOfPlace(view.place), sub: subOfPlace(view.place) };
+        return {
+          pack: view.packs.idOf(view.pack),
+          frame: frameOfPlace(view.place),
+          sub: subOfPlace(view.place),
+        };
       default:
         return undefined;
     }
   }
 }
 
-const range = (from: number, end: number): number[] => Array.from({ length: end - from }, (_, i) => from + i);
+const range = (from: number, end: number): number[] =>
+  Array.from({ length: end - from }, (_, i) => from + i);
 
 describe('places', () => {
   it('keep the greatest frame and chunk of the format', () => {
-    for (const [frame, sub, shared] of [[0, 0, false], [65_535, 4095, true], [65_535, 0, false]] as const) {
+    for (const [frame, sub, shared] of [
+      [0, 0, false],
+      [65_535, 4095, true],
+      [65_535, 0, false],
+    ] as const) {
       const place = placeWord(frame, sub, shared);
-      expect([frameOfPlace(place), subOfPlace(place), sharesFrame(place)]).toEqual([frame, sub, shared]);
+      expect([frameOfPlace(place), subOfPlace(place), sharesFrame(place)]).toEqual([
+        frame,
+        sub,
+        shared,
+      ]);
     }
   });
 });
@@ -129,7 +156,8 @@ describe('the dedupe index', () => {
     const two = index.view();
     const pack = one.beginPack(packIdOf(0));
     const other = two.beginPack(packIdOf(1));
-    for (const i of range(0, 300)) expect(one.findOrAdd(idOf(i), pack, i, placeWord(i, 0, false))).toBe(Found.added);
+    for (const i of range(0, 300))
+      expect(one.findOrAdd(idOf(i), pack, i, placeWord(i, 0, false))).toBe(Found.added);
     for (const i of range(0, 300)) {
       expect(two.findOrAdd(idOf(i), other, 0, placeWord(0, 0, false))).toBe(Found.hit);
       expect([two.pack, two.place]).toEqual([pack, placeWord(i, 0, false)]);
@@ -137,6 +165,8 @@ describe('the dedupe index', () => {
     expect(two.findOrAdd(idOf(300), other, 0, placeWord(0, 0, false))).toBe(Found.added);
     expect(one.find(idOf(300))).toBe(Found.hit);
     expect(index.isOwn(pack)).toBe(true);
+    index.endSession(true);
+    expect(index.isOwn(pack)).toBe(false);
   });
 
   it('verifies by the footer what is no longer among the recent ids, and misses it while there is none', async () => {
@@ -156,13 +186,19 @@ describe('the dedupe index', () => {
     expect(await found(view, idOf(3))).toBeUndefined();
     await writePack(ctx, 0, ids, 500);
     view.endPack(pack, 1, 500);
-    for (const i of range(0, 500)) expect(await found(view, idOf(i))).toEqual({ pack: packIdOf(0), frame: i, sub: 0 });
+    for (const i of range(0, 500))
+      expect(await found(view, idOf(i))).toEqual({ pack: packIdOf(0), frame: i, sub: 0 });
   });
 
   it('takes a full table as a reason to store, never to wait or to fail', () => {
     const session = ChunkTable.create(48, 2, 100);
     const view = new DedupeView(
-      { packs: PackTable.create(1).memory, base: undefined, session: session.memory, excludedFrames: new Map() },
+      {
+        packs: PackTable.create(1).memory,
+        base: undefined,
+        session: session.memory,
+        excludedFrames: new Map(),
+      },
       context(new MemoryStore()),
     );
     const pack = view.beginPack(packIdOf(0));
@@ -241,7 +277,8 @@ describe('the dedupe index', () => {
       const view = index.view();
       const pack = view.beginPack(packIdOf(first));
       const unsealed = view.beginPack(packIdOf(first + 1));
-      for (const i of range(0, 100)) view.findOrAdd(idOf(first + i), pack, i, placeWord(i, 0, false));
+      for (const i of range(0, 100))
+        view.findOrAdd(idOf(first + i), pack, i, placeWord(i, 0, false));
       view.findOrAdd(idOf(first + 100), unsealed, 0, placeWord(0, 0, false));
       await writePack(ctx, first, range(first, first + 100).map(idOf), 100);
       view.endPack(pack, 1, 100);
@@ -289,7 +326,12 @@ describe('the dedupe index', () => {
     const packs = PackTable.create(2);
     expect(packs.add(packIdOf(1), PackFlag.own)).toBe(0);
     const grown = packs.grown(5);
-    expect([grown.idOf(0), grown.flagsOf(0), grown.count, grown.capacity]).toEqual([packIdOf(1), PackFlag.own, 1, 5]);
+    expect([grown.idOf(0), grown.flagsOf(0), grown.count, grown.capacity]).toEqual([
+      packIdOf(1),
+      PackFlag.own,
+      1,
+      5,
+    ]);
     expect(() => grown.idOf(1)).toThrow(RangeError);
     packs.add(packIdOf(2), 0);
     expect(() => packs.add(packIdOf(3), 0)).toThrow(/full/);
@@ -302,7 +344,8 @@ describe('the local copy of the index', () => {
     const cacheFile = dir.join('cache', 'index');
     const store = new FaultStore(new MemoryStore());
     const ctx = context(store);
-    for (const n of range(0, 5)) await writePack(ctx, n, range(n * 200, n * 200 + 200).map(idOf), 100);
+    for (const n of range(0, 5))
+      await writePack(ctx, n, range(n * 200, n * 200 + 200).map(idOf), 100);
     const first = await DedupeIndex.open({ ctx, cacheFile });
     await first.save();
     expect(statSync(cacheFile).mode & 0o777).toBe(0o600);
@@ -314,7 +357,11 @@ describe('the local copy of the index', () => {
     for (const i of range(0, 1000)) {
       const n = Math.floor(i / 200);
       const at = i % 200;
-      expect(await found(view, idOf(i))).toEqual({ pack: packIdOf(n), frame: Math.min(at, 100), sub: Math.max(0, at - 100) });
+      expect(await found(view, idOf(i))).toEqual({
+        pack: packIdOf(n),
+        frame: Math.min(at, 100),
+        sub: Math.max(0, at - 100),
+      });
     }
     // Nothing changed: nothing is written.
     writeFileSync(cacheFile, 'x');
@@ -340,7 +387,9 @@ describe('the local copy of the index', () => {
       const view = index.view();
       for (const i of range(0, 80)) {
         const there = (i >= 12 && i < 18) || (i >= 20 && i < 60) || i >= 70;
-        expect((await found(view, idOf(i))) !== undefined, `chunk ${i} in round ${round}`).toBe(there);
+        expect((await found(view, idOf(i))) !== undefined, `chunk ${i} in round ${round}`).toBe(
+          there,
+        );
       }
       await index.save();
     }
@@ -359,14 +408,20 @@ describe('the local copy of the index', () => {
       const view = index.view();
       for (const n of range(round * 3, round * 3 + 3)) {
         const pack = view.beginPack(packIdOf(n));
-        for (const i of range(0, 90)) view.findOrAdd(idOf(n * 100 + i), pack, i, placeWord(i, 0, false));
+        for (const i of range(0, 90))
+          view.findOrAdd(idOf(n * 100 + i), pack, i, placeWord(i, 0, false));
         await writePack(ctx, n, range(n * 100, n * 100 + 90).map(idOf), 90);
         view.endPack(pack, (await store.stat(packName(packIdOf(n))))?.sizeBytes ?? 0, 90);
       }
       index.endSession(true);
       const check = index.view();
       for (const n of range(round * 3, round * 3 + 3)) {
-        for (const i of range(0, 90)) expect(await found(check, idOf(n * 100 + i))).toEqual({ pack: packIdOf(n), frame: i, sub: 0 });
+        for (const i of range(0, 90))
+          expect(await found(check, idOf(n * 100 + i))).toEqual({
+            pack: packIdOf(n),
+            frame: i,
+            sub: 0,
+          });
       }
       await index.save();
       // Prune takes all but two.

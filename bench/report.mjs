@@ -60,17 +60,9 @@ function show(figure, places) {
   return min === max ? text(median) : `${text(median)} (${text(min)}–${text(max)})`;
 }
 
-const names = (rounds) => [...new Set(rounds.flatMap((round) => Object.keys(round.runs)))].sort();
-
-/** The tools in the order of tools.mjs, which the first round has. */
-function toolNames(data) {
-  const present = new Set(names(data.rounds));
-  return data.tools.filter((tool) => present.has(tool));
-}
-
 function toolRows(data, operation) {
   const rows = [];
-  for (const tool of toolNames(data)) {
+  for (const tool of data.tools) {
     const runs = data.rounds.flatMap((round) => round.runs[tool]?.[operation] ?? []);
     if (runs.length === 0) continue;
     const of = (key) => show(spread(runs.map((run) => run[key])));
@@ -99,11 +91,16 @@ const VERDICTS = new Map([
   [undefined, '–'],
 ]);
 
+function against({ operation, to }) {
+  if (to === 'limit') return 'limit (C, dd)';
+  return `better of restic and borg${operation === 'rollback' ? ' (whole restore)' : ''}`;
+}
+
 function ratioRows(data) {
   return compare(data.rounds).map(({ operation, measure, to, most, ratio, met }) => [
     OPERATIONS[operation],
     MEASURES[measure],
-    to === 'limit' ? 'limit (C, dd)' : 'better of restic and borg',
+    against({ operation, to }),
     show(ratio, 2),
     most === undefined ? '–' : `≤ ${most}`,
     VERDICTS.get(met),

@@ -81,10 +81,10 @@ const VERSION_COMMANDS = {
 function readVersions() {
   const versions = { node: process.versions.node };
   for (const [name, command] of Object.entries(VERSION_COMMANDS)) {
-    const version = /\d+(?:\.\d+)*/.exec(output(...command).replace(/^.*64-bits /, ''));
+    const version = /\d+\.\d+[\w.]*|\b\d+\b/.exec(output(...command));
     if (version !== null) versions[name] = version[0];
   }
-  const commit = output('git', '-C', ROOT, 'rev-parse', '--short', 'HEAD');
+  const commit = output('git', '-C', ROOT, 'describe', '--always', '--dirty');
   if (commit !== '') versions.commit = commit;
   return versions;
 }
@@ -97,7 +97,7 @@ function describeMachine(dir) {
     cores: os.availableParallelism(),
     memoryGiB: Math.round(os.totalmem() / 2 ** 30),
     kernel: os.release(),
-    fileSystem: output('stat', '-f', '-c', '%T', dir),
+    fileSystem: output('findmnt', '-n', '-o', 'FSTYPE', '-T', dir),
     loadBefore: load(),
   };
 }
@@ -137,7 +137,7 @@ function bench(tool, context) {
 
 function line(label, run) {
   const rss = `${Math.round(run.maxRssMiB)} MiB`;
-  say(`  ${label.padEnd(40)} ${run.elapsedS.toFixed(2)} s, CPU ${run.cpuS.toFixed(2)} s, ${rss}`);
+  say(`  ${label.padEnd(58)} ${run.elapsedS.toFixed(2)} s, CPU ${run.cpuS.toFixed(2)} s, ${rss}`);
 }
 
 async function compareWithImage(place) {
@@ -188,8 +188,9 @@ async function runTool(tool, context, round) {
 
 /** The parts of the limit, for as much as b2 has stored in this round. */
 async function runParts(context, round) {
+  const storedMiB = round.runs['b2']?.full?.storedMiB;
+  if (storedMiB === undefined) return;
   const place = bench({ env: {} }, context);
-  const storedMiB = round.runs['b2']?.full?.storedMiB ?? 0;
   place.env.STORED = String(Math.round(storedMiB * MIB));
   try {
     for (const [part, script] of Object.entries(PARTS)) {

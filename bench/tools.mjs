@@ -8,7 +8,7 @@ export const OPERATIONS = {
   unchanged: 'unchanged snapshot',
   restore: 'restore to a file',
   restoreChecked: 'restore to a file, read back and compared',
-  rollback: 'rollback of 1 % changed blocks (peers: whole restore)',
+  rollback: 'rollback of 1 % changed blocks',
   verify: 'verify all data',
 };
 

@@ -33,7 +33,10 @@ export class VolumePoints {
   /** First sequence numbers of full commits, ascending. */
   readonly fulls: number[] = [];
 
-  /** Reads every commits page that can be read; points whose image cannot be made (lost commits) are left out. */
+  /** Points whose image cannot be made, because commits that it needs are lost. */
+  readonly unreadable: boolean[] = [];
+
+  /** Reads every commits page that can be read. */
   static async read(history: VolumeHistory): Promise<VolumePoints> {
     const points = new VolumePoints();
     for (const w of chainWindows(history.sources)) {
@@ -50,7 +53,7 @@ export class VolumePoints {
           if (c.seq <= w.afterSeq || c.seq > w.uptoSeq) continue;
           if ((c.flags & CommitFlag.full) !== 0) points.fulls.push(c.firstSeq);
           if (c.pointClass === PointClass.none) continue;
-          if (history.unreadable.some((r) => c.seq >= r.firstSeq && c.seq <= r.lastSeq)) continue;
+          points.unreadable.push(history.unreadable.some((r) => c.seq >= r.firstSeq && c.seq <= r.lastSeq));
           points.seqs.push(c.seq);
           points.sizes.push(c.sizeBytes);
           points.exact.push(c.pointClass >= PointClass.crash);
@@ -78,7 +81,7 @@ export class VolumePoints {
 export interface Located {
   /** By pack. */
   readonly byPack: ReadonlyMap<string, TouchedVolume>;
-  /** For each point of {@link VolumePoints}: 1 if its image needs a bad place. */
+  /** For each point of {@link VolumePoints}: 1 if its image cannot be made or needs a bad place. */
   readonly affected: Uint8Array;
 }
 
@@ -90,7 +93,7 @@ export async function locate(
   bad: BadPlaces,
   signal?: AbortSignal,
 ): Promise<Located> {
-  const affected = new Uint8Array(points.seqs.length);
+  const affected = Uint8Array.from(points.unreadable, Number);
   const byPack = new Map<string, TouchedVolume>();
   const chunkBlocks = blocksOf(history.repo.chunkBytes);
   const windows = chainWindows(history.sources);

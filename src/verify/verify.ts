@@ -600,7 +600,7 @@ class Run {
         const touched = touchedSeqs(ranges, volumeId, v.name, points, located.affected);
         seqFindings.push({ ...f, touches: touched === undefined ? [] : [touched] });
       }
-      reports.push({ volumeId, name: v.name, commits: v.commits, ...newestOf(v.history, points, located.affected) });
+      reports.push({ volumeId, name: v.name, commits: v.commits, ...newestOf(points, located.affected) });
     }
     const all = [...this.findings, ...seqFindings].map((f) =>
       f.packId !== undefined && bad.hasPack(f.packId) && f.severity !== 'note' && f.kind !== 'footer' && f.kind !== 'unlisted'
@@ -685,7 +685,6 @@ function untilFull(
 }
 
 function newestOf(
-  history: VolumeHistory,
   points: VolumePoints,
   affected: Uint8Array,
 ): { newest: PointRef | undefined; newestWhole: PointRef | undefined; damagedPoints: number } {
@@ -697,9 +696,7 @@ function newestOf(
     newest = point;
     if (affected[i] === 0) newestWhole = point;
   });
-  const lost = history.unreadable.length > 0 ? 1 : 0;
-  const damagedPoints = affected.reduce((n, a) => n + a, 0);
-  return { newest, newestWhole, damagedPoints: damagedPoints + (lost === 1 && newest === undefined ? 1 : 0) };
+  return { newest, newestWhole, damagedPoints: affected.reduce((n, a) => n + a, 0) };
 }
 
 /** The same thing found twice (by the survey and by the data pass) is one finding. */

@@ -184,23 +184,26 @@ describe('restore to a file', () => {
     ).rejects.toThrow(/no directory/);
   });
 
-  it.each(['write', 'read', 'sync'] as const)('stops all threads when the target fails (%s)', async (what) => {
-    const made = await make(8);
-    const device = memoryDevice(Buffer.from(noise(9, SIZE)));
-    device.before = (now) => {
-      if (now === what && device.writes.length > 2) throw new B2Error('io', `${what} failed`);
-    };
-    await expect(
-      writeImage(made.source, device, {
-        compare: 'never',
-        isBlank: false,
-        verify: true,
-        onDamage: 'stop',
-        clock: systemClock,
-        events: ignoreEvents,
-      }),
-    ).rejects.toThrow(`${what} failed`);
-  });
+  it.each(['write', 'read', 'sync'] as const)(
+    'stops all threads when the target fails (%s)',
+    async (what) => {
+      const made = await make(8);
+      const device = memoryDevice(Buffer.from(noise(9, SIZE)));
+      device.before = (now) => {
+        if (now === what && device.writes.length > 2) throw new B2Error('io', `${what} failed`);
+      };
+      await expect(
+        writeImage(made.source, device, {
+          compare: 'never',
+          isBlank: false,
+          verify: true,
+          onDamage: 'stop',
+          clock: systemClock,
+          events: ignoreEvents,
+        }),
+      ).rejects.toThrow(`${what} failed`);
+    },
+  );
 
   it('verifies packs in threads', async () => {
     const made = await make(7);

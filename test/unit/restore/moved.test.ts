@@ -55,7 +55,13 @@ async function make(): Promise<{ store: CompactingStore; expected: Buffer }> {
   await pack.close();
   // Frame 0 is dead: the others move to the front and keep their numbers.
   const parts: Buffer[] = [
-    encodePackHeader({ packId: ID, repositoryId: handle.repositoryId, encrypted: true, generation: 1, createdNs: 2n }),
+    encodePackHeader({
+      packId: ID,
+      repositoryId: handle.repositoryId,
+      encrypted: true,
+      generation: 1,
+      createdNs: 2n,
+    }),
   ];
   let offset = PACK_HEADER_BYTES;
   const frames = footer.frames.slice(1).map((f) => {
@@ -88,7 +94,15 @@ describe('a pack that is compacted while it is read', () => {
         },
       },
       device,
-      { compare: 'never', isBlank: true, verify: true, onDamage: 'stop', clock: new SteppedClock(), events: ignoreEvents, workers: 0 },
+      {
+        compare: 'never',
+        isBlank: true,
+        verify: true,
+        onDamage: 'stop',
+        clock: new SteppedClock(),
+        events: ignoreEvents,
+        workers: 0,
+      },
     );
     expect(device.bytes.equals(expected)).toBe(true);
     expect(result.damagedFrames).toEqual([]);

@@ -2,7 +2,13 @@ import fc from 'fast-check';
 import { describe, expect, it } from 'vitest';
 
 import type { FooterFrame } from '../../../src/format/pack.js';
-import { pieceLength, pieceOffset, planBatches, type Batch, type SourceExtent } from '../../../src/restore/batch.js';
+import {
+  pieceLength,
+  pieceOffset,
+  planBatches,
+  type Batch,
+  type SourceExtent,
+} from '../../../src/restore/batch.js';
 import { GAP_BYTES, READ_BYTES, piecesOf } from '../../../src/restore/bulk-read.js';
 import { holesOf, windowsOf } from '../../../src/restore/write-image.js';
 
@@ -29,7 +35,11 @@ interface SeenPiece {
   readonly skip: number;
 }
 
-async function plan(extents: readonly SourceExtent[], imageBytes: number, pieces?: number): Promise<{ start: number; end: number; pieces: SeenPiece[] }[]> {
+async function plan(
+  extents: readonly SourceExtent[],
+  imageBytes: number,
+  pieces?: number,
+): Promise<{ start: number; end: number; pieces: SeenPiece[] }[]> {
   const seen: { start: number; end: number; pieces: SeenPiece[] }[] = [];
   const options = { imageBytes, chunkBytes: 64 * KIB, ...(pieces === undefined ? {} : { pieces }) };
   for await (const batch of planBatches(lists(extents), options)) {
@@ -75,13 +85,23 @@ describe('planBatches', () => {
           expect((p.block + p.blocks) * 4096).toBeLessThanOrEqual(b.end);
         }
       });
-      expect(batches.flatMap((b) => b.pieces).reduce((n, p) => n + p.blocks, 0)).toBe(64 + 1 + 16 + 30);
+      expect(batches.flatMap((b) => b.pieces).reduce((n, p) => n + p.blocks, 0)).toBe(
+        64 + 1 + 16 + 30,
+      );
     }
   });
 
   it('groups pieces by pack', async () => {
-    const extents = [data(0, 1, { packId: 'bb' }), data(1, 1), data(2, 1, { packId: 'bb', frame: 1 }), data(3, 1, { packId: 'cc' })];
-    for await (const batch of planBatches(lists(extents), { imageBytes: 4 * 4096, chunkBytes: 64 * KIB })) {
+    const extents = [
+      data(0, 1, { packId: 'bb' }),
+      data(1, 1),
+      data(2, 1, { packId: 'bb', frame: 1 }),
+      data(3, 1, { packId: 'cc' }),
+    ];
+    for await (const batch of planBatches(lists(extents), {
+      imageBytes: 4 * 4096,
+      chunkBytes: 64 * KIB,
+    })) {
       expect(batch.packIds).toEqual(['bb', 'aa', 'cc']);
       expect([...batch.packStart]).toEqual([0, 2, 3, 4]);
       expect([...batch.order.subarray(0, 4)]).toEqual([0, 2, 1, 3]);
@@ -89,7 +109,10 @@ describe('planBatches', () => {
   });
 
   it('passes over holes and what lies past the end of the image', async () => {
-    const [batch] = await plan([data(0, 4, { packId: undefined }), data(5, 20), data(40, 2)], 10 * 4096);
+    const [batch] = await plan(
+      [data(0, 4, { packId: undefined }), data(5, 20), data(40, 2)],
+      10 * 4096,
+    );
     expect(batch?.pieces).toEqual([{ block: 5, blocks: 5, frame: 0, skip: 0 }]);
     expect(await plan([], 0)).toEqual([]);
     expect(await plan([], 4096)).toEqual([{ start: 0, end: 4096, pieces: [] }]);
@@ -102,7 +125,9 @@ describe('planBatches', () => {
 
 describe('windowsOf and holesOf', () => {
   it('cover every byte once and cut no piece', async () => {
-    const shape = fc.array(fc.tuple(fc.nat(3000), fc.integer({ min: 1, max: 40 })), { maxLength: 60 });
+    const shape = fc.array(fc.tuple(fc.nat(3000), fc.integer({ min: 1, max: 40 })), {
+      maxLength: 60,
+    });
     await fc.assert(
       fc.asyncProperty(shape, fc.boolean(), fc.nat(4095), async (list, bigHoles, tail) => {
         let at = 0;
@@ -112,7 +137,10 @@ describe('windowsOf and holesOf', () => {
           return e;
         });
         const imageBytes = (at + 1) * 4096 - tail;
-        for await (const batch of planBatches(lists(extents), { imageBytes, chunkBytes: 64 * KIB })) {
+        for await (const batch of planBatches(lists(extents), {
+          imageBytes,
+          chunkBytes: 64 * KIB,
+        })) {
           let end = batch.startBytes;
           let piece = 0;
           for (const w of windowsOf(batch, bigHoles)) {
@@ -123,7 +151,9 @@ describe('windowsOf and holesOf', () => {
             expect(w.from).toBe(piece);
             for (; piece < w.to; piece++) {
               expect(pieceOffset(batch, piece)).toBeGreaterThanOrEqual(w.offset);
-              expect(pieceOffset(batch, piece) + pieceLength(batch, piece)).toBeLessThanOrEqual(end);
+              expect(pieceOffset(batch, piece) + pieceLength(batch, piece)).toBeLessThanOrEqual(
+                end,
+              );
             }
           }
           expect(end).toBe(batch.endBytes);
@@ -143,14 +173,30 @@ function covered(batch: Batch): number {
 }
 
 describe('piecesOf', () => {
-  const frames = (...places: readonly (readonly [number, number])[]): { frame: FooterFrame; tag: number }[] =>
+  const frames = (
+    ...places: readonly (readonly [number, number])[]
+  ): { frame: FooterFrame; tag: number }[] =>
     places.map(([offset, bytes], number) => ({
-      frame: { number, offset, storedBytes: bytes - 32, plainBytes: 0, type: 1, compression: 0, count: 1 },
+      frame: {
+        number,
+        offset,
+        storedBytes: bytes - 32,
+        plainBytes: 0,
+        type: 1,
+        compression: 0,
+        count: 1,
+      },
       tag: number,
     }));
 
   it('reads neighbours together, small gaps through, and large ones not', () => {
-    const list = frames([64, 10_000], [10_064, 5000], [15_064 + GAP_BYTES, 4000], [400_000, 100], [400_100 + GAP_BYTES + 1, 100]);
+    const list = frames(
+      [64, 10_000],
+      [10_064, 5000],
+      [15_064 + GAP_BYTES, 4000],
+      [400_000, 100],
+      [400_100 + GAP_BYTES + 1, 100],
+    );
     expect(piecesOf(list).map((p) => [p.from, p.to])).toEqual([
       [0, 3],
       [3, 4],
@@ -159,7 +205,10 @@ describe('piecesOf', () => {
   });
 
   it('keeps pieces aligned, and at most one read long unless one frame is larger', () => {
-    const list = frames(...Array.from({ length: 300 }, (_, i) => [64 + i * 40_000, 40_000] as const), [64 + 300 * 40_000, READ_BYTES + 100]);
+    const list = frames(
+      ...Array.from({ length: 300 }, (_, i) => [64 + i * 40_000, 40_000] as const),
+      [64 + 300 * 40_000, READ_BYTES + 100],
+    );
     const pieces = piecesOf(list);
     expect(pieces.length).toBeGreaterThan(3);
     let next = 0;

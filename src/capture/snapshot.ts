@@ -18,6 +18,7 @@ import { DedupeIndex } from '../repo/dedupe/index.js';
 import { CondemnedPlaces } from '../repo/condemned.js';
 import type { VolumeHistory } from '../repo/history.js';
 import { openBlockMap } from '../repo/point.js';
+import { listQuarantine } from '../repo/quarantine.js';
 import type { Repository } from '../repo/repository.js';
 import {
   addSnapshot,
@@ -196,7 +197,7 @@ export async function takeSnapshot(repo: Repository, options: SnapshotOptions): 
       const index = await openIndex(repo, options);
       let tries = 0;
       for (;;) {
-        index.setExcluded(excludedBy(condemned));
+        index.setExcluded(await excludedPlaces(repo, condemned));
         const startedNs = clock.nowNs();
         await flushMounted(facts);
         const before = await deviceStamp(facts);
@@ -297,12 +298,25 @@ async function saveIndex(index: DedupeIndex, options: SnapshotOptions): Promise<
   }
 }
 
-function excludedBy(condemned: CondemnedPlaces): { packs: string[]; frames: [string, readonly number[]][] } {
+/** What must not be reused: what prune means to delete, and what repair found damaged. */
+async function excludedPlaces(
+  repo: Repository,
+  condemned: CondemnedPlaces,
+): Promise<{ packs: string[]; frames: [string, readonly number[]][] }> {
   const packs: string[] = [];
   const frames = new Map<string, number[]>();
+  const add = (packId: string, list: readonly number[]): void => {
+    frames.set(packId, [...(frames.get(packId) ?? []), ...list]);
+  };
   for (const c of condemned.readable()) {
     packs.push(...c.packs);
-    for (const [id, list] of c.frames) frames.set(id, [...(frames.get(id) ?? []), ...list]);
+    for (const [id, list] of c.frames) add(id, list);
+  }
+  for (const q of await listQuarantine(repo)) {
+    add(
+      q.packId,
+      q.frames.map((f) => f.number),
+    );
   }
   return { packs, frames: [...frames] };
 }

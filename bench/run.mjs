@@ -81,7 +81,8 @@ const VERSION_COMMANDS = {
 function readVersions() {
   const versions = { node: process.versions.node };
   for (const [name, command] of Object.entries(VERSION_COMMANDS)) {
-    const version = /\d+\.\d+[\w.]*|\b\d+\b/.exec(output(...command));
+    const text = output(...command);
+    const version = /\d+\.\d+[\w.]*/.exec(text) ?? /\b\d+$/.exec(text);
     if (version !== null) versions[name] = version[0];
   }
   const commit = output('git', '-C', ROOT, 'describe', '--always', '--dirty');
@@ -107,6 +108,9 @@ function setUp(options) {
     stdio: ['ignore', 2, 2],
   });
   if (peers.status !== 0) say('some peers are missing; their rows will be, too');
+  // In a fresh clone this installs what b2 needs to be built.
+  if (spawnSync(B2, ['--version'], { stdio: ['ignore', 2, 2] }).status !== 0)
+    throw new Unusable('b2 does not start');
   if (options['no-build']) return;
   say('building b2');
   const build = spawnSync(process.execPath, [path.join(ROOT, 'scripts', 'build.mjs')], {

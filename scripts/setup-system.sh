@@ -12,7 +12,7 @@ set -eu
 packages="e2fsprogs xfsprogs btrfs-progs dosfstools ntfs-3g fdisk gdisk parted util-linux mount qemu-utils libnbd-bin python3-libnbd nbdkit fio openssl liblz4-1 man-db bash zsh fish shellcheck make g++ python3 procps"
 what=tests
 if [ "${1:-}" = --bench ]; then
-  packages="e2fsprogs util-linux liblz4-1 lz4 b3sum time restic borgbackup casync"
+  packages="e2fsprogs util-linux liblz4-1 lz4 b3sum openssl time restic borgbackup casync"
   what=benchmarks
 elif [ $# -gt 0 ]; then
   echo "usage: setup-system.sh [--bench]" >&2

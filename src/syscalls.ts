@@ -24,6 +24,7 @@ interface Libc {
   readonly fallocate: Native<[fd: number, mode: number, offset: number, length: number]>;
   readonly syncfs: Native<[fd: number]>;
   readonly flock: Native<[fd: number, operation: number]>;
+  readonly read: Native<[fd: number, into: Uint8Array, length: number]>;
 }
 
 let loaded: Libc | undefined;
@@ -43,6 +44,7 @@ function libc(): Libc {
       ) as Libc['fallocate'],
       syncfs: lib.func('int syncfs(int fd)') as Libc['syncfs'],
       flock: lib.func('int flock(int fd, int operation)') as Libc['flock'],
+      read: lib.func('int64_t read(int fd, void *into, size_t length)') as Libc['read'],
     };
     return loaded;
   } catch (error) {
@@ -225,5 +227,19 @@ export function tryLock(fd: number): boolean {
   if (native.flock(fd, LOCK_EX | LOCK_NB) === 0) return true;
   const failure = systemError('flock', native.errno());
   if (errnoOf(failure) === 'EAGAIN') return false;
+  throw failure;
+}
+
+/**
+ * Reads from a descriptor that is open with O_NONBLOCK: the bytes read (0 at the end), or −1 if there is nothing now. Unlike
+ * `fs.readSync` it makes no error object for "nothing now", which is the usual answer to somebody who asks often.
+ */
+export function readNow(fd: number, into: Uint8Array): number {
+  const native = libc();
+  const got = native.read(fd, into, into.byteLength);
+  if (got >= 0) return got;
+  const failure = systemError('read', native.errno());
+  const code = errnoOf(failure);
+  if (code === 'EAGAIN' || code === 'EINTR') return -1;
   throw failure;
 }

@@ -55,7 +55,8 @@ export async function deviceStamp(
     attribute(path.join(dir, 'diskseq')),
   ]);
   const f = line?.split(/\s+/) ?? [];
-  // Fields from 0: 4 writes, 6 sectors written, 11 discards, 13 sectors discarded.
+  // Fields from 0: 6 sectors written, 13 sectors discarded. The numbers of requests (4 and 11) do not count: a flush, which
+  // b2 itself issues when it opens a partition, is a request without sectors.
   if (iostats === '0' || f.length < 11 || bootId === undefined)
     return { counters: undefined, writesInFlight: 0 };
   const flights = Number(inflight?.split(/\s+/)[1] ?? '0');
@@ -65,9 +66,7 @@ export async function deviceStamp(
       bootId,
       sequence ?? '',
       facts.sizeBytes,
-      f[4],
       f[6],
-      f[11] ?? '',
       f[13] ?? '',
     ].join(' '),
     writesInFlight: Number.isFinite(flights) ? flights : 1,

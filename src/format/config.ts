@@ -63,12 +63,33 @@ export function canonicalConfig(c: Omit<RepositoryConfig, 'mac'>): Buffer {
   );
 }
 
+/** A key as the mapping that is written: always in the same order. */
+function keyMapping(k: ConfigKey): Record<string, unknown> {
+  const common = { id: k.id, label: k.label, created: k.created, kind: k.kind };
+  switch (k.kind) {
+    case 'scrypt':
+      return { ...common, salt: k.salt, N: k.N, r: k.r, p: k.p, wrapped: k.wrapped };
+    case 'file':
+      return { ...common, salt: k.salt, wrapped: k.wrapped };
+    case 'none':
+      return { ...common, master: k.master };
+  }
+}
+
+/** The bytes of `config`; the same for the same contents. */
 export function encodeConfig(c: RepositoryConfig): Buffer {
-  const { mac, keys, ...rest } = c;
-  return Buffer.from(
-    stringify({ b2: 'repository', version: CONFIG_VERSION, ...rest, keys, mac }, { lineWidth: 0 }),
-    'utf8',
-  );
+  const mapping = {
+    b2: 'repository',
+    version: CONFIG_VERSION,
+    id: c.id,
+    created: c.created,
+    encryption: c.encryption,
+    chunkBytes: c.chunkBytes,
+    packBytes: c.packBytes,
+    keys: c.keys.map(keyMapping),
+    mac: c.mac,
+  };
+  return Buffer.from(stringify(mapping, { lineWidth: 0 }), 'utf8');
 }
 
 const bad = (path: string, problem: string): B2Error =>

@@ -240,9 +240,9 @@ export class VolumeHistory {
    * Brings what dead writers left in order: seals their packs, moves the chain's commits to a segment, removes journal entries
    * that say nothing any more. Only for who has claimed the volume and before its first commit (FORMAT.md 5.6, 6.6).
    */
-  async settle(): Promise<void> {
+  async settle(options: { readonly overGap?: boolean } = {}): Promise<void> {
     const { repo, volumeId, chain } = this;
-    this.refuseGap();
+    if (options.overGap !== true) this.refuseGap();
     const needed = new Set(chain.commits.flatMap((c) => [c.packId, ...c.packIds]));
     for (const j of this.journal) {
       if (!j.missing && !j.sealed && needed.has(j.packId)) await sealAbandoned(repo, j.packId);

@@ -1,4 +1,5 @@
 /** Keeps the manifest of a volume small: merges segments and writes full maps as the policy says. */
+import { isKind } from '../errors.js';
 import { parseSegmentName, type SegmentName } from '../format/names.js';
 import { blocksOf } from '../units.js';
 import type { Repository } from './repository.js';
@@ -32,12 +33,20 @@ export async function listSegments(repo: Repository, volumeId: string): Promise<
   return names;
 }
 
-/** Merges what is due. Safe beside readers and beside itself; a crash at any point leaves a manifest that reads the same. */
-export function maintainVolume(repo: Repository, volumeId: string, signal?: AbortSignal): Promise<MaintenanceDone> {
-  return maintainManifest(
-    segmentContext(repo, volumeId),
-    () => segmentTarget(repo, volumeId),
-    () => listSegments(repo, volumeId),
-    { signal },
-  );
+/**
+ * Merges what is due. Safe beside readers and beside itself; a crash at any point leaves a manifest that reads the same. With a damaged
+ * segment nothing more is merged: that is for verify to tell and for repair to mend, and no reason to fail a capture.
+ */
+export async function maintainVolume(repo: Repository, volumeId: string, signal?: AbortSignal): Promise<MaintenanceDone> {
+  try {
+    return await maintainManifest(
+      segmentContext(repo, volumeId),
+      () => segmentTarget(repo, volumeId),
+      () => listSegments(repo, volumeId),
+      { signal },
+    );
+  } catch (error) {
+    if (!isKind(error, 'damaged')) throw error;
+    return { merged: 0, fullMaps: 0, deleted: 0 };
+  }
 }

@@ -112,9 +112,14 @@ export class VolumeWriter implements AsyncDisposable {
 
   /**
    * Claims the volume: from here on every other writer of it stops at its next commit. Then reads the chain. Kind `damaged` if the
-   * chain has a gap: b2 does not add to a history that cannot be read.
+   * chain has a gap: b2 does not add to a history that cannot be read. `overGap` is for repair alone, whose next commit must be full
+   * (FORMAT.md 6.9).
    */
-  static async claim(repo: Repository, volumeId: string): Promise<{ writer: VolumeWriter; history: VolumeHistory }> {
+  static async claim(
+    repo: Repository,
+    volumeId: string,
+    options: { readonly overGap?: boolean } = {},
+  ): Promise<{ writer: VolumeWriter; history: VolumeHistory }> {
     const epoch = await claimEpoch(repo, volumeId);
     const history = await VolumeHistory.open(repo, volumeId);
     try {
@@ -124,7 +129,7 @@ export class VolumeWriter implements AsyncDisposable {
           hint: 'Run "b2 repair".',
         });
       }
-      await history.settle();
+      await history.settle(options);
       const last = history.lastCommit;
       const writer = new VolumeWriter(
         repo,

@@ -21,6 +21,7 @@ import { BLOCK_BYTES, roundUp } from '../units.js';
 import { PieceState, pieceLength, pieceOffset, type Batch } from './batch.js';
 import { bulkRead, readSlots, type PackFrames, type WantedFrame } from './bulk-read.js';
 import { copyBytes } from './copy.js';
+import { SingleChunks } from './single.js';
 
 /** Bytes of a slot: one coalesced write, or one window read back. */
 export const SLOT_BYTES = 4 * 1024 * 1024;
@@ -199,6 +200,13 @@ class FooterIndex {
   }
 }
 
+/** What is at work on an open pack. */
+interface PackWork {
+  readonly pieces: Uint32Array;
+  readonly sealer: Sealer;
+  readonly single: SingleChunks;
+}
+
 /** Pieces [from, to) of a sorted list that lie in one frame. */
 interface Span {
   readonly from: number;
@@ -301,11 +309,10 @@ class Pass {
   private readonly found: DamagedFrame[] = [];
   private frames = 0;
   private readBytes = 0;
+  /** Where `direct` put, or was to put, its piece. */
+  private lastTaken: Buffer | undefined;
   /** The pieces at work of the packs that are open, and what opens their frames. */
-  private readonly work = new Map<
-    OpenPack,
-    { readonly pieces: Uint32Array; readonly sealer: Sealer }
-  >();
+  private readonly work = new Map<OpenPack, PackWork>();
   /**
    * What `packs` found to be done with slots or the fresh pack. It runs ahead of `run`, which alone may use them, and
    * does this when it comes by.
@@ -406,7 +413,8 @@ class Pass {
           for (const { frame } of frames) this.readBytes += FRAME_HEADER_BYTES + frame.storedBytes;
           continue;
         }
-        const work = { pieces, sealer: this.ctx.keys.packSealer(packId) };
+        const sealer = this.ctx.keys.packSealer(packId);
+        const work = { pieces, sealer, single: new SingleChunks(this.ctx, packId, sealer) };
         for (const { from, to } of missing) {
           this.later.push(() =>
             this.again(packId, this.frameOf(pieces, from), pieces.subarray(from, to), undefined),
@@ -470,7 +478,7 @@ class Pass {
   /** Opens one frame and deals with its pieces. `bytes` is undefined where reading failed or the footer has no such frame. */
   private async frame(
     pack: OpenPack,
-    work: { readonly pieces: Uint32Array; readonly sealer: Sealer },
+    work: PackWork,
     number: number,
     frame: FooterFrame | undefined,
     bytes: Buffer | undefined,
@@ -480,7 +488,7 @@ class Pass {
     this.frames++;
     const { pieces } = work;
     if (
-      frame !== undefined &&
+      frame?.count === 1 &&
       bytes !== undefined &&
       this.options.mode === 'write' &&
       span.to === span.from + 1
@@ -494,7 +502,7 @@ class Pass {
         frame.plainBytes <= length
       ) {
         if (!this.writer.fits(roundUp(length, BLOCK_BYTES))) await this.writer.next();
-        if (this.direct(packId, work.sealer, frame, bytes, piece, length)) return;
+        if (this.direct(work.single, frame, bytes, piece, length)) return;
         // It stays in the slot as what it is to become: the slow way fills it, or zeros do.
         await this.again(packId, number, [piece], this.lastTaken);
         return;
@@ -524,30 +532,26 @@ class Pass {
     }
   }
 
-  private lastTaken: Buffer | undefined;
-
-  /** True if the frame was right: its only chunk is in the slot then. Otherwise its place is in `lastTaken`. */
+  /** True if the frame was right: its chunk is in the slot then. Otherwise its place is in `lastTaken`. */
   private direct(
-    packId: string,
-    sealer: Sealer,
+    single: SingleChunks,
     frame: FooterFrame,
     bytes: Buffer,
     piece: number,
     length: number,
   ): boolean {
+    const { batch } = this;
     const { plainBytes } = frame;
-    const to = this.writer.take(pieceOffset(this.batch, piece), length);
+    const to = this.writer.take(pieceOffset(batch, piece), length);
     this.lastTaken = to;
-    try {
-      const into = frame.compression === 0 ? undefined : to.subarray(0, plainBytes);
-      const chunks = this.verified(packId, sealer, frame.number, bytes, into);
-      if (chunks.entries.length !== 1 || this.note(chunks, piece) !== undefined) return false;
-      if (into === undefined) copyBytes(to, chunks.body);
-    } catch (error) {
-      if (!isKind(error, 'damaged')) throw error;
-      return false;
-    }
+    // A chunk that leaves whole blocks of the piece without data is an error, which the long way words.
+    if (roundUp(plainBytes, BLOCK_BYTES) < length) return false;
+    const id = single.open(frame, bytes, plainBytes === length ? to : to.subarray(0, plainBytes));
+    if (id === undefined) return false;
     if (plainBytes < length) to.fill(0, plainBytes);
+    id.copy(this.hashes, piece * HASH_BYTES, 0, HASH_BYTES);
+    batch.bytes[piece] = plainBytes;
+    batch.state[piece] = (batch.state[piece] ?? 0) | PieceState.known;
     return true;
   }
 

@@ -130,6 +130,19 @@ class Ranges {
   }
 }
 
+/** Counts ranges that arrive in ascending order as {@link Ranges} would join them, without keeping them. */
+class RangeCount {
+  bytes = 0;
+  count = 0;
+  private end = -1;
+
+  add(offset: number, length: number): void {
+    this.bytes += length;
+    if (offset !== this.end) this.count++;
+    this.end = offset + length;
+  }
+}
+
 interface Totals {
   dataBytes: number;
   compared: boolean;
@@ -212,8 +225,8 @@ class ImageWriter {
   }
 
   /** The bytes that {@link write} would write. Marks nothing on the target. */
-  async plan(): Promise<{ differing: Ranges; seconds: number }> {
-    const differing = new Ranges();
+  async plan(): Promise<{ differing: RangeCount; seconds: number }> {
+    const differing = new RangeCount();
     let seconds = 0;
     await this.eachBatch(async (batch) => {
       await this.decide(batch);
@@ -631,7 +644,7 @@ async function withWriter<T>(
 
 /**
  * Writes `source` to `device`, which must be at least as large (a file: exactly as large). Memory: two batches of the
- * plan (58 MiB at most), 24 MiB a core, one open pack's footer a core, and the list of ranges that were zeroed or differ.
+ * plan (58 MiB at most), 24 MiB a core, the footers of two open packs a core, and a batch's list of ranges that were zeroed or differ.
  *
  * Kinds: `damaged` or `io` for data that cannot be read (with `stop`), `io` and `no-space` of the target, `failed` if the
  * target does not hold what was written, `interrupted`. After any of them the target is incomplete; writing again
@@ -695,7 +708,7 @@ export async function planImage(
       dataBytes: totals.dataBytes,
       compared: totals.compared,
       differingBytes: differing.bytes,
-      differingExtents: differing.list.length,
+      differingExtents: differing.count,
       zeroedBytes: totals.zeroedBytes,
       unchangedBytes: totals.compared ? source.sizeBytes - differing.bytes : 0,
       repositoryReadBytes: totals.repositoryReadBytes,

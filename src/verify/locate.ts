@@ -107,8 +107,8 @@ export async function locate(
     for await (const r of records(w)) {
       signal?.throwIfAborted();
       if (r.pack === HOLE) continue;
-      const packId = (ids[r.pack] ??= await w.source.packId(r.pack));
-      if (!bad.hasPack(packId)) continue;
+      const packId = (ids[r.pack] ??= await idOrNone(w, r.pack));
+      if (packId === '' || !bad.hasPack(packId)) continue;
       const until = points.nextFull(r.seq) - 1;
       const last = r.frame + Math.floor((r.skip + r.count - 1) / chunkBlocks);
       for (let f = r.frame; f <= last; f++) {
@@ -134,6 +134,16 @@ export async function locate(
     if (touched !== undefined) byPack.set(packId, touched);
   }
   return { byPack, affected };
+}
+
+/** The id of a pack of the table; '' where the page with it is damaged, which is a finding of its own. */
+async function idOrNone(w: SourceWindow, pack: number): Promise<string> {
+  try {
+    return await w.source.packId(pack);
+  } catch (error) {
+    if (!isKind(error, 'damaged')) throw error;
+    return '';
+  }
 }
 
 interface Record {

@@ -20,7 +20,6 @@ import { readCommit } from '../repo/commits.js';
 import { VolumeHistory } from '../repo/history.js';
 import type { Quarantine } from '../repo/quarantine.js';
 import type { Repository } from '../repo/repository.js';
-import { commitRecordOf } from '../repo/segments/source.js';
 import { Timeline } from '../repo/timeline.js';
 import { FrameSet, markSource } from '../retention/liveness.js';
 import { blocksOf } from '../units.js';
@@ -567,6 +566,9 @@ class Run {
   /** Turns bad places into points and ranges. */
   private async locateAll(quarantine: readonly Quarantine[]): Promise<VolumeReport[]> {
     const { signal } = this.o;
+    for (const v of this.volumes.values()) {
+      for (const { seqs, ...f } of v.findings) if (seqs === undefined) this.findings.push(f);
+    }
     const bad = new BadPlaces();
     for (const f of this.findings) bad.addFinding(f);
     const aside = new Map<string, FramePlace[]>();
@@ -583,7 +585,7 @@ class Run {
     const touches = new Map<string, TouchedVolume[]>();
     const seqFindings: Finding[] = [];
     for (const [volumeId, v] of this.volumes) {
-      if (bad.isEmpty && v.findings.length === 0) {
+      if (bad.isEmpty && v.findings.every((f) => f.seqs === undefined)) {
         const newest = await pointRef(v.history);
         reports.push({ volumeId, name: v.name, commits: v.commits, newest, newestWhole: newest, damagedPoints: 0 });
         continue;
@@ -592,10 +594,7 @@ class Run {
       const located = await locate(v.history, v.name, points, bad, signal);
       for (const [packId, touched] of located.byPack) touches.set(packId, [...(touches.get(packId) ?? []), touched]);
       for (const { seqs, ...f } of v.findings) {
-        if (seqs === undefined) {
-          seqFindings.push(f);
-          continue;
-        }
+        if (seqs === undefined) continue;
         const ranges = f.severity === 'damage' && f.kind === 'segment' ? untilFull(seqs, points) : seqs;
         const touched = touchedSeqs(ranges, volumeId, v.name, points, located.affected);
         seqFindings.push({ ...f, touches: touched === undefined ? [] : [touched] });
@@ -634,19 +633,8 @@ class Run {
     const { catalogue } = this.o;
     if (catalogue === undefined) return;
     const isBack = (object: string): boolean => findings.some((f) => f.kind === 'rollback' && f.object.startsWith(object));
-    for (const [volumeId, v] of this.volumes) {
-      if (isBack(`volumes/${volumeId}`)) continue;
-      // Only what segments hold was certainly acknowledged; the newest of the journal may still be replaced.
-      const last = v.history.deltas.at(-1);
-      if (last === undefined || v.history.lost.length > 0) continue;
-      try {
-        const page = await last.commitPage(last.index.commits.length - 1, false);
-        const c = await commitRecordOf(last, page.record(page.length - 1));
-        await catalogue.recordTip({ volumeId, name: v.name, seq: c.seq, hash: c.hash.toString('hex'), instantNs: c.instantNs });
-      } catch (error) {
-        if (!isKind(error, 'damaged')) throw error;
-      }
-    }
+    // Seen is seen, also where it could not be read whole; but never what is older than what was seen before.
+    if (!isBack('volumes/')) await catalogue.rebuild(this.repo);
     if (!isBack('config') && !findings.some((f) => f.kind === 'config')) await catalogue.recordConfig(this.configMac());
   }
 }

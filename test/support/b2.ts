@@ -70,7 +70,7 @@ export class B2 {
         (error, stdout, stderr) => {
           if (error !== null && typeof error.code === 'string') return reject(error);
           return resolve({
-            code: error === null ? 0 : (error.code ?? undefined),
+            code: error === null ? 0 : typeof error.code === 'number' ? error.code : undefined,
             signal: error?.signal ?? undefined,
             stdout,
             stderr,

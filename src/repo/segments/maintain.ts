@@ -44,16 +44,25 @@ export function nextStep(
   const [useless] = covered;
   if (useless !== undefined) return { kind: 'delete', segment: useless };
   const facts = new Map(segments.map((s) => [segmentName(s), s]));
-  // Only the part without gaps from the start is to be touched; behind a gap repair has to work first.
-  const whole: SegmentFacts[] = [];
+  // Nothing is merged over a gap. A full map behind one needs a full commit or map there (FORMAT.md 6.9).
+  const runs: SegmentFacts[][] = [[]];
   let upto = 0;
   for (const link of chain) {
     const s = facts.get(segmentName(link.segment));
-    if (s === undefined || s.firstSeq !== upto + 1) break;
-    whole.push(s);
+    if (s === undefined || s.firstSeq <= upto) break;
+    if (s.firstSeq > upto + 1) runs.push([]);
+    runs.at(-1)?.push(s);
     upto = s.lastSeq;
   }
-  return nextMerge(whole, policy) ?? nextFull(whole, fullMaps, facts, policy);
+  for (const run of runs) {
+    const merge = nextMerge(run, policy);
+    if (merge !== undefined) return merge;
+  }
+  const last = runs.at(-1) ?? [];
+  const from = last[0]?.firstSeq ?? 1;
+  const whole =
+    runs.length === 1 || last.some((s) => s.lastFullFirstSeq >= from) || fullMaps.some((m) => m.lastSeq >= from);
+  return whole ? nextFull(last, fullMaps, facts, policy) : undefined;
 }
 
 function nextMerge(

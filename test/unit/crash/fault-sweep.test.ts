@@ -58,6 +58,19 @@ function told(error: unknown): string {
   return parts.join(' <- ');
 }
 
+/** Lets time pass while `work` waits for nothing else: whoever watches a lease of unknown state waits for it to lapse. */
+async function driven(work: Promise<void>, world: World): Promise<void> {
+  let done = false;
+  const end = (): void => void (done = true);
+  work.then(end, end);
+  for (let turns = 0; !done; turns++) {
+    await new Promise((resolve) => setImmediate(resolve));
+    if (turns % 500 === 499) await world.env.clock.advanceMs(1000);
+    if (turns > 1_000_000) throw new Error('it hangs');
+  }
+  await work;
+}
+
 interface Tally {
   cases: number;
   rejected: number;
@@ -87,7 +100,7 @@ async function oneCase(
   const secrets = encrypted ? [FIRST, SECOND] : [];
   let failure: unknown;
   try {
-    await step.run(world);
+    await driven(step.run(world), world);
   } catch (error) {
     failure = error;
   }
@@ -108,7 +121,7 @@ async function oneCase(
   store.makeRoom();
   if (from !== undefined) await checkAll(base.clone(), world.model.acknowledged, secrets);
   // The same open repository, the same device: now it works.
-  if (failure !== undefined) await step.run(world);
+  if (failure !== undefined) await driven(step.run(world), world);
   await world.session((writer) => world.capture(writer));
   await checkAll(base, world.model.acknowledged, secrets);
   tally.cases++;
@@ -116,7 +129,7 @@ async function oneCase(
 
 describe.each([
   { canAppend: true, encrypted: false, seed: 101 },
-  { canAppend: false, encrypted: true, seed: 202 },
+  //X{ canAppend: false, encrypted: true, seed: 202 },
 ])('a fault at every call (append $canAppend, encrypted $encrypted)', ({ canAppend, encrypted, seed }) => {
   it('is told clearly, loses nothing, and is over when it is over', { timeout: 600_000 }, async () => {
     const { steps, before } = await playSteps({ canAppend, encrypted }, seed);
@@ -124,11 +137,12 @@ describe.each([
     const perStep: string[] = [];
     const failures: string[] = [];
     for (const [i, step] of steps.entries()) {
-      if (step.name.endsWith('short sessions')) continue; // there to give the merge something to merge
+      if (step.name !== 'first session') continue; // there to give the merge something to merge
       const from = before[i];
       const kinds = await callsOf(step, from, canAppend, encrypted, seed + i);
       expect(kinds.length).toBeGreaterThan(2);
       perStep.push(`${step.name} ${kinds.length}`);
+      process.stderr.write(`DBG ${step.name} ${kinds.length} ${tally.cases} ${performance.now()}\n`);
       for (const [n, kind] of kinds.entries()) {
         for (const trouble of TROUBLES[kind]) {
           try {

@@ -1,0 +1,60 @@
+/**
+ * The short way through a frame of one chunk, which nearly all frames are: the same checks as `openFrameBytes` and
+ * `verifiedChunks` make, without their intermediate objects (a third of a restore's work in JavaScript). It only says
+ * yes or no; who gets a no takes the long way, which says what is wrong.
+ */
+import { CHUNK_ENTRY_BYTES, FRAME_HEADER_BYTES, FRAME_MAGIC, FrameType } from '../format/frame.js';
+import type { FooterFrame } from '../format/pack.js';
+import { NONCE_BYTES, type Sealer } from '../format/seal.js';
+import type { PackReadContext } from '../repo/pack-reader.js';
+import { copyBytes } from './copy.js';
+
+/** Opens frames of one pack. */
+export class SingleChunks {
+  private readonly ctx: PackReadContext;
+  private readonly sealer: Sealer;
+  private readonly aad = Buffer.alloc(16 + FRAME_HEADER_BYTES);
+  private readonly nonce = Buffer.alloc(NONCE_BYTES);
+
+  constructor(ctx: PackReadContext, packId: string, sealer: Sealer) {
+    this.ctx = ctx;
+    this.sealer = sealer;
+    this.aad.write(packId, 0, 'hex');
+  }
+
+  /**
+   * Puts the chunk of `frame` into `into` (as long as the frame's `plainBytes`). Returns a buffer that begins with the
+   * chunk's id if header, seal, length and id are right and as the footer says; undefined otherwise, with anything in `into`.
+   * The header's own checksum is not looked at: the seal covers every byte of the header.
+   */
+  open(frame: FooterFrame, bytes: Buffer, into: Buffer): Buffer | undefined {
+    const { storedBytes, plainBytes } = frame;
+    if (
+      bytes.length !== FRAME_HEADER_BYTES + storedBytes ||
+      into.length !== plainBytes ||
+      bytes.readUInt32LE(0) !== FRAME_MAGIC ||
+      bytes[4] !== FrameType.chunks ||
+      bytes[5] !== frame.compression ||
+      bytes.readUInt16LE(6) !== 1 ||
+      bytes.readUInt32LE(8) !== frame.number ||
+      bytes.readUInt32LE(12) !== storedBytes ||
+      bytes.readUInt32LE(16) !== plainBytes ||
+      bytes.readUInt32LE(20) !== CHUNK_ENTRY_BYTES
+    ) {
+      return undefined;
+    }
+    bytes.copy(this.aad, 16, 0, FRAME_HEADER_BYTES);
+    this.nonce.writeUInt32LE(frame.number, 0);
+    const plain = this.sealer.open(this.nonce, this.aad, bytes.subarray(FRAME_HEADER_BYTES));
+    if (plain === undefined || plain.length < CHUNK_ENTRY_BYTES) return undefined;
+    if (plain.readUInt32LE(32) !== plainBytes) return undefined;
+    const stored = plain.subarray(CHUNK_ENTRY_BYTES);
+    if (frame.compression === 0) {
+      if (stored.length !== plainBytes) return undefined;
+      copyBytes(into, stored);
+    } else if (!this.ctx.lz4.decompress(stored, into)) {
+      return undefined;
+    }
+    return this.ctx.keys.chunkId(into).compare(plain, 0, 32) === 0 ? plain : undefined;
+  }
+}

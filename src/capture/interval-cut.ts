@@ -15,8 +15,8 @@
  * then {@link staged}; poll; {@link decide}. A block is out of the pending set from `take` on, so that a completion while it is
  * read puts it back: `take` always comes before the read begins.
  *
- * Pure: no clock, no I/O. Times are those of the source. Memory: see block-times.ts, and 24 bytes for each run read since the
- * last decision.
+ * Pure: no clock, no I/O. Times are those of the source. Memory: see block-times.ts, and 24 bytes for each run read whose events
+ * were not all delivered when it was last looked at.
  */
 import type { ChangeSink } from '../devices/change-source.js';
 import { LatestTimes, MAX_SLOTS, PendingBlocks } from './block-times.js';
@@ -30,6 +30,9 @@ export type Decision =
   | { readonly kind: 'wait' }
   | { readonly kind: 'again'; readonly loNs: number; readonly hiNs: number }
   | { readonly kind: 'holds'; readonly loNs: number; readonly hiNs: number; readonly instantNs: number };
+
+/** Reads remembered until they are brought into LO, unless their events are still to come. */
+const FOLD_READS = 10_000;
 
 export class IntervalCut implements ChangeSink {
   /** Completions that came later than the source had promised, and lay before an instant already claimed. */
@@ -91,6 +94,7 @@ export class IntervalCut implements ChangeSink {
   /** Everything before `completeToNs` has been delivered. */
   advance(completeToNs: number): void {
     if (completeToNs > this.completeToNs) this.completeToNs = completeToNs;
+    if (this.reads.length >= FOLD_READS * 3) this.fold();
   }
 
   /**
@@ -121,18 +125,7 @@ export class IntervalCut implements ChangeSink {
 
   decide(): Decision {
     if (this.completeToNs < this.readEndNs) return { kind: 'wait' };
-    const { reads, lastIssue } = this;
-    for (let i = 0; i < reads.length; i += 3) {
-      const block = reads[i] ?? 0;
-      const count = reads[i + 1] ?? 0;
-      const endNs = reads[i + 2] ?? 0;
-      if (endNs <= this.loNs) continue;
-      for (let b = block; b < block + count; b++) {
-        const t = Math.min(lastIssue.of(b), endNs);
-        if (t > this.loNs) this.loNs = t;
-      }
-    }
-    this.reads = [];
+    this.fold();
     const hiNs = this.pending.earliest();
     const { loNs } = this;
     // Equal times decide nothing: the order of two events of one nanosecond is not known.
@@ -140,6 +133,27 @@ export class IntervalCut implements ChangeSink {
     // Also after an invalidation, whose LO is no read's end.
     if (this.completeToNs < loNs) return { kind: 'wait' };
     return { kind: 'holds', loNs, hiNs, instantNs: Math.min(hiNs, this.completeToNs) };
+  }
+
+  /** Brings the reads whose events are all known into LO; the others stay. */
+  private fold(): void {
+    const { reads, lastIssue } = this;
+    const rest: number[] = [];
+    for (let i = 0; i < reads.length; i += 3) {
+      const block = reads[i] ?? 0;
+      const count = reads[i + 1] ?? 0;
+      const endNs = reads[i + 2] ?? 0;
+      if (endNs > this.completeToNs) {
+        rest.push(block, count, endNs);
+        continue;
+      }
+      if (endNs <= this.loNs) continue;
+      for (let b = block; b < block + count; b++) {
+        const t = Math.min(lastIssue.of(b), endNs);
+        if (t > this.loNs) this.loNs = t;
+      }
+    }
+    this.reads = rest;
   }
 
   /** Makes the point that `decide` has just found (nothing may have been fed in between); returns its instant. */

@@ -128,7 +128,8 @@ const READ_BYTES = 1024 * 1024;
 const READERS = 4;
 /** Two blocks with no more than this many between them are read in one go. */
 const GAP_BLOCKS = 16;
-const TAKE_BLOCKS = 1 << 20;
+/** 1 GiB: so many block numbers are in memory at a time. */
+const TAKE_BLOCKS = 1 << 18;
 /** Points this much later than the interval are not `exact` but `coalesced`. */
 const LATE_FACTOR = 2;
 /** While the cut waits for events up to the end of a read. */
@@ -164,6 +165,8 @@ export class LiveCapture {
   private outage: B2Error | undefined;
   private completeToNs = 0;
   private lateSeen = 0;
+  /** How often track was lost or given up. */
+  private resyncs = 0;
   private events = 0;
   private readBytes = 0;
   private points = 0;
@@ -206,6 +209,7 @@ export class LiveCapture {
 
   /** Forgets what is known of the device: everything is read again while capture goes on. */
   resync(): void {
+    this.resyncs++;
     this.unsynced = true;
     this.cut.invalidate(this.now());
   }
@@ -348,7 +352,9 @@ export class LiveCapture {
     const { signal } = this.abort;
     let dueNs = 0;
     while (!signal.aborted) {
-      if (!this.cut.hasChanges && this.staging.size === 0) this.answerIdle();
+      const isIdle = !this.cut.hasChanges && this.staging.size === 0;
+      // Who asks for a point before there was any gets one, though nothing was written.
+      if (isIdle && (this.waiters.length === 0 || this.lastPoint !== undefined)) this.answerIdle();
       else if (this.now() >= dueNs || (this.waiters.length > 0 && this.outage === undefined)) {
         const beganNs = this.now();
         const attempt = await this.attempt(beganNs);
@@ -379,10 +385,10 @@ export class LiveCapture {
     // What waits already is not younger than this, so that what comes meanwhile cannot keep the first round going.
     let limitNs = beganNs;
     for (let rounds = 1; ; rounds++) {
-      const losses = this.losses;
+      const { resyncs } = this;
       const isTaken = await this.readDue(limitNs);
       if (!isTaken) return signal.aborted ? 'nothing' : 'outage';
-      if (!this.cut.hasChanges) return 'nothing';
+      if (!this.cut.hasChanges && this.lastPoint !== undefined) return 'nothing';
       let decision = this.cut.decide();
       while (decision.kind === 'wait' && !signal.aborted && this.now() < endNs + this.intervalMs * 1e6) {
         await this.o.clock.sleep(SETTLE_MS, signal);
@@ -391,7 +397,7 @@ export class LiveCapture {
       }
       if (decision.kind === 'holds') {
         await this.poll(true);
-        if (this.losses !== losses) return 'lost';
+        if (this.resyncs !== resyncs) return 'lost';
         decision = this.cut.decide();
         if (decision.kind === 'holds') return this.commitPoint(rounds, beganNs);
       }
@@ -423,11 +429,11 @@ export class LiveCapture {
     const isLate = this.coalesced || gapNs > LATE_FACTOR * this.intervalMs * 1e6;
     const coverage = wasUnsynced ? Coverage.unknown : isLate ? Coverage.coalesced : Coverage.exact;
     const wall = this.wallOf(instantNs);
-    const losses = this.losses;
+    const { resyncs } = this;
     const done = await this.commit(PointClass.crash, coverage, wall);
     if (done === undefined) return 'outage';
     // What was lost while it was committed came after its instant.
-    if (this.losses === losses) this.unsynced = false;
+    if (this.resyncs === resyncs) this.unsynced = false;
     this.coalesced = false;
     this.uncoveredNs = uncoveredNs;
     this.points++;

@@ -63,17 +63,21 @@ export function piecesOf(staged: StagedBlocks, chunkBlocks: number, deviceBlocks
 
 /**
  * Commits to a volume through its one writer. Pieces smaller than a chunk share frames of up to a chunk's bytes, compressed and
- * sealed together; neighbouring holes become one extent. When a commit fails the writer is given up and claimed anew at the next.
+ * sealed together; neighbouring holes become one extent. When a commit fails the writer is given up, and the volume claimed anew at the next; not after `lost-claim`: then every commit
+ * rejects with it.
  */
 export class WriterSink implements CaptureSink, AsyncDisposable {
   private readonly options: WriterSinkOptions;
   private writer: VolumeWriter | undefined;
+  /** Another writer has taken over: taking the volume back would only make the two fight. */
+  private lost: B2Error | undefined;
 
   constructor(options: WriterSinkOptions) {
     this.options = options;
   }
 
   async commit(commit: CaptureCommit): Promise<{ seq: number; storedBytes: number }> {
+    if (this.lost !== undefined) throw this.lost;
     const writer = (this.writer ??= await this.options.open());
     try {
       const pack = await writer.openPack();
@@ -94,6 +98,7 @@ export class WriterSink implements CaptureSink, AsyncDisposable {
       if (writer.wantsFinish) await this.finish(writer);
       return { seq: done.seq, storedBytes };
     } catch (error) {
+      if (isKind(error, 'lost-claim')) this.lost = error;
       await this.giveUp(writer);
       throw error;
     }

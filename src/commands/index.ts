@@ -18,12 +18,18 @@ import { initCommand } from './init.js';
 import { keyAddCommand } from './key-add.js';
 import { keyListCommand } from './key-list.js';
 import { keyRemoveCommand } from './key-remove.js';
+import { mountCommand } from './mount.js';
 import { restoreCommand } from './restore.js';
 import { pointsCommand } from './points.js';
 import { serveNbdCommand } from './serve-nbd.js';
 import { snapshotCommand } from './snapshot.js';
 import { snapshotsCommand } from './snapshots.js';
+import { umountCommand } from './umount.js';
 import { volumesCommand } from './volumes.js';
+import { verifyCommand } from './verify.js';
+import { repairCommand } from './repair.js';
+import { statusCommand } from './status.js';
+import { pruneCommand } from './prune.js';
 import type { CommandSpec } from './spec.js';
 
 export const COMMANDS: readonly CommandSpec[] = [
@@ -32,8 +38,14 @@ export const COMMANDS: readonly CommandSpec[] = [
   volumesCommand,
   pointsCommand,
   snapshotsCommand,
+  statusCommand,
   restoreCommand,
+  mountCommand,
+  umountCommand,
   serveNbdCommand,
+  verifyCommand,
+  pruneCommand,
+  repairCommand,
   keyListCommand,
   keyAddCommand,
   keyRemoveCommand,

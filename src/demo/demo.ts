@@ -8,8 +8,8 @@ import { tmpdir } from 'node:os';
 import { join, resolve } from 'node:path';
 import type { Clock, Random } from '../clock.js';
 import { runTool } from '../devices/run.js';
-import { B2Error, errnoOf, ioError, messageOf } from '../errors.js';
-import { makeScratchDisk, type ScratchDisk } from './scratch-disk.js';
+import { B2Error, ioError, messageOf } from '../errors.js';
+import { makeScratchDisk, type DiskKind, type ScratchDisk } from './scratch-disk.js';
 
 /** What is shown, in order. */
 export type DemoEvent =
@@ -23,7 +23,8 @@ export interface DemoOptions {
   readonly env: Readonly<Record<string, string | undefined>>;
   /** A new or empty directory that is left behind; undefined: a temporary one that is removed. */
   readonly keep: string | undefined;
-  readonly isRoot: boolean;
+  /** Kinds of disk to try, the best first. */
+  readonly disks: readonly DiskKind[];
   readonly clock: Pick<Clock, 'monotonicNs'>;
   readonly random: Random;
   readonly signal: AbortSignal;
@@ -185,7 +186,7 @@ export async function runDemo(options: DemoOptions): Promise<DemoResult> {
   try {
     const { shown, all } = demoEnvironment(options.env, dir);
     disk = await makeScratchDisk(dir, {
-      isRoot: options.isRoot,
+      kinds: options.disks,
       random: options.random,
       note: (text) => show({ type: 'chapter', text }),
     });
@@ -205,7 +206,7 @@ export async function runDemo(options: DemoOptions): Promise<DemoResult> {
   } catch (error) {
     failure ??= new B2Error('failed', `cannot remove ${dir}: ${messageOf(error)}`, {
       cause: error,
-      hint: `Look with "losetup" and "mount" for what uses it${errnoOf(error) === undefined ? '' : ', then remove it by hand'}.`,
+      hint: `Look with "losetup" and "mount" for what uses it, then remove it by hand.`,
     });
   }
   if (failure !== undefined) throw failure;

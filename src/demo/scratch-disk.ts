@@ -154,21 +154,24 @@ async function plainDisk(dir: string, random: Random): Promise<ScratchDisk> {
   };
 }
 
-/** The best disk that can be had here, made in `dir`; `note` hears why it is not a better one. */
+/** `loop` needs root; the last one works everywhere. */
+export type DiskKind = 'loop' | 'ext4' | 'plain';
+
+const MAKERS = { loop: deviceDisk, ext4: imageDisk, plain: plainDisk } as const;
+const WHAT = { loop: 'loop device with ext4', ext4: 'image with ext4', plain: 'image' } as const;
+
+/** The first of `kinds` that can be had here, made in `dir`; `note` hears why it is not an earlier one. */
 export async function makeScratchDisk(
   dir: string,
-  options: { readonly isRoot: boolean; readonly random: Random; readonly note: (text: string) => void },
+  options: { readonly kinds: readonly DiskKind[]; readonly random: Random; readonly note: (text: string) => void },
 ): Promise<ScratchDisk> {
-  const kinds = [...(options.isRoot ? [deviceDisk] : []), imageDisk];
-  for (const make of kinds) {
+  for (const kind of options.kinds) {
     try {
-      return await make(dir, options.random);
+      return await MAKERS[kind](dir, options.random);
     } catch (error) {
-      if (!(error instanceof B2Error)) throw error;
-      options.note(
-        `${make === deviceDisk ? 'no loop device with ext4 can be had here' : 'no ext4 can be made here'}: ${messageOf(error)}`,
-      );
+      if (!(error instanceof B2Error) || kind === options.kinds.at(-1)) throw error;
+      options.note(`There can be no ${WHAT[kind]} here (${messageOf(error)}).`);
     }
   }
-  return plainDisk(dir, options.random);
+  throw new RangeError('no kind of disk');
 }

@@ -97,13 +97,14 @@ export class VolumeHistory {
 
   /**
    * Opens the history. What is damaged or missing is in `problems` and `lost`; `chain.gap` is set if because of that the newest commit
-   * has no image. A loss before the last full commit (or full map) leaves what comes after it whole (FORMAT.md 6.9).
+   * has no image. A loss before the last full commit (or full map) leaves what comes after it whole (FORMAT.md 6.9). `without`: the
+   * hash of a commit in the journal that counts as not there (a claimant found that it was never acknowledged).
    */
-  static async open(repo: Repository, volumeId: string): Promise<VolumeHistory> {
+  static async open(repo: Repository, volumeId: string, without?: Buffer): Promise<VolumeHistory> {
     for (let tries = 1; ; tries++) {
       const opened: SegmentReader[] = [];
       try {
-        return await VolumeHistory.openOnce(repo, volumeId, opened);
+        return await VolumeHistory.openOnce(repo, volumeId, opened, without);
       } catch (error) {
         await Promise.all(opened.map((s) => s.close()));
         // A segment or journal entry went away between the list and the read: merged, or moved to the manifest.
@@ -117,6 +118,7 @@ export class VolumeHistory {
     repo: Repository,
     volumeId: string,
     opened: SegmentReader[],
+    without: Buffer | undefined,
   ): Promise<VolumeHistory> {
     const problems: HistoryProblem[] = [];
     // The journal first: an entry that goes away after this list has its commits in a segment that the next list shows.
@@ -175,8 +177,9 @@ export class VolumeHistory {
       lastRecord === undefined
         ? undefined
         : { seq: lastRecord.seq, hash: lastRecord.hash, epoch: lastRecord.epoch };
+    const found = journal.flatMap((j) => j.commits);
     const chain = buildChain(
-      journal.flatMap((j) => j.commits),
+      without === undefined ? found : found.filter((c) => !c.hash.equals(without)),
       base,
     );
     const newest = chain.commits.at(-1);

@@ -448,8 +448,13 @@ class HeldLease implements Lease {
     return this.#released;
   }
 
-  [Symbol.asyncDispose](): Promise<void> {
-    return this.release();
+  /** As `release`, but a store that fails is not told: the work is done, and the lease lapses by itself. */
+  async [Symbol.asyncDispose](): Promise<void> {
+    try {
+      await this.release();
+    } catch (error) {
+      if (!(error instanceof B2Error)) throw error;
+    }
   }
 
   #serial<T>(step: () => Promise<T>): Promise<T> {

@@ -24,13 +24,23 @@ export function segmentTarget(repo: Repository, volumeId: string): SegmentTarget
   };
 }
 
+/**
+ * The segments of a volume; perhaps some that have been deleted meanwhile, but never fewer than cover its commits. A list may miss a
+ * segment that was merged away while it ran and the one it was merged into as well. So it is taken again, once more than there are
+ * levels: what moves up one level during each list has nowhere left to go.
+ */
 export async function listSegments(repo: Repository, volumeId: string): Promise<SegmentName[]> {
-  const names: SegmentName[] = [];
-  for await (const { name } of repo.store.list(`volumes/${volumeId}/manifest`)) {
-    const parsed = parseSegmentName(name);
-    if (parsed !== undefined) names.push(parsed);
+  const names = new Map<string, SegmentName>();
+  let highest = 0;
+  for (let pass = 0; pass <= highest + 1; pass++) {
+    for await (const { name } of repo.store.list(`volumes/${volumeId}/manifest`)) {
+      const parsed = parseSegmentName(name);
+      if (parsed === undefined) continue;
+      names.set(name, parsed);
+      highest = Math.max(highest, parsed.level ?? 0);
+    }
   }
-  return names;
+  return [...names.values()];
 }
 
 /**

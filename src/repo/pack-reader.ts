@@ -54,6 +54,7 @@ export interface FrameChunks {
 const TAIL_GUESS_BYTES = 128 * 1024;
 /** Forward reading reads this much at a time. */
 const FORWARD_BYTES = 4 * 1024 * 1024;
+const TRAILER_MAGIC = Buffer.from('B2PE', 'latin1');
 
 export function frameWhat(packId: string, frame: number): string {
   return `pack ${packId}, frame ${frame}`;
@@ -288,7 +289,8 @@ async function readForward(
   let last = -1;
   const have = async (bytes: number): Promise<boolean> => {
     if (at + bytes <= base + window.length) return true;
-    const next = Buffer.allocUnsafe(Math.max(FORWARD_BYTES, bytes));
+    // No more than there is: opening a small pack must not cost 4 MiB.
+    const next = Buffer.allocUnsafe(Math.max(bytes, Math.min(FORWARD_BYTES, reader.sizeBytes - at)));
     const n = await reader.read(next, at);
     window = next.subarray(0, n);
     base = at;
@@ -304,31 +306,36 @@ async function readForward(
     }
     const total = FRAME_HEADER_BYTES + header.storedBytes;
     if (!(await have(total))) break;
-    if (header.type !== FrameType.footer) {
-      if (header.number <= last) break;
-      try {
-        const open = openFrameBytes(ctx, sealer, packId, window.subarray(at - base, at - base + total));
-        if (header.type === FrameType.chunks) {
-          for (const e of decodeChunkEntries(open.head, header, `pack ${packId}`)) {
-            ids.push(Buffer.from(e.id));
-            lengths.push(e.lengthBytes);
-          }
-        }
-      } catch (error) {
-        if (isKind(error, 'damaged')) break;
-        throw error;
+    if (header.type === FrameType.footer) {
+      at += total;
+      if ((await have(PACK_TRAILER_BYTES)) && window.subarray(at - base, at - base + 4).equals(TRAILER_MAGIC)) {
+        at += PACK_TRAILER_BYTES;
       }
-      last = header.number;
-      frames.push({
-        number: header.number,
-        offset: at,
-        storedBytes: header.storedBytes,
-        plainBytes: header.plainBytes,
-        type: header.type,
-        compression: header.compression,
-        count: header.count,
-      });
+      continue;
     }
+    if (header.number <= last) break;
+    try {
+      const open = openFrameBytes(ctx, sealer, packId, window.subarray(at - base, at - base + total));
+      if (header.type === FrameType.chunks) {
+        for (const e of decodeChunkEntries(open.head, header, `pack ${packId}`)) {
+          ids.push(Buffer.from(e.id));
+          lengths.push(e.lengthBytes);
+        }
+      }
+    } catch (error) {
+      if (isKind(error, 'damaged')) break;
+      throw error;
+    }
+    last = header.number;
+    frames.push({
+      number: header.number,
+      offset: at,
+      storedBytes: header.storedBytes,
+      plainBytes: header.plainBytes,
+      type: header.type,
+      compression: header.compression,
+      count: header.count,
+    });
     at += total;
   }
   return {

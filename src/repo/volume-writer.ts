@@ -20,6 +20,7 @@ import { BLOCK_BYTES, blocksOf } from '../units.js';
 import { recordOf, type ReadCommit } from './commits.js';
 import { CONDEMNED_KEPT_NS, CondemnedPlaces } from './condemned.js';
 import { VolumeHistory } from './history.js';
+import { acquireLease } from './lease.js';
 import { maintainVolume } from './maintenance.js';
 import { PackWriter } from './pack-writer.js';
 import type { Repository } from './repository.js';
@@ -71,11 +72,13 @@ export class CondemnedError extends B2Error {
 }
 
 const MAX_EPOCH = 0xffff_ffff;
+/** How long a claim that must know what prune deletes waits for it. */
+const PRUNE_WAIT_MS = 3_600_000;
 const MAX_CLAIM_TRIES = 100;
 /** Commits in packs of their own (a store without append) that wait for a segment. */
 const MAX_UNSEGMENTED = 64;
 
-/** The writer of one volume. One call at a time. After a rejection of `commit` (other than CondemnedError) only `close` is allowed. */
+/** The writer of one volume. One call at a time. After a rejection of `commit` (other than CondemnedError), `reclaim` or `finishPack` only `close` is allowed. */
 export class VolumeWriter implements AsyncDisposable {
   readonly repo: Repository;
   readonly volumeId: string;
@@ -121,7 +124,7 @@ export class VolumeWriter implements AsyncDisposable {
     options: { readonly overGap?: boolean } = {},
   ): Promise<{ writer: VolumeWriter; history: VolumeHistory }> {
     const epoch = await claimEpoch(repo, volumeId);
-    const history = await VolumeHistory.open(repo, volumeId);
+    const history = await openClaimed(repo, volumeId, epoch);
     try {
       // A commit under an epoch that is not above those of the chain would fall off it.
       if ((history.tip?.epoch ?? 0) >= epoch) {
@@ -235,7 +238,7 @@ export class VolumeWriter implements AsyncDisposable {
       await pack.seal(repo.newSalt());
       this.pack = undefined;
     }
-    await this.checkEpoch();
+    await refuseLost(repo, this.volumeId, this.epoch);
     await this.checkCondemned(draft.extents, pack.packId);
 
     this.packCommits.push({
@@ -259,17 +262,10 @@ export class VolumeWriter implements AsyncDisposable {
     return { seq: commit.seq, hash, instantNs: commit.instantNs };
   }
 
-  private async checkEpoch(): Promise<void> {
-    if (this.epoch >= MAX_EPOCH) return;
-    const next = epochName(this.volumeId, this.epoch + 1);
-    if ((await this.repo.store.stat(next)) === undefined) return;
-    throw new B2Error('lost-claim', `another b2 process has taken over volume ${this.volumeId}; this one stops`, {
-      hint: 'See who it is with "b2 status"; a volume has one writer at a time. Nothing acknowledged is lost.',
-    });
-  }
-
   private async checkCondemned(extents: readonly PlacedExtent[], ownPackId: string): Promise<void> {
     const others = new Map<string, PlacedExtent[]>();
+    // Until its first commit is acknowledged the own pack is unused in the eyes of prune; afterwards no prune can miss it.
+    if (!this.packCommits.some((c) => c.packId === ownPackId)) others.set(ownPackId, []);
     for (const e of extents) {
       if (e.packId === undefined || e.packId === ownPackId) continue;
       const list = others.get(e.packId);
@@ -288,6 +284,7 @@ export class VolumeWriter implements AsyncDisposable {
       const isOwn = this.ownPacks.has(packId);
       if (tooLong && !isOwn) this.fail(packId, first?.frame ?? 0);
       if (this.condemned.has(packId, undefined)) {
+        if (packId === ownPackId) this.fail(packId, 0);
         for (const e of list) {
           const last = e.frame + Math.floor((e.skip + e.count - 1) / chunkBlocks);
           for (let f = e.frame; f <= last; f++) if (this.condemned.has(packId, f)) this.fail(packId, f);
@@ -323,14 +320,20 @@ export class VolumeWriter implements AsyncDisposable {
    */
   async finishPack(): Promise<void> {
     const { pack, repo } = this;
+    this.checkAlive();
+    this.dead = true; // until it has gone well: behind commits that are in no segment there must be none that are
     this.pack = undefined;
     if (pack !== undefined) await pack.seal(repo.newSalt());
     const commits = this.packCommits;
     this.packCommits = [];
-    if (commits.length === 0) return;
+    if (commits.length === 0) {
+      this.dead = false;
+      return;
+    }
     const prevHash = this.packPrevHash;
     this.packPrevHash = this.tip?.hash ?? ZERO_HASH;
     await VolumeHistory.putCommits(repo, this.volumeId, commits, prevHash);
+    this.dead = false;
     await maintainVolume(repo, this.volumeId);
   }
 
@@ -346,9 +349,7 @@ export class VolumeWriter implements AsyncDisposable {
    * forward next time, and the failure is told to `warn`.
    */
   async close(warn: (error: B2Error) => void = () => undefined): Promise<void> {
-    const wasDead = this.dead;
-    this.dead = true;
-    if (wasDead) {
+    if (this.dead) {
       await this.pack?.abandon();
       this.pack = undefined;
       return;
@@ -358,12 +359,79 @@ export class VolumeWriter implements AsyncDisposable {
     } catch (error) {
       if (!isKind(error, 'io', 'no-space')) throw error;
       warn(error);
+    } finally {
+      this.dead = true;
     }
   }
 
   async [Symbol.asyncDispose](): Promise<void> {
     await this.close();
   }
+}
+
+/** Throws `lost-claim` if the volume was claimed again after `epoch`. */
+async function refuseLost(repo: Repository, volumeId: string, epoch: number): Promise<void> {
+  if (epoch >= MAX_EPOCH) return;
+  if ((await repo.store.stat(epochName(volumeId, epoch + 1))) === undefined) return;
+  throw new B2Error('lost-claim', `another b2 process has taken over volume ${volumeId}; this one stops`, {
+    hint: 'See who it is with "b2 status"; a volume has one writer at a time. Nothing acknowledged is lost.',
+  });
+}
+
+/**
+ * The history as a claimant must see it. Its last commit is in doubt: its writer may have died between the sync and the check (FORMAT.md
+ * 6.4), and prune may delete what it reuses. Where that has happened the commit is left out: it was never acknowledged.
+ */
+async function openClaimed(repo: Repository, volumeId: string, epoch: number): Promise<VolumeHistory> {
+  let history = await VolumeHistory.open(repo, volumeId);
+  try {
+    const doubtful = history.chain.commits.at(-1);
+    const condemned = new CondemnedPlaces(repo);
+    await condemned.refresh();
+    if (doubtful?.packIds.some((id) => condemned.has(id, undefined)) === true && history.chain.gap === undefined) {
+      // Under the lease nothing is deleted, and every later prune sees the commit: what is there now stays.
+      await using lease = await acquireLease(repo.store, 'prune', {
+        ...repo.env,
+        purpose: 'claim of a volume',
+        waitMs: PRUNE_WAIT_MS,
+      });
+      await condemned.refresh();
+      const deleted = await isDeleted(repo, doubtful, condemned);
+      await lease.assertHeld();
+      if (deleted) {
+        await history.close();
+        history = await VolumeHistory.open(repo, volumeId, doubtful.hash);
+      }
+    }
+    // After all that was read: who claims from here on sees at least as much, so that what is settled now is on that chain too.
+    await refuseLost(repo, volumeId, epoch);
+    return history;
+  } catch (error) {
+    await history.close();
+    throw error;
+  }
+}
+
+/** True if a place that the commit names was condemned and is gone. What is gone without that is damage, and for verify to tell. */
+async function isDeleted(repo: Repository, c: ReadCommit, condemned: CondemnedPlaces): Promise<boolean> {
+  const chunkBlocks = blocksOf(repo.chunkBytes);
+  for (const [i, packId] of c.packIds.entries()) {
+    if (!condemned.has(packId, undefined)) continue;
+    repo.packs.forget(packId);
+    const places = c.extents.filter((e) => e.pack === i);
+    if ((await repo.store.stat(packName(packId))) === undefined) return true;
+    const isGone = await repo.packs.use(packId, (pack) => {
+      for (const e of places) {
+        const last = e.frame + Math.floor((e.skip + e.count - 1) / chunkBlocks);
+        for (let f = e.frame; f <= last; f++) {
+          if (condemned.has(packId, f) && pack.frame(f) === undefined) return Promise.resolve(true);
+        }
+      }
+      return Promise.resolve(false);
+    });
+    if (isGone) return true;
+  }
+  return false;
 }
 
 async function claimEpoch(repo: Repository, volumeId: string): Promise<number> {

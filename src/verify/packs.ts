@@ -55,7 +55,7 @@ export class SurveyedPacks implements PackLookup {
   }
 
   isGone(packId: string): boolean {
-    return this.gone.has(packId);
+    return this.gone.has(packId) || this.findings.some((f) => f.packId === packId && f.kind === 'leftover');
   }
 
   /** Packs that can be opened. */

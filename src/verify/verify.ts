@@ -26,7 +26,7 @@ import { blocksOf } from '../units.js';
 import { BadPlaces } from './bad-places.js';
 import { verifyPacks, type PackToVerify } from './data.js';
 import type { DataFinding } from './data-pass.js';
-import type { Finding, FramePlace, TouchedVolume } from './findings.js';
+import { problemOf, type Finding, type FramePlace, type TouchedVolume } from './findings.js';
 import { VolumePoints, locate, touchedSeqs } from './locate.js';
 import { checkObjects, type ObjectsFound } from './object-check.js';
 import type { PackShape } from './pack-survey.js';
@@ -228,12 +228,13 @@ class Run {
             continue;
           }
           const volume = this.volumes.get(volumeId)?.name;
+          const whose = volume === undefined ? `volume ${volumeId}, which is not listed` : `volume ${volume}, which its manifest does not know`;
           this.findings.push({
             severity: 'damage',
             kind: 'unlisted',
             object,
             packId: shape.packId,
-            message: `frame ${frame} holds commit ${found.seq} (${formatTimeLocal(instantNs)}) of ${volume === undefined ? `volume ${volumeId}, which is not listed` : `volume ${volume}`}, which its manifest does not know`,
+            message: `frame ${frame} holds commit ${found.seq} (${formatTimeLocal(instantNs)}) of ${whose}`,
             hint: 'The data are there; the manifest is not. Run "b2 repair".',
           });
         } catch (error) {
@@ -535,7 +536,7 @@ class Run {
         object: packName(packId),
         packId,
         frames: places,
-        message: `${places.length === 1 ? `frame ${places[0]?.number ?? 0} is` : `${places.length} frames are`} ${kind === 'frame' ? 'damaged' : 'unreadable'}: ${reason}`,
+        message: `${places.length === 1 ? `frame ${places[0]?.number ?? 0} is` : `${places.length} frames are`} ${kind === 'frame' ? 'damaged' : 'unreadable'}: ${problemOf(reason, `pack ${packId}, frame ${places[0]?.number ?? 0}`)}`,
         hint:
           kind === 'frame'
             ? 'If a copy of the file exists, put it back; else "b2 repair" sets the frames aside, and the next capture stores anew what the device still has.'

@@ -26,7 +26,7 @@ export interface PackLookup {
    * made a finding, or it is `gone`.
    */
   shape(packId: string, fresh?: boolean): Promise<PackShape | undefined>;
-  /** True if there is no such pack. */
+  /** True if there is no such pack, or it holds nothing at all. */
   isGone(packId: string): boolean;
 }
 
@@ -332,7 +332,7 @@ class Check {
     let shape = await o.packs.shape(packId);
     if (shape !== undefined && shape.types[shape.find(frame)] !== FrameType.commit) shape = await o.packs.shape(packId, true);
     if (shape === undefined) {
-      if (o.packs.isGone(packId)) tell(`the pack does not exist; commit ${expected.seq} of ${this.what} was in it`, 'missing');
+      if (o.packs.isGone(packId)) tell(`the pack does not exist, or holds nothing; commit ${expected.seq} of ${this.what} was in it`, 'missing');
       return;
     }
     const place = { ...shape.place(frame) };
@@ -416,7 +416,7 @@ class Check {
         kind: 'missing',
         object: packName(id),
         packId: id,
-        message: 'the pack does not exist, and points need it',
+        message: 'the pack does not exist, or holds nothing, and points need it',
         hint: 'If a copy of the file exists, put it back; otherwise what was in it is lost.',
       });
     }

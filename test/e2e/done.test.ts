@@ -13,7 +13,7 @@ import { B2 } from '../support/b2.js';
 import { DISK_NEEDS, addPartitions, noise, pokeWithDd, tool } from '../support/disks.js';
 import { attachLoop, makeFileSystem, mountDevice, newLoop, sparseFile } from '../support/loop.js';
 import { requires } from '../support/requires.js';
-import { cmp, copySparse, fillWithFiles } from '../support/source.js';
+import { cmp, cmpSparse, copySparse, fillWithFiles } from '../support/source.js';
 import { tempDir, type TempDir } from '../support/tmp.js';
 
 const KIB = 1024;
@@ -103,9 +103,10 @@ async function ext4Image(dir: TempDir): Promise<Source> {
 /** The second partition of a disk, with database-like contents: pages of data, of zeros, and of text. */
 async function rawPartition(dir: TempDir): Promise<Source> {
   const disk = await newLoop(dir, 'disk', 160 * MIB);
-  tool('sfdisk', ['--quiet', disk.device], 'label: gpt\nsize=16MiB\nsize=101001KiB\n');
+  tool('sfdisk', ['--quiet', disk.device], 'label: gpt\nstart=2048,size=32768\nstart=34816,size=202002\n');
   const [, path = ''] = addPartitions(dir, disk.device, 2);
-  const sizeBytes = 101_001 * KIB;
+  // In sectors of 512 bytes: not whole blocks of 4 KiB, and not whole chunks.
+  const sizeBytes = 202_002 * 512;
   for (let at = 0, i = 0; at < 80 * MIB; at += 3 * MIB + 8 * KIB, i++)
     pokeWithDd(path, at, noise(i + 1, (i % 3) * MIB + 12 * KIB));
   return {
@@ -182,7 +183,10 @@ requires(NEEDS).describe('init, snapshot, change, snapshot, restore', () => {
             const file = dir.join(`${name}.img`);
             const toFile = await b2.json<RestoreAnswer>(['restore', 'test/disk', file, '--at', name]);
             expect(toFile.restored).toMatchObject({ verified: true, isWhole: true, sizeBytes: source.sizeBytes });
-            cmp(reference, file);
+            // Reading gigabytes of holes for each target takes minutes: once is enough for the large image.
+            const compare = source.sizeBytes === 4 * GIB && !FULL ? cmpSparse : cmp;
+            if (i === 1 && how === ENCRYPTED) cmp(reference, file);
+            else compare(reference, file);
             source.check?.(file);
             // As sparse as the source, give or take the chunks at the edges of holes.
             expect(statSync(file).blocks * 512).toBeLessThan(statSync(reference).blocks * 512 + 16 * MIB);
@@ -193,15 +197,14 @@ requires(NEEDS).describe('init, snapshot, change, snapshot, restore', () => {
             const force = isUsed ? ['--force'] : [];
             isUsed = true;
             await b2.json<RestoreAnswer>(['restore', 'test/disk', target.device, '--at', `#${i + 1}`, ...force]);
-            cmp(reference, target.device, source.sizeBytes);
+            compare(reference, target.file);
 
             const qcow2 = dir.join(`${name}.qcow2`);
             const toVm = await b2.json<RestoreAnswer>(['restore', 'test/disk', qcow2, '--format', 'qcow2', '--at', name]);
             expect(toVm.restored).toMatchObject({ format: 'qcow2', verified: true });
             const back = dir.join('back.img');
             tool('qemu-img', ['convert', '-f', 'qcow2', '-O', 'raw', qcow2, back]);
-            // qcow2 counts in sectors of 512 bytes.
-            cmp(reference, back, source.sizeBytes);
+            compare(reference, back);
             rmSync(back);
             rmSync(qcow2);
           }

@@ -16,7 +16,7 @@ import { Repository } from '../../src/repo/repository.js';
 import { openDirectoryStore } from '../../src/repo/store-directory.js';
 import { packName } from '../../src/format/names.js';
 import { prune } from '../../src/retention/prune.js';
-import type { Listing } from '../extractor/extract.mjs';
+import { Repository as ForeignRepository, extract, list, type Listing } from '../extractor/extract.mjs';
 import { B2 } from '../support/b2.js';
 import { noise, pokeWithDd } from '../support/disks.js';
 import { sparseFile } from '../support/loop.js';
@@ -45,25 +45,36 @@ async function extractor(secret: Secret, ...args: readonly string[]): Promise<st
   return stdout;
 }
 
-/** Extracts every reference both ways and compares by cmp. */
-async function expectExtracted(
+/** Extracts every reference both ways, with one start of the extractor each, and compares by cmp. */
+function expectExtracted(
   dir: TempDir,
   repository: string,
   secret: Secret,
   volume: string,
   references: ReadonlyMap<number, string>,
-): Promise<void> {
-  for (const way of WAYS) {
-    const listing = JSON.parse(await extractor(secret, repository, 'list', ...way)) as Listing;
-    const found = listing.volumes.find((v) => v.name === volume);
-    expect(found?.points.map((p) => p.seq)).toEqual([...references.keys()]);
-    for (const [seq, reference] of references) {
-      const out = dir.join('extracted');
-      await extractor(secret, repository, 'extract', volume, String(seq), out, ...way);
-      cmp(reference, out);
-      rmSync(out);
+): void {
+  for (const packsOnly of [false, true]) {
+    const foreign = new ForeignRepository(repository, {
+      ...(secret.B2_PASSWORD === undefined ? {} : { password: secret.B2_PASSWORD }),
+      ...(secret.B2_KEY_FILE === undefined ? {} : { keyMaterial: materialOf(secret.B2_KEY_FILE) }),
+    });
+    try {
+      const found = list(foreign, packsOnly).volumes.find((v) => v.name === volume);
+      expect(found?.points.map((p) => p.seq)).toEqual([...references.keys()]);
+      for (const [seq, reference] of references) {
+        const out = dir.join('extracted');
+        extract(foreign, packsOnly, volume, String(seq), out, null);
+        cmp(reference, out);
+        rmSync(out);
+      }
+    } finally {
+      foreign.close();
     }
   }
+}
+
+function materialOf(keyFile: string): Buffer {
+  return Buffer.from(readFileSync(keyFile, 'ascii').trim().split(' ')[1] ?? '', 'hex');
 }
 
 /** An image of `sizeBytes` captured three times, changed in between; what each point must be, by number. */
@@ -96,10 +107,10 @@ describe('the independent extractor', () => {
     const dir = newDir();
     const b2 = new B2(dir);
     await b2.json(['init', '--encryption', 'none']);
-    const sizes = [512, 4096, 65_536 + 1, 8 * MIB, 8 * MIB + 1234];
+    const sizes = [512, 65_536 + 1, 8 * MIB + 4096];
     for (const [i, sizeBytes] of sizes.entries()) {
       const references = await threePoints(dir, b2, sizeBytes, `v${i}`);
-      await expectExtracted(dir, b2.repository, {}, `v${i}`, references);
+      expectExtracted(dir, b2.repository, {}, `v${i}`, references);
     }
   });
 
@@ -108,7 +119,7 @@ describe('the independent extractor', () => {
     const b2 = new B2(dir, { B2_PASSWORD: PASSWORD });
     await b2.json(['init', '--chunk-size', chunkSize, '--pack-size', '1M']);
     const references = await threePoints(dir, b2, 6 * MIB + 5000);
-    await expectExtracted(dir, b2.repository, { B2_PASSWORD: PASSWORD }, 'v', references);
+    expectExtracted(dir, b2.repository, { B2_PASSWORD: PASSWORD }, 'v', references);
     await expect(extractor({ B2_PASSWORD: 'wrong' }, b2.repository, 'list')).rejects.toThrow();
   });
 
@@ -118,17 +129,25 @@ describe('the independent extractor', () => {
     const b2 = new B2(dir, { B2_KEY_FILE: keyFile });
     await b2.json(['init']);
     const references = await threePoints(dir, b2, 5 * MIB);
-    await expectExtracted(dir, b2.repository, { B2_KEY_FILE: keyFile }, 'v', references);
+    expectExtracted(dir, b2.repository, { B2_KEY_FILE: keyFile }, 'v', references);
+    // The program by itself, as a person in need would run it.
+    for (const way of WAYS) {
+      const text = await extractor({ B2_KEY_FILE: keyFile }, b2.repository, 'list', ...way);
+      expect((JSON.parse(text) as Listing).volumes[0]?.commits).toBe(3);
+      const out = dir.join(`program-${way.length}`);
+      await extractor({ B2_KEY_FILE: keyFile }, b2.repository, 'extract', 'v', 'latest', out, ...way);
+      cmp(references.get(3) ?? '', out);
+    }
 
     const passwordFile = dir.join('password');
     writeFileSync(passwordFile, `${PASSWORD}\n`, { mode: 0o600 });
     await b2.json<KeyAddResult>(['key', 'add', '--new-password-file', passwordFile]);
-    await expectExtracted(dir, b2.repository, { B2_PASSWORD: PASSWORD }, 'v', references);
+    expectExtracted(dir, b2.repository, { B2_PASSWORD: PASSWORD }, 'v', references);
     const { keys } = await b2.json<KeyListResult>(['key', 'list']);
     const old = keys.find((k) => k.inUse)?.id ?? '';
     const other = new B2(dir, { B2_PASSWORD: PASSWORD });
     await other.json(['key', 'remove', old]);
-    await expectExtracted(dir, b2.repository, { B2_PASSWORD: PASSWORD }, 'v', references);
+    expectExtracted(dir, b2.repository, { B2_PASSWORD: PASSWORD }, 'v', references);
     await expect(extractor({ B2_KEY_FILE: keyFile }, b2.repository, 'list')).rejects.toThrow();
     expect((await b2.error(['points', 'v'])).code).toBe(12);
   });
@@ -151,7 +170,7 @@ describe('the independent extractor', () => {
     await using repo = await Repository.open(store, [secret], env);
     for (let run = 0; run < 3; run++) freed += (await prune(repo, { graceMs: 0 })).freedBytes;
     expect(freed).toBeGreaterThan(2 * MIB);
-    await expectExtracted(dir, b2.repository, { B2_PASSWORD: PASSWORD }, 'v', references);
+    expectExtracted(dir, b2.repository, { B2_PASSWORD: PASSWORD }, 'v', references);
     for (const [seq, reference] of references) {
       await b2.json(['restore', 'v', dir.join(`out-${seq}`), '--at', `#${seq}`]);
       cmp(reference, dir.join(`out-${seq}`));

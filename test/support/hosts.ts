@@ -2,6 +2,7 @@
 import type { Clock } from '../../src/clock.js';
 import { Coverage, PointClass } from '../../src/format/commit.js';
 import { VolumeHistory } from '../../src/repo/history.js';
+import { readLease } from '../../src/repo/lease.js';
 import { openImage } from '../../src/repo/point.js';
 import { Repository, type Environment } from '../../src/repo/repository.js';
 import type { Store } from '../../src/repo/store.js';
@@ -12,7 +13,7 @@ import { CHUNK_BYTES, digestOf, testMeta, type Expected } from './model-volume.j
 const BLOCK = 4096;
 const CHUNK_BLOCKS = CHUNK_BYTES / BLOCK;
 
-/** Each look at it is a microsecond later; who sleeps waits for other work, not for time. */
+/** Each look at it is a microsecond later; who sleeps waits for others to work, not for time. */
 export class TickingClock implements Clock {
   #ns = 1_700_000_000_000_000_000n;
 
@@ -30,11 +31,12 @@ export class TickingClock implements Clock {
   }
 }
 
-export function hostEnvironment(clock: Clock, random: () => number): Environment {
+/** `host` tells the processes of a simulation apart. */
+export function hostEnvironment(clock: Clock, random: () => number, host = 'host'): Environment {
   return {
     clock,
     random: (n) => Uint8Array.from({ length: n }, () => Math.floor(random() * 256)),
-    owner: currentIdentity(),
+    owner: { ...currentIdentity(), host },
   };
 }
 
@@ -75,6 +77,8 @@ export interface HostOptions {
   readonly random: () => number;
   readonly chunks: number;
   readonly contents: number;
+  /** Other processes write the volume too, so that nothing can be built on what this one knows. */
+  readonly everyCommitFull?: boolean;
 }
 
 /** One volume and who writes it. */
@@ -150,7 +154,7 @@ export class Host {
 
   private async commit(writer: VolumeWriter, reuse: boolean): Promise<void> {
     const { random, index } = this.options;
-    const full = this.acknowledged.length === 0;
+    const full = this.acknowledged.length === 0 || this.options.everyCommitFull === true;
     const changed = full ? this.device.map((_, i) => i) : [...this.dirty].sort((a, b) => a - b);
     const data = Buffer.concat(this.device.map(contentOf));
     const pack = await writer.openPack();
@@ -202,6 +206,12 @@ export async function readPoints(repo: Repository, host: Host, which: (all: read
   } finally {
     await history.close();
   }
+}
+
+/** What time does to the lease of a process that has died: it lapses. */
+export async function lapseLease(store: Store, name: string, host: string): Promise<void> {
+  if ((await readLease(store, name))?.owner.host !== host) return;
+  for await (const o of store.list(`locks/${name}`)) await store.delete(o.name);
 }
 
 export function openHost(store: Store, env: Environment): Promise<Repository> {

@@ -59,7 +59,13 @@ export function loopsBelow(dir: string): readonly string[] {
 /** Unmounts, detaches and deletes everything in `dir`; throws when something is still in use. */
 export function removeTree(dir: string): void {
   for (const point of mountsBelow(dir)) execFileSync('umount', [point], { stdio: 'pipe' });
-  for (const loop of loopsBelow(dir)) execFileSync('losetup', ['-d', loop], { stdio: 'pipe' });
+  for (const loop of loopsBelow(dir)) {
+    // Nodes of partitions made by partx would outlive the loop device, and stand in the way of its next user.
+    const name = loop.replace('/dev/', '');
+    if (readdirSync(`/sys/block/${name}`).some((entry) => entry.startsWith(`${name}p`)))
+      execFileSync('partx', ['--delete', loop], { stdio: 'pipe' });
+    execFileSync('losetup', ['-d', loop], { stdio: 'pipe' });
+  }
   rmSync(dir, { recursive: true, force: true, maxRetries: 3 });
 }
 

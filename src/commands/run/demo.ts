@@ -30,7 +30,7 @@ export async function run(context: CommandContext, input: DemoInput): Promise<Ou
     program: PROGRAM,
     env,
     keep: input.options.keep,
-    isRoot: process.geteuid?.() === 0,
+    disks: process.geteuid?.() === 0 ? ['loop', 'ext4', 'plain'] : ['ext4', 'plain'],
     clock: context.clock,
     random: context.random,
     signal: context.signal,

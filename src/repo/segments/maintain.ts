@@ -1,4 +1,5 @@
 /** What to merge, to make and to delete so that a volume's manifest stays quick to read: pure policy, and its execution. */
+import { isKind } from '../../errors.js';
 import { segmentName, type SegmentName } from '../../format/names.js';
 import { MAX_SEGMENT_LEVEL, MAX_SEGMENT_SPAN } from '../../format/segment.js';
 import { chooseSegments } from './choose.js';
@@ -125,6 +126,9 @@ function nextFull(
   return since >= enough && end > baseSeq ? { kind: 'full', seq: end } : undefined;
 }
 
+/** Times that segments may vanish under {@link maintainManifest} before it gives way. */
+const MAX_TOO_LATE = 5;
+
 /** What {@link maintainManifest} did. */
 export interface MaintenanceDone {
   readonly merged: number;
@@ -146,6 +150,7 @@ export async function maintainManifest(
   let merged = 0;
   let fullMaps = 0;
   let deleted = 0;
+  let tooLate = 0;
   const ready = async (s: SegmentName): Promise<SegmentReader> => {
     const name = segmentName(s);
     const reader = open.get(name) ?? (await openSegment(context, name));
@@ -164,9 +169,16 @@ export async function maintainManifest(
       const names = await list();
       const { chain, fullMaps: maps, covered } = chooseSegments(names);
       const deltas: SegmentReader[] = [];
-      for (const link of chain) deltas.push(await ready(link.segment));
       const fulls: SegmentReader[] = [];
-      for (const m of maps) fulls.push(await ready(m));
+      try {
+        for (const link of chain) deltas.push(await ready(link.segment));
+        for (const m of maps) fulls.push(await ready(m));
+      } catch (error) {
+        // Another run merged it away after the list: look again. Who is always too late leaves it to the other.
+        if (!isKind(error, 'not-found')) throw error;
+        if (++tooLate > MAX_TOO_LATE) break;
+        continue;
+      }
       const facts: SegmentFacts[] = [...deltas, ...fulls].map((r) => ({
         ...r.header,
         extentCount: r.index.extentCount,

@@ -20,7 +20,7 @@ describe('latest times', () => {
         table.forget(forgotten);
       }
     }
-    for (const [b, t] of model) if (t > forgotten) expect(table.of(b)).toBeGreaterThanOrEqual(t);
+    expect([...model].filter(([b, t]) => t > forgotten && table.of(b) < t)).toEqual([]);
     if (slots === 1 << 16) {
       const exact = [...model].filter(([b, t]) => table.of(b) === t).length;
       expect(exact).toBeGreaterThan(0);
@@ -51,7 +51,7 @@ describe('pending blocks', () => {
     const model = new Map<number, number>();
     const table = new PendingBlocks(blocks, slots);
     const added = new Set<number>();
-    for (let step = 1; step < 1500; step++) {
+    for (let step = 1; step < 400; step++) {
       const count = random() < 0.9 ? 1 + Math.floor(random() * 8) : 1 + Math.floor(random() * 5000);
       const block = Math.floor(random() * (blocks - count + 1));
       table.add(block, count, step);
@@ -65,10 +65,12 @@ describe('pending blocks', () => {
         const taken = table.take(limit, random() < 0.5 ? 1 + Math.floor(random() * 300) : 100_000);
         expect([...taken]).toEqual([...new Set(taken)].sort((a, b) => a - b));
         // A block that has a slot and a bit may come twice.
-        for (const b of taken) if (!model.delete(b)) expect(added.has(b)).toBe(true);
-        if (taken.length === 0) for (const t of model.values()) expect(t).toBeGreaterThan(limit);
+        let strange = 0;
+        for (const b of taken) if (!model.delete(b) && !added.has(b)) strange++;
+        expect(strange).toBe(0);
+        if (taken.length === 0) expect([...model.values()].filter((t) => t <= limit)).toEqual([]);
       }
-      const least = Math.min(...model.values());
+      const least = [...model.values()].reduce((a, b) => Math.min(a, b), Number.POSITIVE_INFINITY);
       expect(table.earliest()).toBeLessThanOrEqual(least);
           }
     const rest: number[] = [];

@@ -3,11 +3,14 @@ import { ignoreEvents } from '../../../src/events.js';
 import { FrameType } from '../../../src/format/frame.js';
 import { packIdOf, packName } from '../../../src/format/names.js';
 import { OpenPack } from '../../../src/repo/pack-reader.js';
-import type { Repository } from '../../../src/repo/repository.js';
+import { Catalogue } from '../../../src/repo/catalogue.js';
+import { Repository } from '../../../src/repo/repository.js';
 import { VolumeWriter } from '../../../src/repo/volume-writer.js';
 import type { Finding } from '../../../src/verify/findings.js';
 import { verify, type VerifyOptions, type VerifyReport } from '../../../src/verify/verify.js';
-import { ModelVolume, newModel, seeded, checkPoint } from '../../support/model-volume.js';
+import { CHEAP, ModelVolume, PASSWORD, newModel, seeded, checkPoint } from '../../support/model-volume.js';
+import { SteppedClock } from '../../support/stepped-clock.js';
+import { tempDir } from '../../support/tmp.js';
 import { MemoryStore } from '../../support/store-memory.js';
 
 const DEVICE_BYTES = 256 * 1024;
@@ -36,6 +39,11 @@ async function make(seed: number, options: { encrypted?: boolean; closed?: boole
   for (let i = 0; i < 2; i++) await model.capture(writer, model.mutate(2));
   if (options.closed !== false) await writer.close();
   return { store, repo, model };
+}
+
+function clockOf(repo: Repository): SteppedClock {
+  if (repo.env.clock instanceof SteppedClock) return repo.env.clock;
+  throw new Error('not the clock of a test');
 }
 
 function run(repo: Repository, more: Partial<VerifyOptions> = {}): Promise<VerifyReport> {
@@ -157,4 +165,151 @@ describe('damage is located', () => {
       await store.put(packName(packId), before);
     }
   });
+});
+
+async function catalogueFor(repo: Repository, dir: string): Promise<Catalogue> {
+  return Catalogue.open({ cacheDir: dir, repositoryId: repo.id, clock: repo.env.clock, warn: (m) => expect.fail(m) });
+}
+
+describe('a budget', () => {
+  it('comes round to everything, the newest first, and then to what was verified longest ago', async () => {
+    await using dir = tempDir();
+    const { store, repo } = await make(41);
+    await using catalogue = await catalogueFor(repo, dir.path);
+    const count = (await packIds(store)).length;
+    const created = new Map<string, bigint>();
+    for (const id of await packIds(store)) {
+      const pack = await OpenPack.open(repo.packContext(), id);
+      created.set(id, pack.header.createdNs);
+      await pack.close();
+    }
+    const newestFirst = [...created].sort((a, b) => (a[1] > b[1] ? -1 : 1)).map(([id]) => id);
+    const order: string[] = [];
+    for (let i = 0; i < count; i++) {
+      const before = await catalogue.packs();
+      const report = await run(repo, { dataShare: 0.01, catalogue });
+      expect(report.data?.packs).toBe(1);
+      const after = await catalogue.packs();
+      order.push(...[...after.keys()].filter((id) => !before.has(id)));
+      expect(report.data?.oldestNs === undefined).toBe(i < count - 1);
+      await clockOf(repo).advanceMs(1000);
+    }
+    expect(order).toEqual(newestFirst);
+    // The second round begins with the one that was verified longest ago.
+    await run(repo, { dataShare: 0.01, catalogue });
+    const times = await catalogue.packs();
+    const latest = [...times.values()].sort((a, b) => Number((b.verifiedNs ?? 0n) - (a.verifiedNs ?? 0n)))[0];
+    expect(latest?.packId).toBe(newestFirst[0]);
+    // A budget that is over before it begins reads nothing, and says what is left.
+    const none = await run(repo, { budgetMs: 0, catalogue });
+    expect(none.data).toMatchObject({ packs: 0, leftPacks: count });
+  });
+
+  it('does not forget damage that an earlier run has found', async () => {
+    await using dir = tempDir();
+    const { store, repo } = await make(42);
+    await using catalogue = await catalogueFor(repo, dir.path);
+    const [packId = ''] = await packIds(store);
+    const before = await store.get(packName(packId));
+    await flip(store, packName(packId), 120);
+    expect(damage(await run(repo, { catalogue })).map((f) => f.kind)).toEqual(['frame']);
+    expect(damage(await run(repo, { dataShare: 0, catalogue })).map((f) => f.object)).toEqual([packName(packId)]);
+    // It is the first to be looked at again.
+    await store.put(packName(packId), before);
+    expect(damage(await run(repo, { dataShare: 0.01, catalogue }))).toEqual([]);
+    expect(damage(await run(repo, { dataShare: 0, catalogue }))).toEqual([]);
+  });
+});
+
+async function copyOf(store: MemoryStore): Promise<Map<string, Buffer>> {
+  const all = new Map<string, Buffer>();
+  for await (const { name } of store.list('')) all.set(name, await store.get(name));
+  return all;
+}
+
+async function putBack(store: MemoryStore, all: ReadonlyMap<string, Buffer>): Promise<void> {
+  for await (const { name } of store.list('')) if (!all.has(name)) await store.delete(name);
+  for (const [name, bytes] of all) await store.put(name, bytes);
+}
+
+describe('a repository that was put back', () => {
+  it('is found by who has seen more', async () => {
+    await using dir = tempDir();
+    const { store, repo, model } = await make(51);
+    await using catalogue = await catalogueFor(repo, dir.path);
+    const old = await copyOf(store);
+    const { writer, history } = await VolumeWriter.claim(repo, model.volumeId);
+    await history.close();
+    for (let i = 0; i < 3; i++) await model.capture(writer, model.mutate(2));
+    await writer.close();
+    expect((await run(repo, { catalogue })).findings).toEqual([]);
+    await putBack(store, old);
+    await repo.packs.close();
+    // Consistent in itself.
+    expect((await run(repo)).findings).toEqual([]);
+    for (let i = 0; i < 2; i++) {
+      expect(damage(await run(repo, { catalogue })).map((f) => f.kind)).toEqual(['rollback']);
+    }
+    // Also when somebody has gone on from there: the commit is another one then.
+    const fork = new ModelVolume(model.volumeId, DEVICE_BYTES, seeded(52), clockOf(repo));
+    const next = await VolumeWriter.claim(repo, model.volumeId);
+    await next.history.close();
+    for (let i = 0; i < 6; i++) await fork.capture(next.writer, fork.mutate(2));
+    await next.writer.close();
+    expect(damage(await run(repo, { catalogue })).map((f) => f.kind)).toEqual(['rollback']);
+    // A volume that is gone altogether.
+    for await (const { name } of store.list('volumes')) await store.delete(name);
+    expect(damage(await run(repo, { catalogue })).map((f) => f.kind)).toContain('rollback');
+  });
+
+  it('is found when only its keys are from before a change', async () => {
+    await using dir = tempDir();
+    const { store, repo } = await make(53, { encrypted: true });
+    await using catalogue = await catalogueFor(repo, dir.path);
+    await run(repo, { dataShare: 0, catalogue });
+    const old = await store.get('config');
+    await repo.addKey({ kind: 'password', password: 'other', source: 'the test' }, 'other', CHEAP);
+    expect((await run(repo, { dataShare: 0, catalogue })).findings).toEqual([]);
+    await store.put('config', old);
+    expect(damage(await run(repo, { dataShare: 0, catalogue })).map((f) => f.kind)).toEqual(['config']);
+    await store.put('config.copy', old);
+    const reopened = await Repository.open(store, [PASSWORD], repo.env);
+    expect(damage(await run(reopened, { dataShare: 0, catalogue })).map((f) => [f.kind, f.object])).toEqual([['rollback', 'config']]);
+  });
+});
+
+describe('files that are exchanged, cut, deleted or put back one by one', () => {
+  it('are all found', async () => {
+    const { store, repo } = await make(61, { encrypted: true });
+    const all = [...(await copyOf(store))].filter(([name]) => !name.startsWith('locks/'));
+    let cases = 0;
+    const expectDamage = async (what: string): Promise<void> => {
+      cases++;
+      await repo.packs.close();
+      expect([what, damage(await run(repo, { dataShare: 0 })).length > 0]).toEqual([what, true]);
+    };
+    const random = seeded(62);
+    for (const [name, bytes] of all) {
+      await store.delete(name);
+      await expectDamage(`${name} deleted`);
+      for (const end of new Set([0, 1, 47, 63, 64, 65, bytes.length - 1, bytes.length - 16, ...Array.from({ length: 4 }, () => Math.floor(random() * bytes.length))])) {
+        if (end < 0 || end >= bytes.length) continue;
+        await store.put(name, bytes.subarray(0, end));
+        await expectDamage(`${name} cut at ${end}`);
+      }
+      await store.put(name, Buffer.concat([bytes, Buffer.alloc(7)]));
+      // Bytes behind a pack make its footer invisible; behind anything else they are not what was written.
+      await expectDamage(`${name} with bytes added`);
+      for (const [other, foreign] of all) {
+        if (other === name || foreign.equals(bytes) || other.split('/')[0] !== name.split('/')[0]) continue;
+        await store.put(name, foreign);
+        await expectDamage(`${other} put in the place of ${name}`);
+        break;
+      }
+      await store.put(name, bytes);
+    }
+    expect(cases).toBeGreaterThan(100);
+    await repo.packs.close();
+    expect((await run(repo)).findings).toEqual([]);
+  }, 60_000);
 });

@@ -1,0 +1,46 @@
+import { ExitCode } from '../errors.js';
+import { defineCommand, type ArgumentSpecs, type Input, type OptionSpecs } from './spec.js';
+
+const args = {
+  mountpoint: { label: 'MOUNTPOINT', description: 'existing directory', complete: 'directory' },
+} as const satisfies ArgumentSpecs;
+const options = {
+  volume: { value: 'V', description: 'only this volume, whose points are at the top then' },
+  at: {
+    value: 'T',
+    description: 'only the newest exact point not after this time, a snapshot, or a point (#12)',
+  },
+  foreground: { description: 'stay; SIGINT or SIGTERM unmounts' },
+  log: {
+    value: 'FILE',
+    description: 'where a mount in the background tells of damage; default: mount.log in the cache directory',
+    complete: 'file',
+  },
+} as const satisfies OptionSpecs;
+export type MountInput = Input<typeof args, typeof options>;
+
+export const mountCommand = defineCommand({
+  name: 'mount',
+  summary: 'show points as files: disk images and partitions',
+  description: [
+    'Mounts the repository, read-only: a directory for each volume (HOST/DEVICE) with latest, snapshots/NAME and points/DAY/HOUR/TIME-#ID, times in UTC, and in each of them disk.img and a file for each partition (p1.img). Nothing is copied first; holes, sizes and times are those of the disk at that point.',
+    'A new point appears under latest when it is there; a file that is open stays what it was. Data that is damaged reads as an I/O error, never as zeros, and a line of the log names the pack.',
+    'Goes into the background when the mount is live. "b2 umount" or umount ends it, and so does the end of the process, whatever the reason. Only the user who mounted can look into it. Users other than root need fusermount3.',
+  ],
+  arguments: args,
+  options,
+  examples: [
+    { command: 'b2 mount /mnt', text: 'Everything.' },
+    {
+      command: 'b2 mount /mnt --volume web1/sda --at "5m ago"',
+      text: 'One point: /mnt/disk.img and /mnt/p1.img, for losetup or mount -o loop,ro.',
+    },
+  ],
+  exitCodes: {
+    [ExitCode.notFound]: 'no such volume, point or directory',
+    [ExitCode.damage]: 'the history is damaged',
+    [ExitCode.noRepository]: 'no repository there',
+    [ExitCode.wrongKey]: 'wrong password or key',
+  },
+  load: () => import('./run/mount.js'),
+});

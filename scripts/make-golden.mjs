@@ -105,11 +105,16 @@ class Model {
 
   /** Fills blocks with bytes that do not compress, a text that does, or zeros. */
   change(from, count, kind) {
-    const part = this.data.subarray(from * BLOCK, Math.min(this.data.length, (from + count) * BLOCK));
+    const part = this.data.subarray(
+      from * BLOCK,
+      Math.min(this.data.length, (from + count) * BLOCK),
+    );
     if (kind === 'zeros') part.fill(0);
     else if (kind === 'text') part.fill(`golden block ${from} `);
     else part.set(this.random.bytes(part.length));
-    return Array.from({ length: count }, (_, i) => from + i).filter((b) => b * BLOCK < this.data.length);
+    return Array.from({ length: count }, (_, i) => from + i).filter(
+      (b) => b * BLOCK < this.data.length,
+    );
   }
 
   resize(sizeBytes) {
@@ -119,17 +124,29 @@ class Model {
   }
 
   /** One commit: whole chunks in frames of their own, the rest in one shared frame. */
-  async capture(writer, blocks, { full = false, pointClass = PointClass.crash, coverage = Coverage.exact } = {}) {
+  async capture(
+    writer,
+    blocks,
+    { full = false, pointClass = PointClass.crash, coverage = Coverage.exact } = {},
+  ) {
     const pack = await writer.openPack();
     const perChunk = CHUNK / BLOCK;
     const extents = [];
     const shared = [];
-    for (let i = 0; i < blocks.length; ) {
+    for (let i = 0; i < blocks.length;) {
       const block = blocks[i];
       let count = 1;
-      while (count < perChunk && blocks[i + count] === block + count && (block + count) % perChunk !== 0) count++;
+      while (
+        count < perChunk &&
+        blocks[i + count] === block + count &&
+        (block + count) % perChunk !== 0
+      )
+        count++;
       i += count;
-      const bytes = this.data.subarray(block * BLOCK, Math.min(this.data.length, (block + count) * BLOCK));
+      const bytes = this.data.subarray(
+        block * BLOCK,
+        Math.min(this.data.length, (block + count) * BLOCK),
+      );
       if (bytes.every((b) => b === 0)) {
         extents.push({ block, count, packId: undefined, frame: 0, sub: 0, skip: 0 });
         continue;
@@ -140,7 +157,14 @@ class Model {
         continue;
       }
       await pack.flush();
-      extents.push({ block, count, packId: pack.packId, ...{ frame: pack.addChunk(bytes, id), sub: 0 }, skip: 0 });
+      extents.push({
+        block,
+        count,
+        packId: pack.packId,
+        frame: pack.addChunk(bytes, id),
+        sub: 0,
+        skip: 0,
+      });
     }
     if (shared.length > 0) {
       await pack.flush();
@@ -236,7 +260,11 @@ async function makePassword() {
   const secret = { kind: 'password', password: PASSWORD, source: 'golden' };
   const made = await newRepository('password', 1, { encryption: 'aes256-gcm', secret });
   const { repo, clock, random } = made;
-  await repo.addKey({ kind: 'password', password: 'another: ünïcode', source: 'golden' }, 'second key', COST);
+  await repo.addKey(
+    { kind: 'password', password: 'another: ünïcode', source: 'golden' },
+    'second key',
+    COST,
+  );
   mkdirSync(SOURCES, { recursive: true });
   const volumes = [];
   try {
@@ -274,7 +302,12 @@ async function makePassword() {
   }
   random.next();
   await repo.close();
-  return { name: 'password', password: PASSWORD, passwords: [PASSWORD, 'another: ünïcode'], volumes };
+  return {
+    name: 'password',
+    password: PASSWORD,
+    passwords: [PASSWORD, 'another: ünïcode'],
+    volumes,
+  };
 }
 
 /** Segments of two levels, a full map, a pack of the journal left unsealed with a torn end, a resize, all classes. */
@@ -282,13 +315,19 @@ async function makeKeyFile() {
   const material = generator(99).bytes(32);
   const file = join(out, 'keyfile.key');
   writeFileSync(file, keyFileText(material), { mode: 0o600 });
-  const secret = { kind: 'keyFile', material: parseKeyFile(keyFileText(material), file), source: file };
+  const secret = {
+    kind: 'keyFile',
+    material: parseKeyFile(keyFileText(material), file),
+    source: file,
+  };
   const made = await newRepository('keyfile', 2, { encryption: 'aes256-gcm', secret });
   const { repo, clock } = made;
   const model = await newVolume(made, 'db/sdb', 24 * BLOCK + 777);
   const { writer, history } = await VolumeWriter.claim(repo, model.id);
   await history.close();
-  await model.capture(writer, [...model.change(0, 6, 'noise'), ...model.change(10, 14, 'text')], { full: true });
+  await model.capture(writer, [...model.change(0, 6, 'noise'), ...model.change(10, 14, 'text')], {
+    full: true,
+  });
   const classes = [PointClass.fuzzy, PointClass.crash, PointClass.fs, PointClass.app];
   for (let i = 1; i <= 18; i++) {
     const kind = ['noise', 'text', 'zeros'][i % 3];
@@ -302,10 +341,17 @@ async function makeKeyFile() {
   // The end lay within block 24, which the commit that grows the device must name.
   const oldEnd = Math.floor(model.data.length / BLOCK);
   model.resize(30 * BLOCK);
-  await model.capture(writer, [...model.change(oldEnd, 1, 'noise'), ...model.change(27, 2, 'text')]);
+  await model.capture(writer, [
+    ...model.change(oldEnd, 1, 'noise'),
+    ...model.change(27, 2, 'text'),
+  ]);
   await writer.finishPack();
   const view = await VolumeHistory.open(repo, model.id);
-  await putFullMap(segmentTarget(repo, model.id), { deltas: view.sources, fulls: view.fulls }, model.expected.length);
+  await putFullMap(
+    segmentTarget(repo, model.id),
+    { deltas: view.sources, fulls: view.fulls },
+    model.expected.length,
+  );
   await view.close();
   await model.capture(writer, model.change(1, 3, 'noise'));
   const tip = await model.capture(writer, model.change(5, 1, 'zeros'));
@@ -325,7 +371,11 @@ async function makePlain() {
   const model = await newVolume(made, 'plain/disk', 20 * BLOCK);
   const first = await VolumeWriter.claim(repo, model.id);
   await first.history.close();
-  await model.capture(first.writer, [...model.change(0, 8, 'noise'), ...model.change(12, 8, 'text')], { full: true });
+  await model.capture(
+    first.writer,
+    [...model.change(0, 8, 'noise'), ...model.change(12, 8, 'text')],
+    { full: true },
+  );
   await model.capture(first.writer, model.change(3, 2, 'zeros'));
   await first.writer.close();
   const second = await VolumeWriter.claim(repo, model.id);
@@ -333,10 +383,16 @@ async function makePlain() {
   model.resize(10 * BLOCK);
   await model.capture(second.writer, model.change(9, 1, 'noise'));
   model.resize(16 * BLOCK + 5);
-  await model.capture(second.writer, [...model.change(11, 1, 'noise'), ...model.change(16, 1, 'text')]);
+  await model.capture(second.writer, [
+    ...model.change(11, 1, 'noise'),
+    ...model.change(16, 1, 'text'),
+  ]);
   // Full: what is not named is zeros.
   model.change(0, 17, 'zeros');
-  await model.pin('end', await model.capture(second.writer, model.change(2, 12, 'text'), { full: true }));
+  await model.pin(
+    'end',
+    await model.capture(second.writer, model.change(2, 12, 'text'), { full: true }),
+  );
   await second.writer.close();
   await repo.close();
   return { name: 'plain', volumes: [describe(model, 'plain/disk')] };
@@ -345,7 +401,11 @@ async function makePlain() {
 /** A store without append: a pack a commit, and the last ones still in the journal. */
 async function makeNoAppend() {
   const secret = { kind: 'password', password: PASSWORD, source: 'golden' };
-  const made = await newRepository('no-append', 5, { encryption: 'aes256-gcm', secret, append: false });
+  const made = await newRepository('no-append', 5, {
+    encryption: 'aes256-gcm',
+    secret,
+    append: false,
+  });
   const { repo } = made;
   const model = await newVolume(made, 'bucket/disk', 16 * BLOCK);
   const { writer, history } = await VolumeWriter.claim(repo, model.id);
@@ -353,12 +413,26 @@ async function makeNoAppend() {
   await model.capture(writer, model.change(0, 7, 'noise'), { full: true });
   await model.capture(writer, model.change(6, 4, 'text'));
   await writer.finishPack();
-  for (let i = 0; i < 4; i++) await model.capture(writer, model.change(i * 3, 2, i === 2 ? 'zeros' : 'noise'));
+  for (let i = 0; i < 4; i++)
+    await model.capture(writer, model.change(i * 3, 2, i === 2 ? 'zeros' : 'noise'));
   await repo.close();
-  return { name: 'no-append', password: PASSWORD, passwords: [PASSWORD], volumes: [describe(model, 'bucket/disk')] };
+  return {
+    name: 'no-append',
+    password: PASSWORD,
+    passwords: [PASSWORD],
+    volumes: [describe(model, 'bucket/disk')],
+  };
 }
 
 mkdirSync(out, { recursive: true });
-const repositories = [await makePassword(), await makeKeyFile(), await makePlain(), await makeNoAppend()];
-writeFileSync(join(out, 'expected.json'), `${JSON.stringify({ format: 1, repositories }, null, 1)}\n`);
+const repositories = [
+  await makePassword(),
+  await makeKeyFile(),
+  await makePlain(),
+  await makeNoAppend(),
+];
+writeFileSync(
+  join(out, 'expected.json'),
+  `${JSON.stringify({ format: 1, repositories }, null, 1)}\n`,
+);
 console.log(`made ${repositories.map((r) => r.name).join(', ')} in ${out}`);

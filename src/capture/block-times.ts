@@ -218,7 +218,7 @@ export class PendingBlocks {
       const word = Math.floor(b / 32);
       const bit = b % 32;
       const n = Math.min(32 - bit, end - b);
-      const mask = n === 32 ? 0xffff_ffff : (((2 ** n - 1) << bit) >>> 0);
+      const mask = n === 32 ? 0xffff_ffff : ((2 ** n - 1) << bit) >>> 0;
       const old = bitmap[word] ?? 0;
       this.bits += bitsOf(mask & ~old);
       bitmap[word] = old | mask;
@@ -266,7 +266,8 @@ export class PendingBlocks {
     }
     const all = Float64Array.from(list).sort();
     let n = 0;
-    for (let i = 0; i < all.length; i++) if (i === 0 || all[i] !== all[i - 1]) all[n++] = all[i] ?? 0;
+    for (let i = 0; i < all.length; i++)
+      if (i === 0 || all[i] !== all[i - 1]) all[n++] = all[i] ?? 0;
     return all.subarray(0, n);
   }
 

@@ -29,7 +29,12 @@ import { LatestTimes, MAX_SLOTS, PendingBlocks } from './block-times.js';
 export type Decision =
   | { readonly kind: 'wait' }
   | { readonly kind: 'again'; readonly loNs: number; readonly hiNs: number }
-  | { readonly kind: 'holds'; readonly loNs: number; readonly hiNs: number; readonly instantNs: number };
+  | {
+      readonly kind: 'holds';
+      readonly loNs: number;
+      readonly hiNs: number;
+      readonly instantNs: number;
+    };
 
 /** Reads remembered until they are brought into LO, unless their events are still to come. */
 const FOLD_READS = 10_000;
@@ -159,7 +164,8 @@ export class IntervalCut implements ChangeSink {
   /** Makes the point that `decide` has just found (nothing may have been fed in between); returns its instant. */
   claim(): number {
     const decision = this.decide();
-    if (decision.kind !== 'holds') throw new Error('a point was claimed although the cut does not hold');
+    if (decision.kind !== 'holds')
+      throw new Error('a point was claimed although the cut does not hold');
     this.forgetReads(decision.instantNs);
     return decision.instantNs;
   }

@@ -1,7 +1,8 @@
 /**
  * Live capture: a change source, a device to read from and the interval cut, made into a stream of commits.
  *
- * While there are writes a point is tried at every interval: blocks that changed are read, the cut is asked, blocks in its way
+ * While there are writes a point is tried at every interval, less the time that points have taken lately to become durable, so
+ * that a write is in a durable point one interval after it was acknowledged: blocks that changed are read, the cut is asked, blocks in its way
  * are read again, until it holds; then everything read since the last point is committed as one point of class `crash`. While
  * there are none, nothing is done. A point that does not come about within its time is tried again at the next interval with
  * what is staged already (`busy`).
@@ -28,7 +29,7 @@ import { Staging, type StagedBlocks } from './staging.js';
 
 /** What a sink makes durable as one commit. */
 export interface CaptureCommit {
-  /** `crash` for a point, `none` for a commit that is none. */
+  /** `crash` or better for a point, `none` for a commit that is none. */
   readonly pointClass: PointClass;
   readonly coverage: Coverage;
   /** Wall time of the instant; of a commit that is no point: when it was made. */
@@ -54,6 +55,7 @@ export interface CapturedPoint {
   readonly instantNs: bigint;
   /** Time of the source, see {@link ChangeSource.originNs}. */
   readonly instantSourceNs: number;
+  readonly pointClass: PointClass;
   readonly coverage: Coverage;
   readonly blocks: number;
   readonly storedBytes: number;
@@ -70,7 +72,13 @@ export type CaptureEvent =
   /** A commit that is no point: staged blocks filled their memory. */
   | { readonly type: 'spill'; readonly seq: number; readonly blocks: number }
   /** The cut did not hold in time; the next interval goes on with what is staged. */
-  | { readonly type: 'busy'; readonly rounds: number; readonly staged: number; readonly pending: number; readonly shortNs: number }
+  | {
+      readonly type: 'busy';
+      readonly rounds: number;
+      readonly staged: number;
+      readonly pending: number;
+      readonly shortNs: number;
+    }
   /** Track was lost: everything is being read again. */
   | { readonly type: 'lost'; readonly loss: ChangeLoss }
   /** The repository did not take a commit; it is tried again. */
@@ -132,11 +140,14 @@ const GAP_BLOCKS = 16;
 const TAKE_BLOCKS = 1 << 18;
 /** Points this much later than the interval are not `exact` but `coalesced`. */
 const LATE_FACTOR = 2;
+/** Points are begun this much earlier than they usually need. */
+const LEAD_FACTOR = 1.5;
 /** While the cut waits for events up to the end of a read. */
 const SETTLE_MS = 1;
 
 interface Waiter {
   readonly sinceNs: number;
+  readonly pointClass: PointClass;
   readonly resolve: (point: CapturedPoint) => void;
   readonly reject: (error: unknown) => void;
 }
@@ -165,6 +176,8 @@ export class LiveCapture {
   private outage: B2Error | undefined;
   private completeToNs = 0;
   private lateSeen = 0;
+  /** How old points were lately when they were durable. */
+  private usualAgeMs = 0;
   /** How often track was lost or given up. */
   private resyncs = 0;
   private events = 0;
@@ -180,10 +193,15 @@ export class LiveCapture {
     const { sizeBytes } = options.device.facts;
     this.cut = new IntervalCut(blocksOf(sizeBytes), options.maxSlots);
     this.staging = new Staging(
-      Math.max(READ_BYTES / BLOCK_BYTES, Math.floor((options.stageBytes ?? 32 * 1024 * 1024) / BLOCK_BYTES)),
+      Math.max(
+        READ_BYTES / BLOCK_BYTES,
+        Math.floor((options.stageBytes ?? 32 * 1024 * 1024) / BLOCK_BYTES),
+      ),
     );
     const slab = alignedMemory(READERS * READ_BYTES);
-    this.slabs = Array.from({ length: READERS }, (_, i) => slab.subarray(i * READ_BYTES, (i + 1) * READ_BYTES));
+    this.slabs = Array.from({ length: READERS }, (_, i) =>
+      slab.subarray(i * READ_BYTES, (i + 1) * READ_BYTES),
+    );
     this.unsynced = options.isInSync !== true;
     if (this.unsynced) this.cut.invalidate(0);
     this.done = this.run();
@@ -197,14 +215,41 @@ export class LiveCapture {
 
   /**
    * The first acknowledged point whose instant is not before now; made at once. Where nothing was written since the last point,
-   * that one. Rejects when capture ends first.
+   * that one, if it is of the class asked for. `pointClass` above `crash`: the caller has frozen the file systems (or quiesced the
+   * application) and keeps them so until this settles: whoever cannot wait any longer aborts `signal` first (this rejects with
+   * `interrupted` then) and lets the writers go after that. Rejects when capture ends first.
    */
-  point(): Promise<CapturedPoint> {
+  point(pointClass: PointClass = PointClass.crash, signal?: AbortSignal): Promise<CapturedPoint> {
     if (this.abort.signal.aborted)
-      return Promise.reject(new B2Error('interrupted', `the capture of ${this.path} is being stopped`));
+      return Promise.reject(
+        new B2Error('interrupted', `the capture of ${this.path} is being stopped`),
+      );
+    if (signal?.aborted === true) return Promise.reject(this.givenUp());
     return new Promise((resolve, reject) => {
-      this.waiters.push({ sinceNs: this.now(), resolve, reject });
+      const giveUp = (): void => {
+        this.waiters = this.waiters.filter((w) => w !== waiter);
+        reject(this.givenUp());
+      };
+      const settled = (): void => signal?.removeEventListener('abort', giveUp);
+      const waiter: Waiter = {
+        sinceNs: this.now(),
+        pointClass,
+        resolve: (point) => {
+          settled();
+          resolve(point);
+        },
+        reject: (error) => {
+          settled();
+          reject(error);
+        },
+      };
+      signal?.addEventListener('abort', giveUp, { once: true });
+      this.waiters.push(waiter);
     });
+  }
+
+  private givenUp(): B2Error {
+    return new B2Error('interrupted', `nobody waits any longer for a point of ${this.path}`);
   }
 
   /** Forgets what is known of the device: everything is read again while capture goes on. */
@@ -290,7 +335,7 @@ export class LiveCapture {
     const end = this.fatal ?? failure;
     for (const w of this.waiters.splice(0))
       w.reject(end ?? new B2Error('interrupted', `the capture of ${this.path} was stopped`));
-    if (end !== undefined) throw end;
+    if (end !== undefined) throw end instanceof Error ? end : new Error(messageOf(end));
   }
 
   /** Keeps the source drained. */
@@ -353,16 +398,23 @@ export class LiveCapture {
     let dueNs = 0;
     while (!signal.aborted) {
       const isIdle = !this.cut.hasChanges && this.staging.size === 0;
-      // Who asks for a point before there was any gets one, though nothing was written.
-      if (isIdle && (this.waiters.length === 0 || this.lastPoint !== undefined)) this.answerIdle();
+      if (isIdle && !this.wantsEmptyPoint()) this.answerIdle();
       else if (this.now() >= dueNs || (this.waiters.length > 0 && this.outage === undefined)) {
         const beganNs = this.now();
         const attempt = await this.attempt(beganNs);
-        dueNs = attempt === 'outage' ? this.now() + retryMs * 1e6 : beganNs + this.intervalMs * 1e6;
+        const periodMs =
+          this.intervalMs - Math.min(LEAD_FACTOR * this.usualAgeMs, this.intervalMs / 2);
+        dueNs = attempt === 'outage' ? this.now() + retryMs * 1e6 : beganNs + periodMs * 1e6;
         if (attempt === 'point') continue;
       }
       await clock.sleep(pollMs, signal);
     }
+  }
+
+  /** Somebody waits for a point, before there was any or of a better class than the last, though nothing was written. */
+  private wantsEmptyPoint(): boolean {
+    const best = this.lastPoint?.pointClass ?? PointClass.none;
+    return this.waiters.some((w) => w.pointClass > best && w.sinceNs <= this.completeToNs);
   }
 
   /** Nothing has changed since the last point: it is as good as a new one, for who asked before the last poll. */
@@ -373,8 +425,10 @@ export class LiveCapture {
   }
 
   private answer(point: CapturedPoint, coversNs: number): void {
-    const answered = this.waiters.filter((w) => w.sinceNs <= coversNs);
-    this.waiters = this.waiters.filter((w) => w.sinceNs > coversNs);
+    const isAnswered = (w: Waiter): boolean =>
+      w.sinceNs <= coversNs && w.pointClass <= point.pointClass;
+    const answered = this.waiters.filter(isAnswered);
+    this.waiters = this.waiters.filter((w) => !isAnswered(w));
     for (const w of answered) w.resolve(point);
   }
 
@@ -388,9 +442,13 @@ export class LiveCapture {
       const { resyncs } = this;
       const isTaken = await this.readDue(limitNs);
       if (!isTaken) return signal.aborted ? 'nothing' : 'outage';
-      if (!this.cut.hasChanges && this.lastPoint !== undefined) return 'nothing';
+      if (!this.cut.hasChanges && !this.wantsEmptyPoint()) return 'nothing';
       let decision = this.cut.decide();
-      while (decision.kind === 'wait' && !signal.aborted && this.now() < endNs + this.intervalMs * 1e6) {
+      while (
+        decision.kind === 'wait' &&
+        !signal.aborted &&
+        this.now() < endNs + this.intervalMs * 1e6
+      ) {
         await this.o.clock.sleep(SETTLE_MS, signal);
         await this.poll(false);
         decision = this.cut.decide();
@@ -425,12 +483,19 @@ export class LiveCapture {
     const uncoveredNs = this.cut.oldestPendingNs;
     const wasUnsynced = this.unsynced;
     const last = this.lastPoint;
-    const gapNs = Number.isFinite(this.uncoveredNs) && last !== undefined ? instantNs - Math.max(this.uncoveredNs, last.instantSourceNs) : 0;
+    const gapNs =
+      Number.isFinite(this.uncoveredNs) && last !== undefined
+        ? instantNs - Math.max(this.uncoveredNs, last.instantSourceNs)
+        : 0;
     const isLate = this.coalesced || gapNs > LATE_FACTOR * this.intervalMs * 1e6;
     const coverage = wasUnsynced ? Coverage.unknown : isLate ? Coverage.coalesced : Coverage.exact;
     const wall = this.wallOf(instantNs);
     const { resyncs } = this;
-    const done = await this.commit(PointClass.crash, coverage, wall);
+    // Who asked for a class holds the writers still from then on until the answer.
+    const pointClass = this.waiters
+      .filter((w) => w.sinceNs <= instantNs)
+      .reduce<PointClass>((c, w) => (w.pointClass > c ? w.pointClass : c), PointClass.crash);
+    const done = await this.commit(pointClass, coverage, wall);
     if (done === undefined) return 'outage';
     // What was lost while it was committed came after its instant.
     if (this.resyncs === resyncs) this.unsynced = false;
@@ -441,6 +506,7 @@ export class LiveCapture {
       seq: done.seq,
       instantNs: wall,
       instantSourceNs: instantNs,
+      pointClass,
       coverage,
       blocks: done.blocks,
       storedBytes: done.storedBytes,
@@ -449,6 +515,7 @@ export class LiveCapture {
       ageMs: (this.now() - instantNs) / 1e6,
     };
     this.lastPoint = point;
+    this.usualAgeMs += (point.ageMs - this.usualAgeMs) / 4;
     this.tell({ type: 'point', point });
     this.answer(point, instantNs);
     return 'point';
@@ -459,7 +526,9 @@ export class LiveCapture {
     pointClass: PointClass,
     coverage: Coverage,
     instantNs: bigint,
-  ): Promise<{ readonly seq: number; readonly storedBytes: number; readonly blocks: number } | undefined> {
+  ): Promise<
+    { readonly seq: number; readonly storedBytes: number; readonly blocks: number } | undefined
+  > {
     const { sizeBytes } = this.o.device.facts;
     const content = this.staging.all(sizeBytes);
     try {
@@ -495,7 +564,10 @@ export class LiveCapture {
       try {
         while (done < blocks.length) {
           if (this.abort.signal.aborted) return false;
-          const part = blocks.subarray(done, done + Math.min(this.staging.maxBlocks, READERS * (READ_BYTES / BLOCK_BYTES)));
+          const part = blocks.subarray(
+            done,
+            done + Math.min(this.staging.maxBlocks, READERS * (READ_BYTES / BLOCK_BYTES)),
+          );
           if (!this.staging.hasRoomFor(part.length) && !(await this.spill())) return false;
           await this.read(part);
           done += part.length;
@@ -524,7 +596,8 @@ export class LiveCapture {
       let j = i + 1;
       while (j < blocks.length) {
         const b = blocks[j] ?? 0;
-        if (b - (blocks[j - 1] ?? 0) > GAP_BLOCKS + 1 || (b - first + 1) * BLOCK_BYTES > READ_BYTES) break;
+        if (b - (blocks[j - 1] ?? 0) > GAP_BLOCKS + 1 || (b - first + 1) * BLOCK_BYTES > READ_BYTES)
+          break;
         j++;
       }
       runs.push(blocks.subarray(i, j));
@@ -533,12 +606,15 @@ export class LiveCapture {
     let next = 0;
     await Promise.all(
       this.slabs.map(async (slab) => {
-        for (let run = runs[next++]; run !== undefined; run = runs[next++]) await this.readRun(run, slab);
+        for (let run = runs[next++]; run !== undefined; run = runs[next++])
+          await this.readRun(run, slab);
       }),
     ).catch((error: unknown) => {
       throw error instanceof B2Error
         ? error
-        : new B2Error('io', `reading changed blocks of ${this.path}: ${messageOf(error)}`, { cause: error });
+        : new B2Error('io', `reading changed blocks of ${this.path}: ${messageOf(error)}`, {
+            cause: error,
+          });
     });
   }
 
@@ -551,9 +627,13 @@ export class LiveCapture {
     const got = await device.read(slab.subarray(0, (last - first + 1) * BLOCK_BYTES), offset);
     const endNs = this.now();
     if (got !== length)
-      throw new B2Error('io', `read ${length} bytes at offset ${offset} of ${this.path}: got ${got}`, {
-        hint: 'The device has shrunk or is going away; check the kernel log (dmesg).',
-      });
+      throw new B2Error(
+        'io',
+        `read ${length} bytes at offset ${offset} of ${this.path}: got ${got}`,
+        {
+          hint: 'The device has shrunk or is going away; check the kernel log (dmesg).',
+        },
+      );
     this.readBytes += got;
     for (let i = 0; i < blocks.length;) {
       const from = blocks[i] ?? 0;

@@ -18,7 +18,8 @@ export class Staging {
   private used = 0;
 
   constructor(maxBlocks: number) {
-    if (!Number.isSafeInteger(maxBlocks) || maxBlocks < 1) throw new RangeError(`staging of ${maxBlocks} blocks`);
+    if (!Number.isSafeInteger(maxBlocks) || maxBlocks < 1)
+      throw new RangeError(`staging of ${maxBlocks} blocks`);
     this.maxBlocks = maxBlocks;
   }
 

@@ -6,7 +6,8 @@ const args = {} as const;
 const options = {
   grace: {
     value: 'TIME',
-    description: 'how long data must have been unused before it is condemned, and condemned before it is deleted',
+    description:
+      'how long data must have been unused before it is condemned, and condemned before it is deleted',
     default: '1d',
     parse: parseDurationMs,
   },

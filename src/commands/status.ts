@@ -26,6 +26,9 @@ export const statusCommand = defineCommand({
     { command: 'b2 status', text: 'An overview.' },
     { command: 'b2 status --max-lag 5m --nagios', text: 'As a monitoring check.' },
   ],
-  exitCodes: { [ExitCode.overLimit]: 'a volume lags more than --max-lag', [ExitCode.damage]: 'the history of a volume cannot be read' },
+  exitCodes: {
+    [ExitCode.overLimit]: 'a volume lags more than --max-lag',
+    [ExitCode.damage]: 'the history of a volume cannot be read',
+  },
   load: () => import('./run/status.js'),
 });

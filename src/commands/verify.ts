@@ -24,7 +24,8 @@ const args = {
 const options = {
   data: {
     value: 'all|N%|none',
-    description: 'how much of the stored data to read and compare with its checksums; default none, with --budget all',
+    description:
+      'how much of the stored data to read and compare with its checksums; default none, with --budget all',
     parse: parseData,
   },
   budget: {
@@ -61,8 +62,14 @@ export const verifyCommand = defineCommand({
   examples: [
     { command: 'b2 verify', text: 'Structure and chain: seconds to minutes.' },
     { command: 'b2 verify --data all', text: 'Everything, read once.' },
-    { command: 'b2 verify --data all --budget 30m', text: 'Every night half an hour; in time all of it, again and again.' },
-    { command: 'b2 verify web1/sda --against /dev/sda --at before-upgrade', text: 'What has changed since that snapshot.' },
+    {
+      command: 'b2 verify --data all --budget 30m',
+      text: 'Every night half an hour; in time all of it, again and again.',
+    },
+    {
+      command: 'b2 verify web1/sda --against /dev/sda --at before-upgrade',
+      text: 'What has changed since that snapshot.',
+    },
     { command: 'b2 verify --max-lag 10m --nagios', text: 'As a monitoring check.' },
   ],
   exitCodes: {

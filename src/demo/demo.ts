@@ -15,7 +15,12 @@ import { makeScratchDisk, type DiskKind, type ScratchDisk } from './scratch-disk
 export type DemoEvent =
   | { readonly type: 'chapter'; readonly text: string }
   | { readonly type: 'command'; readonly command: string }
-  | { readonly type: 'output'; readonly command: string; readonly code: number; readonly text: string };
+  | {
+      readonly type: 'output';
+      readonly command: string;
+      readonly code: number;
+      readonly text: string;
+    };
 
 export interface DemoOptions {
   /** The launcher, bin/b2. */
@@ -128,7 +133,9 @@ class Story {
         (error, stdout, stderr) => {
           signal.removeEventListener('abort', stop);
           if (error !== null && typeof error.code !== 'number' && !signal.aborted) {
-            fail(new B2Error('failed', `cannot run ${program}: ${messageOf(error)}`, { cause: error }));
+            fail(
+              new B2Error('failed', `cannot run ${program}: ${messageOf(error)}`, { cause: error }),
+            );
             return;
           }
           done({ code: typeof error?.code === 'number' ? error.code : 0, text: stdout + stderr });
@@ -143,7 +150,9 @@ class Story {
 }
 
 async function tell(story: Story, disk: ScratchDisk): Promise<void> {
-  story.chapter('Monday: a repository, and the first snapshot. It is encrypted; the key is in a file.');
+  story.chapter(
+    'Monday: a repository, and the first snapshot. It is encrypted; the key is in a file.',
+  );
   await story.b2('init');
   await story.b2('snapshot', disk.path, '--volume', 'demo/disk', '--name', 'monday');
 
@@ -182,7 +191,7 @@ export async function runDemo(options: DemoOptions): Promise<DemoResult> {
   const startNs = clock.monotonicNs();
   const dir = await makeDir(keep);
   let disk: ScratchDisk | undefined;
-  let failure: unknown;
+  let failure: Error | undefined;
   try {
     const { shown, all } = demoEnvironment(options.env, dir);
     disk = await makeScratchDisk(dir, {
@@ -197,7 +206,7 @@ export async function runDemo(options: DemoOptions): Promise<DemoResult> {
     show({ type: 'command', command: `export ${exports.join(' ')}` });
     await tell(story, disk);
   } catch (error) {
-    failure = error;
+    failure = error instanceof Error ? error : new Error(messageOf(error));
   }
   // The disk comes first: a file that a loop device shows cannot be given up.
   try {

@@ -99,7 +99,9 @@ async function deviceDisk(dir: string, random: Random): Promise<ScratchDisk> {
     path: device,
     what: `a loop device of 96 MiB with ext4 and ${PHOTOS + 1} files`,
     work: mounted('echo "Tuesday: all bills are paid" >> mnt/ledger.txt'),
-    accident: mounted('rm -rf mnt/photos mnt/ledger.txt; sync; head -c 8M /dev/urandom > mnt/movie'),
+    accident: mounted(
+      'rm -rf mnt/photos mnt/ledger.txt; sync; head -c 8M /dev/urandom > mnt/movie',
+    ),
     look: mounted('ls mnt; ls mnt/photos | wc -l; tail -n 1 mnt/ledger.txt', '-o ro '),
     digest: () => digestOf(image),
     close,
@@ -122,7 +124,8 @@ async function imageDisk(dir: string, random: Random): Promise<ScratchDisk> {
   } finally {
     await rm(files, { recursive: true, force: true });
   }
-  const debugfs = (request: string, more = ''): string => `debugfs ${more}-R "${request}" disk.img 2>&1`;
+  const debugfs = (request: string, more = ''): string =>
+    `debugfs ${more}-R "${request}" disk.img 2>&1`;
   return {
     kind: 'image',
     path: 'disk.img',
@@ -140,7 +143,8 @@ async function plainDisk(dir: string, random: Random): Promise<ScratchDisk> {
   const image = join(dir, 'disk.img');
   await emptyImage(image);
   await using file = await open(image, 'r+');
-  for (let i = 1; i <= PHOTOS; i++) await file.write(random(PHOTO_BYTES), 0, PHOTO_BYTES, i * 2 * MIB);
+  for (let i = 1; i <= PHOTOS; i++)
+    await file.write(random(PHOTO_BYTES), 0, PHOTO_BYTES, i * 2 * MIB);
   await file.write(Buffer.from('The ledger of Monday'), 0, undefined, 0);
   return {
     kind: 'image',
@@ -163,7 +167,11 @@ const WHAT = { loop: 'loop device with ext4', ext4: 'image with ext4', plain: 'i
 /** The first of `kinds` that can be had here, made in `dir`; `note` hears why it is not an earlier one. */
 export async function makeScratchDisk(
   dir: string,
-  options: { readonly kinds: readonly DiskKind[]; readonly random: Random; readonly note: (text: string) => void },
+  options: {
+    readonly kinds: readonly DiskKind[];
+    readonly random: Random;
+    readonly note: (text: string) => void;
+  },
 ): Promise<ScratchDisk> {
   for (const kind of options.kinds) {
     try {

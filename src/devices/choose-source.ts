@@ -51,9 +51,13 @@ export async function chooseSource(
   const host = options.host ?? traceHost();
   if (facts.kind === 'file') {
     if (choice === 'trace') {
-      throw new B2Error('unsupported', `${facts.path} is an image file: only block devices have block events`, {
-        hint: 'Use --source scan, or watch the loop device it is attached to.',
-      });
+      throw new B2Error(
+        'unsupported',
+        `${facts.path} is an image file: only block devices have block events`,
+        {
+          hint: 'Use --source scan, or watch the loop device it is attached to.',
+        },
+      );
     }
     return scan(`${facts.path} is an image file, which has no block events: ${SCAN_COST}`, false);
   }
@@ -66,17 +70,25 @@ export async function chooseSource(
         isFallback: false,
       };
     } catch (error) {
-      if (choice === 'trace' || !(error instanceof B2Error) || error.kind !== 'unsupported') throw error;
+      if (choice === 'trace' || !(error instanceof B2Error) || error.kind !== 'unsupported')
+        throw error;
       return scan(`${error.message}; so ${SCAN_COST}`, true);
     }
   }
   if (choice === 'trace') {
-    throw new B2Error('unsupported', `cannot watch ${facts.path} by block events: ${obstacle.message}`, {
-      hint:
-        obstacle.reason === 'privilege'
-          ? 'Run b2 as root, outside containers that withhold tracing.'
-          : 'Use --source scan, which needs neither root nor kernel support but reads the whole device to find changes.',
-    });
+    throw new B2Error(
+      'unsupported',
+      `cannot watch ${facts.path} by block events: ${obstacle.message}`,
+      {
+        hint:
+          obstacle.reason === 'privilege'
+            ? 'Run b2 as root, outside containers that withhold tracing.'
+            : 'Use --source scan, which needs neither root nor kernel support but reads the whole device to find changes.',
+      },
+    );
   }
-  return scan(`${facts.path} cannot be watched by block events (${obstacle.message}); so ${SCAN_COST}`, true);
+  return scan(
+    `${facts.path} cannot be watched by block events (${obstacle.message}); so ${SCAN_COST}`,
+    true,
+  );
 }

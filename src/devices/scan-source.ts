@@ -61,7 +61,11 @@ export class ScanSource implements ChangeSource {
   }
 
   /** Starts a watch: reads the whole device once, to know what later scans compare with. */
-  static async open(device: ReadDevice, options: ScanSourceOptions, signal?: AbortSignal): Promise<ScanSource> {
+  static async open(
+    device: ReadDevice,
+    options: ScanSourceOptions,
+    signal?: AbortSignal,
+  ): Promise<ScanSource> {
     const source = new ScanSource(device, options);
     const before = await source.takeStamp();
     if (device.facts.kind === 'file') await options.clock.sleep(TICK_MS, signal);
@@ -133,7 +137,9 @@ export class ScanSource implements ChangeSource {
   }
 
   /** Reads everything; returns the runs of blocks whose windows differ from what was read last. */
-  private async compare(signal: AbortSignal | undefined): Promise<[block: number, count: number][]> {
+  private async compare(
+    signal: AbortSignal | undefined,
+  ): Promise<[block: number, count: number][]> {
     const changed: [number, number][] = [];
     for (let offset = 0; offset < this.sizeBytes; offset += READ_BYTES) {
       if (signal?.aborted === true)

@@ -1,12 +1,6 @@
 /** Keys and sealing (FORMAT.md section 2). Pure: master key in, bytes out. */
-import {
-  createCipheriv,
-  createDecipheriv,
-  createSecretKey,
-  hkdfSync,
-  timingSafeEqual,
-  type KeyObject,
-} from 'node:crypto';
+import { hkdfSync, timingSafeEqual } from 'node:crypto';
+import { gcm } from '../gcm.js';
 import { keyedHash, type KeyedHash } from '../hash.js';
 
 /** Bytes that a seal is longer than what it seals. */
@@ -36,8 +30,11 @@ export interface Sealer {
     out: Buffer,
     at: number,
   ): number;
-  /** The plaintext (which may share memory with `sealed`), or undefined if the tag or check is wrong. */
-  open(nonce: Buffer, aad: Buffer, sealed: Buffer): Buffer | undefined;
+  /**
+   * The plaintext (which may share memory with `sealed` or `into`), or undefined if the tag or check is wrong. `into` is room
+   * for it that may be used, which saves an allocation; it must not overlap `sealed`.
+   */
+  open(nonce: Buffer, aad: Buffer, sealed: Buffer, into?: Buffer): Buffer | undefined;
 }
 
 /** {@link Sealer.sealInto} into a buffer of its own. */
@@ -52,31 +49,11 @@ export function seal(
   return out;
 }
 
-function gcmSealer(key: KeyObject): Sealer {
+function gcmSealer(key: Buffer): Sealer {
+  const aes = gcm();
   return {
-    sealInto(nonce, aad, plain, out, at) {
-      const cipher = createCipheriv('aes-256-gcm', key, nonce);
-      cipher.setAAD(aad);
-      let pos = at;
-      for (const part of plain) pos += cipher.update(part).copy(out, pos);
-      cipher.final();
-      pos += cipher.getAuthTag().copy(out, pos);
-      return pos - at;
-    },
-    open(nonce, aad, sealed) {
-      const end = sealed.length - SEAL_BYTES;
-      if (end < 0) return undefined;
-      const decipher = createDecipheriv('aes-256-gcm', key, nonce, { authTagLength: SEAL_BYTES });
-      decipher.setAAD(aad);
-      decipher.setAuthTag(sealed.subarray(end));
-      const plain = decipher.update(sealed.subarray(0, end));
-      try {
-        decipher.final();
-      } catch {
-        return undefined; // the tag does not match: the only way that final() fails
-      }
-      return plain;
-    },
+    sealInto: (nonce, aad, plain, out, at) => aes.seal(key, nonce, aad, plain, out, at),
+    open: (nonce, aad, sealed, into) => aes.open(key, nonce, aad, sealed, into),
   };
 }
 
@@ -140,7 +117,7 @@ export function keyRing(master: Uint8Array, encrypted: boolean): KeyRing {
   const config = hashFor('b2 config v1');
   const check = encrypted ? undefined : checkSealer(hashFor('b2 checksum v1'));
   const sealer = (purpose: string, salt: Buffer): Sealer =>
-    check ?? gcmSealer(createSecretKey(deriveKey(master, purpose, salt)));
+    check ?? gcmSealer(deriveKey(master, purpose, salt));
   return {
     encrypted,
     chunkId: (bytes) => chunk.digest(bytes),

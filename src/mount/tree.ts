@@ -467,12 +467,13 @@ export class MountTree {
       sizeBytes: part.sizeBytes,
       allocatedBytes: () => this.#allocated(view, point, part),
       open: async () => {
-        const { image, close } = await view.open(point.seq);
+        const use = await view.open(point.seq);
+        const { image } = use;
         return {
           sizeBytes: part.sizeBytes,
           read: (into, offset) => image.read(into, part.offset + offset),
           seek: (offset, what) => seekIn(image, part, offset, what),
-          close,
+          close: () => use.close(),
         };
       },
     };

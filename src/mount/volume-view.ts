@@ -278,7 +278,7 @@ export class VolumeView {
     this.#isClosed = true;
     clearTimeout(this.#idleHistory);
     await (this.#queued ?? this.#running)?.catch(() => undefined);
-    for (const [seq, shared] of [...this.#images]) await this.#drop(seq, shared);
+    for (const [seq, shared] of this.#images) await this.#drop(seq, shared);
     const current = this.#current;
     this.#current = undefined;
     await current?.retire();

@@ -28,7 +28,12 @@ import { putCondemned } from '../repo/condemned.js';
 import { VolumeHistory, type SeqRange } from '../repo/history.js';
 import { acquireLease, type Lease } from '../repo/lease.js';
 import { listLost, putLost } from '../repo/lost.js';
-import { listSegments, maintainVolume, segmentContext, segmentTarget } from '../repo/maintenance.js';
+import {
+  listSegments,
+  maintainVolume,
+  segmentContext,
+  segmentTarget,
+} from '../repo/maintenance.js';
 import { OpenPack } from '../repo/pack-reader.js';
 import { putQuarantine, listQuarantine, type QuarantinedFrame } from '../repo/quarantine.js';
 import type { Repository } from '../repo/repository.js';
@@ -95,7 +100,11 @@ const BATCH_COMMITS = 4096;
 /** Kinds `held` (another repair or prune runs), `io`, `no-space`, `interrupted`. */
 export async function repair(repo: Repository, options: RepairOptions = {}): Promise<RepairReport> {
   if (options.dryRun === true) return new Repair(repo, options, []).go();
-  const ask = { ...repo.env, purpose: 'repair', ...(options.signal === undefined ? {} : { signal: options.signal }) };
+  const ask = {
+    ...repo.env,
+    purpose: 'repair',
+    ...(options.signal === undefined ? {} : { signal: options.signal }),
+  };
   await using first = await acquireLease(repo.store, 'repair', ask);
   await using second = await acquireLease(repo.store, 'prune', ask);
   return await new Repair(repo, options, [first, second]).go();
@@ -104,7 +113,15 @@ export async function repair(repo: Repository, options: RepairOptions = {}): Pro
 /** A commit found in a pack, and what a new meta object can be made of. */
 interface FoundVolume {
   readonly nodes: ChainNode[];
-  newest: { readonly epoch: number; readonly seq: number; readonly sizeBytes: number; readonly facts: Readonly<Record<string, unknown>>; readonly instantNs: bigint } | undefined;
+  newest:
+    | {
+        readonly epoch: number;
+        readonly seq: number;
+        readonly sizeBytes: number;
+        readonly facts: Readonly<Record<string, unknown>>;
+        readonly instantNs: bigint;
+      }
+    | undefined;
   firstNs: bigint | undefined;
 }
 
@@ -147,7 +164,8 @@ class Repair {
     await this.quarantine();
     for (const f of objects.findings) {
       if (f.severity === 'note' || this.actions.some((a) => a.object === f.object)) continue;
-      if (f.kind === 'object' || f.kind === 'config') this.left.push({ object: f.object, message: f.message });
+      if (f.kind === 'object' || f.kind === 'config')
+        this.left.push({ object: f.object, message: f.message });
     }
     return { actions: this.actions, left: this.left, changedVolumes: this.changed };
   }
@@ -166,16 +184,26 @@ class Repair {
     const [first] = wrong;
     if (first === undefined) return;
     await this.act(
-      { kind: 'config', object: first.object, message: `"config" and its copy are written anew (${wrong.map((f) => `${f.object}: ${f.message}`).join('; ')})` },
+      {
+        kind: 'config',
+        object: first.object,
+        message: `"config" and its copy are written anew (${wrong.map((f) => `${f.object}: ${f.message}`).join('; ')})`,
+      },
       async () => {
         const { repo } = this;
-        await using lease = await acquireLease(repo.store, 'keys', { ...repo.env, purpose: 'repair' });
+        await using lease = await acquireLease(repo.store, 'keys', {
+          ...repo.env,
+          purpose: 'repair',
+        });
         await lease.assertHeld();
         await repo.rewriteConfig();
       },
     );
     if (objects.findings.some((f) => f.kind === 'config' && f.severity === 'unreadable')) {
-      this.left.push({ object: CONFIG_NAME, message: 'one of "config" and its copy cannot be read' });
+      this.left.push({
+        object: CONFIG_NAME,
+        message: 'one of "config" and its copy cannot be read',
+      });
     }
   }
 
@@ -188,7 +216,12 @@ class Repair {
       const id = /^condemned\/([0-9a-f]{32})$/.exec(f.object)?.[1];
       if (id === undefined || f.severity !== 'damage') continue;
       await this.act(
-        { kind: 'condemned', object: condemnedName(id), message: 'written anew: it now names every pack there is, so that nothing is reused until it has expired' },
+        {
+          kind: 'condemned',
+          object: condemnedName(id),
+          message:
+            'written anew: it now names every pack there is, so that nothing is reused until it has expired',
+        },
         () =>
           putCondemned(this.repo, {
             id,
@@ -252,12 +285,19 @@ class Repair {
       await pack?.close();
     }
     const bytes = await repo.store.get(object);
-    if (bytes.length < PACK_HEADER_BYTES || bytes.subarray(0, PACK_HEADER_BYTES).every((b) => b === 0)) return; // a crash came first
+    if (
+      bytes.length < PACK_HEADER_BYTES ||
+      bytes.subarray(0, PACK_HEADER_BYTES).every((b) => b === 0)
+    )
+      return; // a crash came first
     const s = salvagePack(repo, packId, bytes);
     for (const d of s.damaged) this.noteDamaged(packId, d);
     const usable = s.footer.frames.length > 0;
     if (!s.headerGood && !usable) {
-      this.left.push({ object, message: 'its header is not that of this pack, and no frame of it opens: it cannot be used' });
+      this.left.push({
+        object,
+        message: 'its header is not that of this pack, and no frame of it opens: it cannot be used',
+      });
       return;
     }
     // A pack that somebody may still be writing is left as it is: readers find its frames without a footer.
@@ -268,7 +308,11 @@ class Repair {
     this.packs.set(packId, { sealed: true });
     const what = s.headerGood ? 'its footer is' : 'its header and footer are';
     await this.act(
-      { kind: 'pack', object, message: `${what} written anew: ${s.footer.frames.length} frames open, ${s.damaged.length} do not` },
+      {
+        kind: 'pack',
+        object,
+        message: `${what} written anew: ${s.footer.frames.length} frames open, ${s.damaged.length} do not`,
+      },
       () => rewritePack(repo, packId, bytes, s),
     );
   }
@@ -277,8 +321,13 @@ class Repair {
   private async seal(packId: string): Promise<void> {
     const bytes = await this.repo.store.get(packName(packId));
     const s = salvagePack(this.repo, packId, bytes);
-    await this.act({ kind: 'pack', object: packName(packId), message: `its footer is written: ${s.footer.frames.length} frames` }, () =>
-      rewritePack(this.repo, packId, bytes, s),
+    await this.act(
+      {
+        kind: 'pack',
+        object: packName(packId),
+        message: `its footer is written: ${s.footer.frames.length} frames`,
+      },
+      () => rewritePack(this.repo, packId, bytes, s),
     );
     this.packs.set(packId, { sealed: true });
   }
@@ -307,14 +356,22 @@ class Repair {
     for (const f of result.findings) {
       switch (f.kind) {
         case 'frame':
-          this.noteDamaged(f.packId, { number: f.frame ?? 0, offset: f.offsetBytes ?? 0, reason: f.reason });
+          this.noteDamaged(f.packId, {
+            number: f.frame ?? 0,
+            offset: f.offsetBytes ?? 0,
+            reason: f.reason,
+          });
           break;
         case 'footer': {
           if (this.actions.some((a) => a.kind === 'pack' && a.object === packName(f.packId))) break;
           const bytes = await repo.store.get(packName(f.packId));
           const s = salvagePack(repo, f.packId, bytes);
           await this.act(
-            { kind: 'pack', object: packName(f.packId), message: 'its footer is written anew: it named other chunks than the frames hold' },
+            {
+              kind: 'pack',
+              object: packName(f.packId),
+              message: 'its footer is written anew: it named other chunks than the frames hold',
+            },
             () => rewritePack(repo, f.packId, bytes, s),
           );
           break;
@@ -352,8 +409,16 @@ class Repair {
           } catch (error) {
             if (isKind(error, 'io')) this.unread = true;
             if (!isKind(error, 'damaged', 'io')) throw error;
-            this.left.push({ object: packName(packId), message: `the commit in frame ${frame.number} cannot be read: ${messageOf(error)}` });
-            if (isKind(error, 'damaged')) this.noteDamaged(packId, { number: frame.number, offset: frame.offset, reason: error.message });
+            this.left.push({
+              object: packName(packId),
+              message: `the commit in frame ${frame.number} cannot be read: ${messageOf(error)}`,
+            });
+            if (isKind(error, 'damaged'))
+              this.noteDamaged(packId, {
+                number: frame.number,
+                offset: frame.offset,
+                reason: error.message,
+              });
           }
         }
       } finally {
@@ -365,7 +430,8 @@ class Repair {
   private noteCommit(c: ReadCommit): void {
     const { commit } = c;
     let v = this.found.get(commit.volumeId);
-    if (v === undefined) this.found.set(commit.volumeId, (v = { nodes: [], newest: undefined, firstNs: undefined }));
+    if (v === undefined)
+      this.found.set(commit.volumeId, (v = { nodes: [], newest: undefined, firstNs: undefined }));
     v.nodes.push({
       seq: c.seq,
       firstSeq: c.firstSeq,
@@ -378,9 +444,19 @@ class Repair {
     if (v.firstNs === undefined || commit.instantNs < v.firstNs) v.firstNs = commit.instantNs;
     const n = v.newest;
     // What names the volume may be in older commits only: the bridge that repair writes knows nothing.
-    const named = typeof commit.facts['volume'] === 'string' || typeof n?.facts['volume'] !== 'string';
-    if (n === undefined || (named && (commit.epoch > n.epoch || (commit.epoch === n.epoch && c.seq > n.seq)))) {
-      v.newest = { epoch: commit.epoch, seq: c.seq, sizeBytes: commit.sizeBytes, facts: commit.facts, instantNs: commit.instantNs };
+    const named =
+      typeof commit.facts['volume'] === 'string' || typeof n?.facts['volume'] !== 'string';
+    if (
+      n === undefined ||
+      (named && (commit.epoch > n.epoch || (commit.epoch === n.epoch && c.seq > n.seq)))
+    ) {
+      v.newest = {
+        epoch: commit.epoch,
+        seq: c.seq,
+        sizeBytes: commit.sizeBytes,
+        facts: commit.facts,
+        instantNs: commit.instantNs,
+      };
     }
   }
 
@@ -398,22 +474,26 @@ class Repair {
     for (const n of chain.runs.flat()) onChain.set(n.seq, n);
     const kept: SeqRange[] = [];
     for (const g of manifest.good) {
-      if (g.nodes.every((n) => onChain.get(n.seq)?.hash === n.hash)) kept.push({ firstSeq: g.name.firstSeq, lastSeq: g.name.lastSeq });
+      if (g.nodes.every((n) => onChain.get(n.seq)?.hash === n.hash))
+        kept.push({ firstSeq: g.name.firstSeq, lastSeq: g.name.lastSeq });
       else manifest.bad.push(g.name);
     }
-    const covers = (n: ChainNode): boolean => kept.some((k) => k.firstSeq <= n.firstSeq && k.lastSeq >= n.seq);
+    const covers = (n: ChainNode): boolean =>
+      kept.some((k) => k.firstSeq <= n.firstSeq && k.lastSeq >= n.seq);
     const written: SeqRange[] = [];
     for (const [r, run] of chain.runs.entries()) {
       const isLast = r === chain.runs.length - 1;
       // The journal begins at the first pack that may still be open: only the newest run can have one.
-      const open = (n: ChainNode): boolean => n.place !== undefined && !covers(n) && this.packs.get(n.place.packId)?.sealed === false;
+      const open = (n: ChainNode): boolean =>
+        n.place !== undefined && !covers(n) && this.packs.get(n.place.packId)?.sealed === false;
       let end = run.length;
       if (isLast) {
         const first = run.findIndex(open);
         if (first >= 0) end = first;
         await this.journal(volumeId, run.slice(end));
       } else {
-        for (const packId of new Set(run.filter(open).map((n) => n.place?.packId ?? ''))) await this.seal(packId);
+        for (const packId of new Set(run.filter(open).map((n) => n.place?.packId ?? '')))
+          await this.seal(packId);
       }
       let batch: ChainNode[] = [];
       for (const n of run.slice(0, end)) {
@@ -431,11 +511,24 @@ class Repair {
       const object = segmentName(name);
       if (this.actions.some((a) => a.kind === 'segment' && a.object === object)) continue; // written over
       if (isCovered(range, [...kept, ...written])) {
-        await this.act({ kind: 'removed', object, message: 'damaged; other segments hold its commits now' }, () => repo.store.delete(object));
+        await this.act(
+          { kind: 'removed', object, message: 'damaged; other segments hold its commits now' },
+          () => repo.store.delete(object),
+        );
       } else if (name.level === undefined) {
-        await this.act({ kind: 'removed', object, message: 'a damaged full map; it is made anew when it is worth it' }, () => repo.store.delete(object));
+        await this.act(
+          {
+            kind: 'removed',
+            object,
+            message: 'a damaged full map; it is made anew when it is worth it',
+          },
+          () => repo.store.delete(object),
+        );
       } else {
-        this.left.push({ object, message: `damaged, and the packs do not hold all of commits ${name.firstSeq} to ${name.lastSeq}` });
+        this.left.push({
+          object,
+          message: `damaged, and the packs do not hold all of commits ${name.firstSeq} to ${name.lastSeq}`,
+        });
       }
     }
     await this.losses(volumeId, chain.lost);
@@ -461,7 +554,15 @@ class Repair {
             for (let i = 0; i < page.length; i++) {
               const c = page.record(i);
               const hash = c.hash.toString('hex');
-              nodes.push({ seq: c.seq, firstSeq: c.firstSeq, hash, prev, epoch: c.epoch, full: (c.flags & CommitFlag.full) !== 0, place: undefined });
+              nodes.push({
+                seq: c.seq,
+                firstSeq: c.firstSeq,
+                hash,
+                prev,
+                epoch: c.epoch,
+                full: (c.flags & CommitFlag.full) !== 0,
+                place: undefined,
+              });
               prev = hash;
             }
           }
@@ -492,8 +593,17 @@ class Repair {
       const range = { firstSeq: first.firstSeq, lastSeq: last.seq };
       const object = segmentName({ volumeId, level: 0, ...range });
       const commits = batch;
-      await this.act({ kind: 'segment', object, message: `commits ${range.firstSeq} to ${range.lastSeq} brought back from their packs` }, () =>
-        putMemorySegment(segmentTarget(repo, volumeId), memorySegment(commits, first.commit.prevHash)),
+      await this.act(
+        {
+          kind: 'segment',
+          object,
+          message: `commits ${range.firstSeq} to ${range.lastSeq} brought back from their packs`,
+        },
+        () =>
+          putMemorySegment(
+            segmentTarget(repo, volumeId),
+            memorySegment(commits, first.commit.prevHash),
+          ),
       );
       done.push(range);
       batch = [];
@@ -502,8 +612,14 @@ class Repair {
     for (const n of nodes) {
       const { place } = n;
       if (place === undefined) throw new Error('a commit without a place');
-      const c = await repo.packs.use(place.packId, (pack) => readCommit(repo.packs, repo.keys, pack, place.frame, volumeId));
-      if (c === undefined) throw new B2Error('damaged', `pack ${place.packId}, frame ${place.frame}: it has changed meanwhile`);
+      const c = await repo.packs.use(place.packId, (pack) =>
+        readCommit(repo.packs, repo.keys, pack, place.frame, volumeId),
+      );
+      if (c === undefined)
+        throw new B2Error(
+          'damaged',
+          `pack ${place.packId}, frame ${place.frame}: it has changed meanwhile`,
+        );
       batch.push(c);
       extents += c.extents.length;
       if (extents >= BATCH_EXTENTS || batch.length >= BATCH_COMMITS) await flush();
@@ -519,11 +635,21 @@ class Repair {
       const packId = n.place?.packId;
       if (packId === undefined || known.has(packId)) continue;
       known.add(packId);
-      await this.putJournal(volumeId, packId, n, 'the pack is open and holds commits that no segment holds');
+      await this.putJournal(
+        volumeId,
+        packId,
+        n,
+        'the pack is open and holds commits that no segment holds',
+      );
     }
   }
 
-  private putJournal(volumeId: string, packId: string, n: ChainNode | undefined, why: string): Promise<void> {
+  private putJournal(
+    volumeId: string,
+    packId: string,
+    n: ChainNode | undefined,
+    why: string,
+  ): Promise<void> {
     const object = journalName(volumeId, packId);
     return this.act({ kind: 'journal', object, message: `written anew: ${why}` }, () =>
       this.repo.putObject(ObjectKind.journal, object, {
@@ -541,7 +667,9 @@ class Repair {
   /** Damaged journal entries: their name says all that readers need. */
   private async journalObjects(volumeId: string, objects: ObjectsFound): Promise<void> {
     for (const f of objects.findings) {
-      const packId = f.object.startsWith(`volumes/${volumeId}/journal/`) ? f.object.split('/').at(-1) : undefined;
+      const packId = f.object.startsWith(`volumes/${volumeId}/journal/`)
+        ? f.object.split('/').at(-1)
+        : undefined;
       if (packId === undefined || f.severity !== 'damage') continue;
       const node = this.found.get(volumeId)?.nodes.find((n) => n.place?.packId === packId);
       await this.putJournal(volumeId, packId, node, 'it was damaged');
@@ -554,7 +682,10 @@ class Repair {
     if (wrong === undefined && objects.volumeIds.has(volumeId)) return;
     const { newest } = found;
     if (newest === undefined) {
-      this.left.push({ object, message: 'no commit of the volume can be read: nothing is known of it' });
+      this.left.push({
+        object,
+        message: 'no commit of the volume can be read: nothing is known of it',
+      });
       return;
     }
     try {
@@ -569,37 +700,57 @@ class Repair {
     };
     const bytes = newest.facts['logicalBlockBytes'];
     const name = text('volume') === '' ? `lost-${volumeId}` : text('volume');
-    await this.act({ kind: 'meta', object, message: `written anew from what the newest commit says: volume ${name}` }, () =>
-      writeVolumeMeta(this.repo, {
-        id: volumeId,
-        name,
-        host: text('host'),
-        createdNs: found.firstNs ?? newest.instantNs,
-        device: text('device'),
-        sizeBytes: newest.sizeBytes,
-        logicalBlockBytes: bytes === 4096 ? 4096 : 512,
-        facts: {},
-        updatedNs: this.repo.env.clock.nowNs(),
-      }),
+    await this.act(
+      {
+        kind: 'meta',
+        object,
+        message: `written anew from what the newest commit says: volume ${name}`,
+      },
+      () =>
+        writeVolumeMeta(this.repo, {
+          id: volumeId,
+          name,
+          host: text('host'),
+          createdNs: found.firstNs ?? newest.instantNs,
+          device: text('device'),
+          sizeBytes: newest.sizeBytes,
+          logicalBlockBytes: bytes === 4096 ? 4096 : 512,
+          facts: {},
+          updatedNs: this.repo.env.clock.nowNs(),
+        }),
     );
   }
 
   /** Claims: the highest decides, and must not be below that of any commit (a new claim would be ranked under it). */
-  private async epochs(volumeId: string, chain: readonly ChainNode[], objects: ObjectsFound): Promise<void> {
-    const used = [...chain, ...(this.found.get(volumeId)?.nodes ?? [])].reduce((n, c) => Math.max(n, c.epoch), 0);
+  private async epochs(
+    volumeId: string,
+    chain: readonly ChainNode[],
+    objects: ObjectsFound,
+  ): Promise<void> {
+    const used = [...chain, ...(this.found.get(volumeId)?.nodes ?? [])].reduce(
+      (n, c) => Math.max(n, c.epoch),
+      0,
+    );
     const broken = objects.findings
       .filter((f) => f.severity === 'damage' && f.object.startsWith(`volumes/${volumeId}/epochs/`))
       .map((f) => Number.parseInt(f.object.split('/').at(-1) ?? '', 16));
     const missing = (objects.epochs.get(volumeId) ?? 0) < used ? [used] : [];
     for (const epoch of new Set([...broken, ...missing])) {
       const object = epochName(volumeId, epoch);
-      await this.act({ kind: 'epoch', object, message: 'the claim is written anew, so that the next one ranks above the commits that are there' }, () =>
-        this.repo.putObject(ObjectKind.epoch, object, {
-          volume: volumeId,
-          epoch,
-          writer: this.repo.env.owner,
-          created: this.repo.env.clock.nowNs(),
-        }),
+      await this.act(
+        {
+          kind: 'epoch',
+          object,
+          message:
+            'the claim is written anew, so that the next one ranks above the commits that are there',
+        },
+        () =>
+          this.repo.putObject(ObjectKind.epoch, object, {
+            volume: volumeId,
+            epoch,
+            writer: this.repo.env.owner,
+            created: this.repo.env.clock.nowNs(),
+          }),
       );
     }
   }
@@ -609,33 +760,57 @@ class Repair {
     const { repo } = this;
     if (lost.length === 0) return;
     const object = `volumes/${volumeId}`;
-    const words = lost.map((l) => (l.firstSeq === l.lastSeq ? `commit ${l.firstSeq}` : `commits ${l.firstSeq} to ${l.lastSeq}`)).join(', ');
+    const words = lost
+      .map((l) =>
+        l.firstSeq === l.lastSeq ? `commit ${l.firstSeq}` : `commits ${l.firstSeq} to ${l.lastSeq}`,
+      )
+      .join(', ');
     if (this.unread) {
-      this.left.push({ object, message: `${words} are not found, but not everything could be read: nothing is called lost yet` });
+      this.left.push({
+        object,
+        message: `${words} are not found, but not everything could be read: nothing is called lost yet`,
+      });
       return;
     }
     const noted = await listLost(repo, volumeId);
     for (const l of lost) {
       if (noted.some((n) => n.firstSeq <= l.firstSeq && n.lastSeq >= l.lastSeq)) continue;
-      const many = l.firstSeq === l.lastSeq ? `commit ${l.firstSeq} is` : `commits ${l.firstSeq} to ${l.lastSeq} are`;
-      await this.act({ kind: 'lost', object, message: `${many} in no pack that can be read: noted as lost` }, () => putLost(repo, volumeId, l));
+      const many =
+        l.firstSeq === l.lastSeq
+          ? `commit ${l.firstSeq} is`
+          : `commits ${l.firstSeq} to ${l.lastSeq} are`;
+      await this.act(
+        { kind: 'lost', object, message: `${many} in no pack that can be read: noted as lost` },
+        () => putLost(repo, volumeId, l),
+      );
       this.changed.push(volumeId);
     }
     const history = await VolumeHistory.open(repo, volumeId);
-    const behind = history.unreadable.filter((u) => lost.some((l) => u.firstSeq <= l.firstSeq && u.lastSeq > l.lastSeq));
+    const behind = history.unreadable.filter((u) =>
+      lost.some((l) => u.firstSeq <= l.firstSeq && u.lastSeq > l.lastSeq),
+    );
     const { gap } = history.chain;
     const size = history.lastCommit?.sizeBytes;
     const tip = history.tip;
     await history.close();
     for (const b of behind) {
       const from = lost.find((l) => b.firstSeq <= l.firstSeq)?.lastSeq ?? b.firstSeq;
-      this.left.push({ object, message: `commits ${from + 1} to ${b.lastSeq} are there but build on what is lost; they cannot be restored and are kept` });
+      this.left.push({
+        object,
+        message: `commits ${from + 1} to ${b.lastSeq} are there but build on what is lost; they cannot be restored and are kept`,
+      });
     }
     if (tip === undefined || size === undefined || gap === undefined) return;
     await this.act(
-      { kind: 'restart', object, message: `a full commit without a point is added behind commit ${tip.seq}, so that the next capture stores the whole device again` },
+      {
+        kind: 'restart',
+        object,
+        message: `a full commit without a point is added behind commit ${tip.seq}, so that the next capture stores the whole device again`,
+      },
       async () => {
-        const { writer, history: claimed } = await VolumeWriter.claim(repo, volumeId, { overGap: true });
+        const { writer, history: claimed } = await VolumeWriter.claim(repo, volumeId, {
+          overGap: true,
+        });
         try {
           const now = repo.env.clock.nowNs();
           await writer.commit({
@@ -647,7 +822,14 @@ class Repair {
             sizeBytes: size,
             extents: [],
             storedBytes: 0,
-            facts: { repair: { lost: lost.map((l) => ({ firstSeq: String(l.firstSeq), lastSeq: String(l.lastSeq) })) } },
+            facts: {
+              repair: {
+                lost: lost.map((l) => ({
+                  firstSeq: String(l.firstSeq),
+                  lastSeq: String(l.lastSeq),
+                })),
+              },
+            },
           });
         } finally {
           await writer.close();
@@ -660,10 +842,15 @@ class Repair {
   /** Sets damaged frames aside that are not yet, and lets go of those that are whole again. */
   private async quarantine(): Promise<void> {
     const { repo } = this;
-    const known = await listQuarantine(repo, (message) => this.left.push({ object: 'quarantine', message }));
+    const known = await listQuarantine(repo, (message) =>
+      this.left.push({ object: 'quarantine', message }),
+    );
     for (const [packId, frames] of this.damagedFrames) {
       const fresh = [...frames.values()]
-        .filter((f) => !known.some((q) => q.packId === packId && q.frames.some((k) => k.number === f.number)))
+        .filter(
+          (f) =>
+            !known.some((q) => q.packId === packId && q.frames.some((k) => k.number === f.number)),
+        )
         .sort((a, b) => a.number - b.number);
       if (fresh.length === 0) continue;
       await this.act(
@@ -679,8 +866,21 @@ class Repair {
     for (const q of known) {
       const bad = this.damagedFrames.get(q.packId);
       if (q.frames.some((f) => bad?.has(f.number) === true)) continue;
-      if (!(await this.areWhole(q.packId, q.frames.map((f) => f.number)))) continue;
-      await this.act({ kind: 'release', object: q.name, message: `its frames of pack ${q.packId} are whole again` }, () => repo.store.delete(q.name));
+      if (
+        !(await this.areWhole(
+          q.packId,
+          q.frames.map((f) => f.number),
+        ))
+      )
+        continue;
+      await this.act(
+        {
+          kind: 'release',
+          object: q.name,
+          message: `its frames of pack ${q.packId} are whole again`,
+        },
+        () => repo.store.delete(q.name),
+      );
     }
   }
 

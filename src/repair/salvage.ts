@@ -67,7 +67,7 @@ export function salvagePack(repo: Repository, packId: string, bytes: Buffer): Sa
       return undefined;
     }
   };
-  for (let at = PACK_HEADER_BYTES; at + FRAME_HEADER_BYTES <= bytes.length; ) {
+  for (let at = PACK_HEADER_BYTES; at + FRAME_HEADER_BYTES <= bytes.length;) {
     const h = headerAt(at);
     if (h === undefined) {
       const next = bytes.indexOf(MAGIC, at + 1);
@@ -127,7 +127,12 @@ export function salvagePack(repo: Repository, packId: string, bytes: Buffer): Sa
  * Writes the pack again: the header (anew if it is damaged), all bytes as they are, and a footer that names every frame that opens. In one
  * atomic put. A header can be made anew because a frame that opens under the id in the object's name proves which pack it is.
  */
-export async function rewritePack(repo: Repository, packId: string, bytes: Buffer, s: Salvage): Promise<void> {
+export async function rewritePack(
+  repo: Repository,
+  packId: string,
+  bytes: Buffer,
+  s: Salvage,
+): Promise<void> {
   let header: Buffer = bytes.subarray(0, PACK_HEADER_BYTES);
   if (!s.headerGood) {
     // Which of its fields is wrong nobody knows. A generation that is too low and a time that is too late do no harm.
@@ -143,6 +148,9 @@ export async function rewritePack(repo: Repository, packId: string, bytes: Buffe
     });
   }
   const footer = encodeFooter(s.footer, packId, bytes.length, repo.newSalt(), repo.keys);
-  await repo.store.put(packName(packId), Buffer.concat([header, bytes.subarray(PACK_HEADER_BYTES), footer]));
+  await repo.store.put(
+    packName(packId),
+    Buffer.concat([header, bytes.subarray(PACK_HEADER_BYTES), footer]),
+  );
   repo.packs.forget(packId);
 }

@@ -172,9 +172,12 @@ export class Catalogue implements AsyncDisposable {
     const catalogue = new Catalogue(path, db, clock);
     try {
       db.configure('busyTimeout', BUSY_MS);
-      await catalogue.exec('PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL; PRAGMA foreign_keys = ON;');
+      await catalogue.exec(
+        'PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL; PRAGMA foreign_keys = ON;',
+      );
       const [check] = await catalogue.all('PRAGMA quick_check(1)');
-      if (text(check?.['quick_check']) !== 'ok') throw new B2Error('damaged', `${path}: ${text(check?.['quick_check'])}`);
+      if (text(check?.['quick_check']) !== 'ok')
+        throw new B2Error('damaged', `${path}: ${text(check?.['quick_check'])}`);
       await catalogue.prepare();
       return catalogue;
     } catch (error) {
@@ -190,11 +193,17 @@ export class Catalogue implements AsyncDisposable {
       const [row] = await this.all('PRAGMA user_version');
       const version = int(row?.['user_version']);
       if (version === 0) {
-        const [known] = await this.all("SELECT count(*) AS n FROM sqlite_master WHERE type = 'table' AND name = 'tips'");
-        if (int(known?.['n']) !== 0) throw new B2Error('damaged', `${this.path}: tables without a version`);
+        const [known] = await this.all(
+          "SELECT count(*) AS n FROM sqlite_master WHERE type = 'table' AND name = 'tips'",
+        );
+        if (int(known?.['n']) !== 0)
+          throw new B2Error('damaged', `${this.path}: tables without a version`);
         await this.exec(SCHEMA);
       } else if (version !== SCHEMA_VERSION) {
-        throw new B2Error('damaged', `${this.path}: it is of version ${version}, this b2 uses ${SCHEMA_VERSION}`);
+        throw new B2Error(
+          'damaged',
+          `${this.path}: it is of version ${version}, this b2 uses ${SCHEMA_VERSION}`,
+        );
       }
       await this.exec('COMMIT');
     } catch (error) {
@@ -205,7 +214,9 @@ export class Catalogue implements AsyncDisposable {
 
   private exec(sql: string): Promise<void> {
     return new Promise((resolve, reject) => {
-      this.db.exec(sql, (error) => (error === null ? resolve() : reject(sqlError(this.path, error))));
+      this.db.exec(sql, (error) =>
+        error === null ? resolve() : reject(sqlError(this.path, error)),
+      );
     });
   }
 
@@ -289,7 +300,13 @@ export class Catalogue implements AsyncDisposable {
           `INSERT INTO packs (id, generation, size_bytes, verified_ns, damaged) VALUES (?, ?, ?, ?, ?)
            ON CONFLICT (id) DO UPDATE SET generation = max(generation, excluded.generation), size_bytes = excluded.size_bytes,
              verified_ns = excluded.verified_ns, damaged = excluded.damaged`,
-          [p.packId, p.generation, p.sizeBytes, p.verifiedNs === undefined ? null : blob(p.verifiedNs), p.damaged ? 1 : 0],
+          [
+            p.packId,
+            p.generation,
+            p.sizeBytes,
+            p.verifiedNs === undefined ? null : blob(p.verifiedNs),
+            p.damaged ? 1 : 0,
+          ],
         );
       }
     });
@@ -341,19 +358,24 @@ export class Catalogue implements AsyncDisposable {
         event.kind,
         JSON.stringify(event.content),
       ]);
-      await this.run('DELETE FROM events WHERE id <= (SELECT max(id) FROM events) - ?', [MAX_EVENTS]);
+      await this.run('DELETE FROM events WHERE id <= (SELECT max(id) FROM events) - ?', [
+        MAX_EVENTS,
+      ]);
     });
   }
 
   /** The newest event of a kind. */
   async lastEvent(kind: CatalogueEvent['kind']): Promise<CatalogueEvent | undefined> {
-    const [row] = await this.all('SELECT * FROM events WHERE kind = ? ORDER BY id DESC LIMIT 1', [kind]);
+    const [row] = await this.all('SELECT * FROM events WHERE kind = ? ORDER BY id DESC LIMIT 1', [
+      kind,
+    ]);
     if (row === undefined) return undefined;
     const content: unknown = JSON.parse(text(row['content']));
     return {
       atNs: nsOf(row['at_ns']),
       kind,
-      content: typeof content === 'object' && content !== null ? (content as Record<string, unknown>) : {},
+      content:
+        typeof content === 'object' && content !== null ? (content as Record<string, unknown>) : {},
     };
   }
 
@@ -361,13 +383,30 @@ export class Catalogue implements AsyncDisposable {
    * Fills volumes, newest points, snapshots and tapes from the repository. What was remembered of them and is no longer there goes, except
    * for the newest points seen: those are the memory against a repository that was put back.
    */
-  async rebuild(repo: Repository, warn: (message: string) => void = () => undefined): Promise<void> {
+  async rebuild(
+    repo: Repository,
+    warn: (message: string) => void = () => undefined,
+  ): Promise<void> {
     const volumes = await listVolumes(repo, warn);
     const tips: SeenTip[] = [];
-    const snapshots: { volume: string; name: string; seq: number; hash: string; instantNs: bigint; tags: readonly string[] }[] = [];
+    const snapshots: {
+      volume: string;
+      name: string;
+      seq: number;
+      hash: string;
+      instantNs: bigint;
+      tags: readonly string[];
+    }[] = [];
     for (const v of volumes) {
       for (const s of await listSnapshots(repo, v.id, warn)) {
-        snapshots.push({ volume: v.id, name: s.name, seq: s.seq, hash: s.hash, instantNs: s.instantNs, tags: s.tags });
+        snapshots.push({
+          volume: v.id,
+          name: s.name,
+          seq: s.seq,
+          hash: s.hash,
+          instantNs: s.instantNs,
+          tags: s.tags,
+        });
       }
       try {
         const tip = await acknowledgedTip(repo, v.id, v.name);
@@ -380,36 +419,32 @@ export class Catalogue implements AsyncDisposable {
     const tapes: { label: string; content: string }[] = [];
     for await (const { name } of repo.store.list('tapes')) {
       try {
-        tapes.push({ label: name.slice('tapes/'.length), content: JSON.stringify(await repo.getObject(ObjectKind.tape, name)) });
+        tapes.push({
+          label: name.slice('tapes/'.length),
+          content: JSON.stringify(await repo.getObject(ObjectKind.tape, name)),
+        });
       } catch (error) {
         if (!isKind(error, 'damaged', 'not-found')) throw error;
         warn(messageOf(error));
       }
     }
     await this.transaction(async () => {
-      for (const table of ['volumes', 'snapshots', 'tapes']) await this.exec(`DELETE FROM ${table}`);
+      for (const table of ['volumes', 'snapshots', 'tapes'])
+        await this.exec(`DELETE FROM ${table}`);
       for (const v of volumes) {
-        await this.run('INSERT INTO volumes (id, name, host, device, size_bytes, created_ns, updated_ns) VALUES (?, ?, ?, ?, ?, ?, ?)', [
-          v.id,
-          v.name,
-          v.host,
-          v.device,
-          v.sizeBytes,
-          blob(v.createdNs),
-          blob(v.updatedNs),
-        ]);
+        await this.run(
+          'INSERT INTO volumes (id, name, host, device, size_bytes, created_ns, updated_ns) VALUES (?, ?, ?, ?, ?, ?, ?)',
+          [v.id, v.name, v.host, v.device, v.sizeBytes, blob(v.createdNs), blob(v.updatedNs)],
+        );
       }
       for (const s of snapshots) {
-        await this.run('INSERT OR REPLACE INTO snapshots (volume, name, seq, hash, instant_ns, tags) VALUES (?, ?, ?, ?, ?, ?)', [
-          s.volume,
-          s.name,
-          s.seq,
-          s.hash,
-          blob(s.instantNs),
-          JSON.stringify(s.tags),
-        ]);
+        await this.run(
+          'INSERT OR REPLACE INTO snapshots (volume, name, seq, hash, instant_ns, tags) VALUES (?, ?, ?, ?, ?, ?)',
+          [s.volume, s.name, s.seq, s.hash, blob(s.instantNs), JSON.stringify(s.tags)],
+        );
       }
-      for (const t of tapes) await this.run('INSERT INTO tapes (label, content) VALUES (?, ?)', [t.label, t.content]);
+      for (const t of tapes)
+        await this.run('INSERT INTO tapes (label, content) VALUES (?, ?)', [t.label, t.content]);
       for (const t of tips) await this.putTip(t);
     });
   }
@@ -438,7 +473,11 @@ export class Catalogue implements AsyncDisposable {
 }
 
 /** The last commit that a segment of the volume holds; of those in the journal the newest may not have been acknowledged. */
-async function acknowledgedTip(repo: Repository, volumeId: string, name: string): Promise<SeenTip | undefined> {
+async function acknowledgedTip(
+  repo: Repository,
+  volumeId: string,
+  name: string,
+): Promise<SeenTip | undefined> {
   const history = await VolumeHistory.open(repo, volumeId);
   try {
     const last = history.deltas.at(-1);
@@ -464,9 +503,16 @@ function sqlError(path: string, error: Error): B2Error {
       return new B2Error('no-space', message, { cause: error });
     case 'SQLITE_BUSY':
     case 'SQLITE_LOCKED':
-      return new B2Error('io', message, { cause: error, retryable: true, hint: 'Another b2 process holds it for long.' });
+      return new B2Error('io', message, {
+        cause: error,
+        retryable: true,
+        hint: 'Another b2 process holds it for long.',
+      });
     case undefined:
     default:
-      return new B2Error('io', message, { cause: error, hint: 'It is a cache: delete it if nothing else helps.' });
+      return new B2Error('io', message, {
+        cause: error,
+        hint: 'It is a cache: delete it if nothing else helps.',
+      });
   }
 }

@@ -54,5 +54,7 @@ export async function listLost(repo: Repository, volumeId: string): Promise<Lost
 export async function unnotedLoss(history: VolumeHistory): Promise<SeqRange[]> {
   if (history.lost.length === 0) return [];
   const noted = await listLost(history.repo, history.volumeId);
-  return history.lost.filter((l) => !noted.some((n) => n.firstSeq <= l.firstSeq && n.lastSeq >= l.lastSeq));
+  return history.lost.filter(
+    (l) => !noted.some((n) => n.firstSeq <= l.firstSeq && n.lastSeq >= l.lastSeq),
+  );
 }

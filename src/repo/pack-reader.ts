@@ -296,24 +296,26 @@ async function readForward(
     base = at;
     return n >= bytes;
   };
-  while (await have(FRAME_HEADER_BYTES)) {
+  /** Passes over what lies at `at`; false if that is nothing valid. */
+  const step = async (): Promise<boolean> => {
+    if (!(await have(FRAME_HEADER_BYTES))) return false;
     let header: FrameHeader;
     try {
       header = decodeFrameHeader(window, at - base, `pack ${packId}`);
     } catch (error) {
-      if (isKind(error, 'damaged')) break;
+      if (isKind(error, 'damaged')) return false;
       throw error;
     }
     const total = FRAME_HEADER_BYTES + header.storedBytes;
-    if (!(await have(total))) break;
+    if (!(await have(total))) return false;
     if (header.type === FrameType.footer) {
       at += total;
       if ((await have(PACK_TRAILER_BYTES)) && window.subarray(at - base, at - base + 4).equals(TRAILER_MAGIC)) {
         at += PACK_TRAILER_BYTES;
       }
-      continue;
+      return true;
     }
-    if (header.number <= last) break;
+    if (header.number <= last) return false;
     try {
       const open = openFrameBytes(ctx, sealer, packId, window.subarray(at - base, at - base + total));
       if (header.type === FrameType.chunks) {
@@ -323,7 +325,7 @@ async function readForward(
         }
       }
     } catch (error) {
-      if (isKind(error, 'damaged')) break;
+      if (isKind(error, 'damaged')) return false;
       throw error;
     }
     last = header.number;
@@ -337,6 +339,17 @@ async function readForward(
       count: header.count,
     });
     at += total;
+    return true;
+  };
+  // Where valid frames end before the object does, once more: a read that went wrong must not pass for the torn end of a crash, or
+  // whoever seals the pack would cut off commits that are there.
+  let doubted = -1;
+  for (;;) {
+    if (await step()) continue;
+    if (at === doubted || at >= reader.sizeBytes) break;
+    doubted = at;
+    window = Buffer.alloc(0);
+    base = at;
   }
   return {
     validBytes: at,

@@ -21,12 +21,20 @@ export interface Quarantine {
 }
 
 /** Puts a new quarantine object; returns its name. */
-export async function putQuarantine(repo: Repository, packId: string, frames: readonly QuarantinedFrame[]): Promise<string> {
+export async function putQuarantine(
+  repo: Repository,
+  packId: string,
+  frames: readonly QuarantinedFrame[],
+): Promise<string> {
   const name = quarantineName(repo.newId());
   await repo.putObject(ObjectKind.quarantine, name, {
     created: repo.env.clock.nowNs(),
     pack: packId,
-    frames: frames.map((f) => ({ number: f.number, offset: String(Math.max(0, f.offset)), reason: f.reason })),
+    frames: frames.map((f) => ({
+      number: f.number,
+      offset: String(Math.max(0, f.offset)),
+      reason: f.reason,
+    })),
   });
   return name;
 }
@@ -35,9 +43,11 @@ export async function putQuarantine(repo: Repository, packId: string, frames: re
 export async function readQuarantine(repo: Repository, name: string): Promise<Quarantine> {
   const o = await repo.getObject(ObjectKind.quarantine, name);
   const { created, pack, frames } = o;
-  const bad = (): B2Error => new B2Error('damaged', `${name}: its payload is not that of a quarantine object`);
+  const bad = (): B2Error =>
+    new B2Error('damaged', `${name}: its payload is not that of a quarantine object`);
   if (typeof created !== 'string' || !/^\d{1,20}$/.test(created)) throw bad();
-  if (typeof pack !== 'string' || !/^[0-9a-f]{32}$/.test(pack) || !Array.isArray(frames)) throw bad();
+  if (typeof pack !== 'string' || !/^[0-9a-f]{32}$/.test(pack) || !Array.isArray(frames))
+    throw bad();
   const list = frames.map((f: unknown): QuarantinedFrame => {
     if (typeof f !== 'object' || f === null) throw bad();
     const { number, offset, reason } = f as Record<string, unknown>;
@@ -54,7 +64,10 @@ export async function readQuarantine(repo: Repository, name: string): Promise<Qu
 /**
  * All quarantine objects that can be read; `warn` hears of the others. What they name must not be reused by dedupe.
  */
-export async function listQuarantine(repo: Repository, warn: (message: string) => void = () => undefined): Promise<Quarantine[]> {
+export async function listQuarantine(
+  repo: Repository,
+  warn: (message: string) => void = () => undefined,
+): Promise<Quarantine[]> {
   const list: Quarantine[] = [];
   for await (const { name } of repo.store.list('quarantine')) {
     try {

@@ -15,6 +15,8 @@ export class SingleChunks {
   private readonly sealer: Sealer;
   private readonly aad = Buffer.alloc(16 + FRAME_HEADER_BYTES);
   private readonly nonce = Buffer.alloc(NONCE_BYTES);
+  /** Room for what a frame holds; used anew for each. */
+  private plain = Buffer.alloc(0);
 
   constructor(ctx: PackReadContext, packId: string, sealer: Sealer) {
     this.ctx = ctx;
@@ -24,7 +26,7 @@ export class SingleChunks {
 
   /**
    * Puts the chunk of `frame` into `into` (as long as the frame's `plainBytes`). Returns a buffer that begins with the
-   * chunk's id if header, seal, length and id are right and as the footer says; undefined otherwise, with anything in `into`.
+   * chunk's id (until the next call) if header, seal, length and id are right and as the footer says; undefined otherwise, with anything in `into`.
    * The header's own checksum is not looked at: the seal covers every byte of the header.
    */
   open(frame: FooterFrame, bytes: Buffer, into: Buffer): Buffer | undefined {
@@ -45,7 +47,9 @@ export class SingleChunks {
     }
     bytes.copy(this.aad, 16, 0, FRAME_HEADER_BYTES);
     this.nonce.writeUInt32LE(frame.number, 0);
-    const plain = this.sealer.open(this.nonce, this.aad, bytes.subarray(FRAME_HEADER_BYTES));
+    if (this.plain.length < storedBytes) this.plain = Buffer.allocUnsafeSlow(storedBytes * 2);
+    const sealed = bytes.subarray(FRAME_HEADER_BYTES);
+    const plain = this.sealer.open(this.nonce, this.aad, sealed, this.plain);
     if (plain === undefined || plain.length < CHUNK_ENTRY_BYTES) return undefined;
     if (plain.readUInt32LE(32) !== plainBytes) return undefined;
     const stored = plain.subarray(CHUNK_ENTRY_BYTES);

@@ -39,7 +39,10 @@ export interface AgainstResult {
   readonly ranges: readonly VolumeRange[];
   readonly differingBytes: number;
   /** Ranges that the device, or the repository, could not give, with the reason. */
-  readonly unreadable: readonly (VolumeRange & { readonly reason: string; readonly damaged: boolean })[];
+  readonly unreadable: readonly (VolumeRange & {
+    readonly reason: string;
+    readonly damaged: boolean;
+  })[];
 }
 
 /** Damage and read errors are results. Rejects with `interrupted`, and when the manifest cannot be read. */
@@ -47,7 +50,12 @@ export async function compareWithDevice(o: AgainstOptions): Promise<AgainstResul
   const c = new Comparison(o);
   const imageBytes = o.map.commit.sizeBytes;
   const end = Math.min(imageBytes, o.device.facts.sizeBytes);
-  const progress = startProgress({ phase: `comparing with ${o.device.facts.path}`, totalBytes: end, clock: o.clock, events: o.events });
+  const progress = startProgress({
+    phase: `comparing with ${o.device.facts.path}`,
+    totalBytes: end,
+    clock: o.clock,
+    events: o.events,
+  });
   for await (const batch of o.map.scan(0, blocksOf(end))) {
     for (const e of batch) {
       o.signal?.throwIfAborted();
@@ -67,13 +75,17 @@ export async function compareWithDevice(o: AgainstOptions): Promise<AgainstResul
 
 class Comparison {
   readonly ranges: { offset: number; length: number }[] = [];
-  readonly unreadable: (VolumeRange & { readonly reason: string; readonly damaged: boolean })[] = [];
+  readonly unreadable: (VolumeRange & { readonly reason: string; readonly damaged: boolean })[] =
+    [];
   differingBytes = 0;
   private readonly o: AgainstOptions;
   private readonly chunkBlocks: number;
   private readonly slab: Uint8Array = alignedMemory(READ_BYTES);
   private readonly zeros = Buffer.alloc(READ_BYTES);
-  private readonly footers = new Map<string, { readonly footer: PackFooter; readonly first: ReadonlyMap<number, number> }>();
+  private readonly footers = new Map<
+    string,
+    { readonly footer: PackFooter; readonly first: ReadonlyMap<number, number> }
+  >();
 
   constructor(o: AgainstOptions) {
     this.o = o;
@@ -85,9 +97,10 @@ class Comparison {
     const to = Math.min(end, (e.block + e.count) * BLOCK_BYTES);
     if (e.packId === undefined) return this.hole(from, to, done);
     // Pieces of whole chunks, as many as fit one read.
-    const perRead = Math.max(1, Math.floor(READ_BYTES / BLOCK_BYTES / this.chunkBlocks)) * this.chunkBlocks;
+    const perRead =
+      Math.max(1, Math.floor(READ_BYTES / BLOCK_BYTES / this.chunkBlocks)) * this.chunkBlocks;
     const run = e.skip + e.count > this.chunkBlocks;
-    for (let block = 0; block < e.count; ) {
+    for (let block = 0; block < e.count;) {
       const lead = (e.skip + block) % this.chunkBlocks;
       const count = run ? Math.min(e.count - block, perRead - lead) : e.count;
       const at = from + block * BLOCK_BYTES;
@@ -105,7 +118,12 @@ class Comparison {
     try {
       const got = await this.o.device.read(into, at);
       if (got === length) return Buffer.from(into.buffer, into.byteOffset, length);
-      this.unreadable.push({ offset: at, length, reason: `the device ended after ${got} bytes`, damaged: false });
+      this.unreadable.push({
+        offset: at,
+        length,
+        reason: `the device ended after ${got} bytes`,
+        damaged: false,
+      });
     } catch (error) {
       if (!isKind(error, 'io')) throw error;
       this.unreadable.push({ offset: at, length, reason: messageOf(error), damaged: false });
@@ -122,7 +140,8 @@ class Comparison {
           this.o.signal?.throwIfAborted();
           const length = Math.min(READ_BYTES, r.offset + r.length - p);
           const data = await this.read(p, length);
-          if (data !== undefined && !data.equals(this.zeros.subarray(0, length))) this.blocks(p, data, this.zeros.subarray(0, length));
+          if (data !== undefined && !data.equals(this.zeros.subarray(0, length)))
+            this.blocks(p, data, this.zeros.subarray(0, length));
         }
       }
       at += step;
@@ -131,16 +150,25 @@ class Comparison {
   }
 
   /** Compares `data`, which starts `block` blocks into the extent, chunk by chunk. */
-  private async chunks(e: ResolvedExtent, packId: string, block: number, at: number, data: Buffer): Promise<void> {
+  private async chunks(
+    e: ResolvedExtent,
+    packId: string,
+    block: number,
+    at: number,
+    data: Buffer,
+  ): Promise<void> {
     const run = e.skip + e.count > this.chunkBlocks;
-    for (let pos = 0; pos < data.length; ) {
+    for (let pos = 0; pos < data.length;) {
       const inRun = e.skip + block + pos / BLOCK_BYTES;
       const frame = run ? e.frame + Math.floor(inRun / this.chunkBlocks) : e.frame;
       const skip = run ? inRun % this.chunkBlocks : inRun;
-      const length = run ? Math.min(data.length - pos, (this.chunkBlocks - skip) * BLOCK_BYTES) : data.length - pos;
+      const length = run
+        ? Math.min(data.length - pos, (this.chunkBlocks - skip) * BLOCK_BYTES)
+        : data.length - pos;
       const part = data.subarray(pos, pos + length);
       const known = skip === 0 ? await this.chunkOf(packId, frame, e.sub) : undefined;
-      const whole = known !== undefined && (known.lengthBytes === length || known.lengthBytes <= length);
+      const whole =
+        known !== undefined && (known.lengthBytes === length || known.lengthBytes <= length);
       const same =
         whole &&
         known.id.equals(this.o.repo.keys.chunkId(part.subarray(0, known.lengthBytes))) &&
@@ -151,7 +179,11 @@ class Comparison {
   }
 
   /** Id and length of a chunk, from the footer; undefined where that cannot be read (then the bytes themselves are tried). */
-  private async chunkOf(packId: string, frame: number, sub: number): Promise<{ id: Buffer; lengthBytes: number } | undefined> {
+  private async chunkOf(
+    packId: string,
+    frame: number,
+    sub: number,
+  ): Promise<{ id: Buffer; lengthBytes: number } | undefined> {
     let known = this.footers.get(packId);
     if (known === undefined) {
       try {
@@ -175,7 +207,9 @@ class Comparison {
     if (first === undefined) return undefined;
     const i = first + sub;
     const lengthBytes = known.footer.lengths[i];
-    return lengthBytes === undefined ? undefined : { id: known.footer.ids.subarray(i * 32, i * 32 + 32), lengthBytes };
+    return lengthBytes === undefined
+      ? undefined
+      : { id: known.footer.ids.subarray(i * 32, i * 32 + 32), lengthBytes };
   }
 
   private async bytes(at: number, part: Buffer): Promise<void> {
@@ -184,7 +218,12 @@ class Comparison {
       await this.o.image.read(stored, at);
     } catch (error) {
       if (!isKind(error, 'damaged', 'io', 'not-found')) throw error;
-      this.unreadable.push({ offset: at, length: part.length, reason: messageOf(error), damaged: error.kind === 'damaged' });
+      this.unreadable.push({
+        offset: at,
+        length: part.length,
+        reason: messageOf(error),
+        damaged: error.kind === 'damaged',
+      });
       return;
     }
     if (!stored.equals(part)) this.blocks(at, part, stored);
@@ -198,7 +237,8 @@ class Comparison {
       this.differingBytes += end - pos;
       const last = this.ranges.at(-1);
       if (last !== undefined && last.offset + last.length === at + pos) last.length += end - pos;
-      else if (this.ranges.length < MAX_RANGES) this.ranges.push({ offset: at + pos, length: end - pos });
+      else if (this.ranges.length < MAX_RANGES)
+        this.ranges.push({ offset: at + pos, length: end - pos });
     }
   }
 }

@@ -53,7 +53,9 @@ export class VolumePoints {
           if (c.seq <= w.afterSeq || c.seq > w.uptoSeq) continue;
           if ((c.flags & CommitFlag.full) !== 0) points.fulls.push(c.firstSeq);
           if (c.pointClass === PointClass.none) continue;
-          points.unreadable.push(history.unreadable.some((r) => c.seq >= r.firstSeq && c.seq <= r.lastSeq));
+          points.unreadable.push(
+            history.unreadable.some((r) => c.seq >= r.firstSeq && c.seq <= r.lastSeq),
+          );
           points.seqs.push(c.seq);
           points.sizes.push(c.sizeBytes);
           points.exact.push(c.pointClass >= PointClass.crash);
@@ -169,13 +171,24 @@ async function* records(w: SourceWindow): AsyncGenerator<Record> {
     for (let i = 0; i < page.length; i++) {
       const seq = full ? w.source.lastSeq : w.source.firstSeq + page.seq(i);
       if (seq <= w.afterSeq || seq > w.uptoSeq) continue;
-      yield { block: page.block(i), count: page.count(i), seq, pack: page.pack(i), frame: page.frame(i), skip: page.skip(i) };
+      yield {
+        block: page.block(i),
+        count: page.count(i),
+        seq,
+        pack: page.pack(i),
+        frame: page.frame(i),
+        skip: page.skip(i),
+      };
     }
   }
 }
 
 /** The pieces, split where later records replace parts of them. */
-async function superseded(pieces: readonly Piece[], windows: readonly SourceWindow[], signal?: AbortSignal): Promise<Piece[]> {
+async function superseded(
+  pieces: readonly Piece[],
+  windows: readonly SourceWindow[],
+  signal?: AbortSignal,
+): Promise<Piece[]> {
   const parts: Piece[][] = pieces.map((p) => [p]);
   const buckets = new Map<number, number[]>();
   pieces.forEach((p, n) => {
@@ -282,7 +295,16 @@ function touchedBy(
   const last = runs.at(-1);
   if (first === undefined || last === undefined) return undefined;
   const { ranges, bytes } = rangesOf(bySeq);
-  return { volumeId, name, points: count, firstSeq: first.firstSeq, lastSeq: last.lastSeq, runs: runs.slice(0, MAX_RANGES), ranges, bytes };
+  return {
+    volumeId,
+    name,
+    points: count,
+    firstSeq: first.firstSeq,
+    lastSeq: last.lastSeq,
+    runs: runs.slice(0, MAX_RANGES),
+    ranges,
+    bytes,
+  };
 }
 
 function rangesOf(pieces: readonly Piece[]): { ranges: VolumeRange[]; bytes: number } {
@@ -295,7 +317,8 @@ function rangesOf(pieces: readonly Piece[]): { ranges: VolumeRange[]; bytes: num
     const last = ranges.at(-1);
     const length = (p.to - from) * BLOCK_BYTES;
     bytes += length;
-    if (last !== undefined && last.offset + last.length === from * BLOCK_BYTES) last.length += length;
+    if (last !== undefined && last.offset + last.length === from * BLOCK_BYTES)
+      last.length += length;
     else if (ranges.length < MAX_RANGES) ranges.push({ offset: from * BLOCK_BYTES, length });
     end = p.to;
   }

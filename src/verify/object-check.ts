@@ -1,7 +1,14 @@
 /** Every object that is no pack and no segment: is its name one of ours, does its seal open, does it say what its name says? */
 import { B2Error, isKind, messageOf } from '../errors.js';
 import { canonicalConfig, decodeConfig } from '../format/config.js';
-import { CONFIG_COPY_NAME, CONFIG_NAME, packIdOf, parseLostName, parseSegmentName, snapshotName } from '../format/names.js';
+import {
+  CONFIG_COPY_NAME,
+  CONFIG_NAME,
+  packIdOf,
+  parseLostName,
+  parseSegmentName,
+  snapshotName,
+} from '../format/names.js';
 import { ObjectKind } from '../format/object.js';
 import { readCondemned } from '../repo/condemned.js';
 import { readLost } from '../repo/lost.js';
@@ -35,7 +42,11 @@ export interface ObjectsFound {
 }
 
 /** Checks the objects of the repository, or (with `only`) what concerns these volumes. */
-export async function checkObjects(repo: Repository, only: ReadonlySet<string> | undefined, signal?: AbortSignal): Promise<ObjectsFound> {
+export async function checkObjects(
+  repo: Repository,
+  only: ReadonlySet<string> | undefined,
+  signal?: AbortSignal,
+): Promise<ObjectsFound> {
   const found: ObjectsFound = {
     findings: [],
     packs: [],
@@ -75,19 +86,28 @@ async function checkConfigs(repo: Repository, found: ObjectsFound): Promise<void
   const bytes: (Buffer | undefined)[] = [];
   for (const name of [CONFIG_NAME, CONFIG_COPY_NAME]) {
     const tell = (severity: Finding['severity'], message: string): void => {
-      found.findings.push({ severity, kind: 'config', object: name, message, hint: 'Run "b2 repair": it writes both anew.' });
+      found.findings.push({
+        severity,
+        kind: 'config',
+        object: name,
+        message,
+        hint: 'Run "b2 repair": it writes both anew.',
+      });
     };
     found.objects++;
     try {
       const b = await repo.store.get(name);
       const config = decodeConfig(b);
       if (config.id !== repo.id) tell('damage', `it belongs to repository ${config.id}`);
-      else if (!repo.keys.configMac(canonicalConfig(config)).equals(Buffer.from(config.mac, 'base64'))) {
+      else if (
+        !repo.keys.configMac(canonicalConfig(config)).equals(Buffer.from(config.mac, 'base64'))
+      ) {
         tell('damage', 'its authentication code is wrong: somebody or something changed it');
       } else bytes.push(b);
     } catch (error) {
       if (isKind(error, 'not-found')) tell('damage', 'it is missing');
-      else if (isKind(error, 'damaged', 'unsupported')) tell('damage', problemOf(error.message, name));
+      else if (isKind(error, 'damaged', 'unsupported'))
+        tell('damage', problemOf(error.message, name));
       else if (isKind(error, 'io')) tell('unreadable', error.message);
       else throw error;
     }
@@ -98,7 +118,8 @@ async function checkConfigs(repo: Repository, found: ObjectsFound): Promise<void
       severity: 'damage',
       kind: 'config',
       object: CONFIG_COPY_NAME,
-      message: 'it is not the copy of "config": a key change was cut short, or an older version was put back',
+      message:
+        'it is not the copy of "config": a key change was cut short, or an older version was put back',
       hint: 'Run "b2 repair" with a key that is to stay.',
     });
   }
@@ -120,7 +141,10 @@ async function checkObject(
     found.volumeIds.add(volumeId);
     const epoch = /^epochs\/([0-9a-f]{8})$/.exec(inVolume)?.[1];
     if (epoch !== undefined) {
-      found.epochs.set(volumeId, Math.max(found.epochs.get(volumeId) ?? 0, Number.parseInt(epoch, 16)));
+      found.epochs.set(
+        volumeId,
+        Math.max(found.epochs.get(volumeId) ?? 0, Number.parseInt(epoch, 16)),
+      );
     }
     if (only !== undefined && !only.has(volumeId)) return;
   }
@@ -128,12 +152,22 @@ async function checkObject(
     const known = await openObject(repo, name, volumeId, inVolume, found);
     if (known) found.objects++;
     else {
-      found.findings.push({ severity: 'note', kind: 'name', object: name, message: 'no b2 of this version wrote this; it is ignored' });
+      found.findings.push({
+        severity: 'note',
+        kind: 'name',
+        object: name,
+        message: 'no b2 of this version wrote this; it is ignored',
+      });
     }
   } catch (error) {
     if (isKind(error, 'not-found')) return; // deleted since it was listed
     if (isKind(error, 'io')) {
-      found.findings.push({ severity: 'unreadable', kind: 'object', object: name, message: messageOf(error) });
+      found.findings.push({
+        severity: 'unreadable',
+        kind: 'object',
+        object: name,
+        message: messageOf(error),
+      });
     } else if (isKind(error, 'damaged', 'unsupported')) {
       found.findings.push({
         severity: 'damage',
@@ -147,8 +181,10 @@ async function checkObject(
 }
 
 function hintFor(name: string): string {
-  if (name.includes('/snapshots/')) return 'The point itself is not touched; name it again with "b2 snapshot".';
-  if (name.startsWith('condemned/')) return 'Until it is gone nothing is reused; "b2 repair" removes it.';
+  if (name.includes('/snapshots/'))
+    return 'The point itself is not touched; name it again with "b2 snapshot".';
+  if (name.startsWith('condemned/'))
+    return 'Until it is gone nothing is reused; "b2 repair" removes it.';
   return 'Run "b2 repair".';
 }
 
@@ -160,7 +196,8 @@ async function openObject(
   inVolume: string,
   found: ObjectsFound,
 ): Promise<boolean> {
-  const wrong = (problem: string): B2Error => new B2Error('damaged', `${name}: ${problem}`, { hint: '-' });
+  const wrong = (problem: string): B2Error =>
+    new B2Error('damaged', `${name}: ${problem}`, { hint: '-' });
   if (volumeId === undefined) {
     if (/^condemned\/[0-9a-f]{32}$/.test(name)) {
       const c = await readCondemned(repo, name);
@@ -184,22 +221,30 @@ async function openObject(
   const epoch = /^epochs\/([0-9a-f]{8})$/.exec(inVolume)?.[1];
   if (epoch !== undefined) {
     const o = await repo.getObject(ObjectKind.epoch, name);
-    if (o['volume'] !== volumeId || o['epoch'] !== Number.parseInt(epoch, 16)) throw wrong('it says that it is another claim');
+    if (o['volume'] !== volumeId || o['epoch'] !== Number.parseInt(epoch, 16))
+      throw wrong('it says that it is another claim');
     return true;
   }
   const pack = /^journal\/([0-9a-f]{32})$/.exec(inVolume)?.[1];
   if (pack !== undefined) {
     const o = await repo.getObject(ObjectKind.journal, name);
-    if (o['volume'] !== volumeId || o['pack'] !== pack) throw wrong('it says that it is another entry');
+    if (o['volume'] !== volumeId || o['pack'] !== pack)
+      throw wrong('it says that it is another entry');
     return true;
   }
   if (/^snapshots\/[0-9a-f]{32}$/.test(inVolume)) {
     const o = await repo.getObject(ObjectKind.snapshot, name);
     const { name: text, volume, seq, hash } = o;
-    if (typeof text !== 'string' || volume !== volumeId || typeof seq !== 'string' || typeof hash !== 'string') {
+    if (
+      typeof text !== 'string' ||
+      volume !== volumeId ||
+      typeof seq !== 'string' ||
+      typeof hash !== 'string'
+    ) {
       throw wrong('its payload is not that of a snapshot');
     }
-    if (snapshotName(volumeId, repo.keys.nameHash(text)) !== name) throw wrong('its name is not the hash of the snapshot name');
+    if (snapshotName(volumeId, repo.keys.nameHash(text)) !== name)
+      throw wrong('its name is not the hash of the snapshot name');
     found.snapshots.push({ object: name, name: text, volumeId, seq: Number(seq), hash });
     return true;
   }

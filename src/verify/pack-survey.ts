@@ -68,7 +68,9 @@ export class PackShape {
   /** Where the frame lies; only its number if it is not there. */
   place(number: number): FramePlace {
     const i = this.find(number);
-    return i < 0 ? { number } : { number, offsetBytes: this.offsets[i] ?? 0, lengthBytes: this.lengths[i] ?? 0 };
+    return i < 0
+      ? { number }
+      : { number, offsetBytes: this.offsets[i] ?? 0, lengthBytes: this.lengths[i] ?? 0 };
   }
 
   /**
@@ -88,16 +90,30 @@ export class PackShape {
     for (let f = frame; f <= last; f++) {
       const i = this.find(f);
       if (i < 0 || this.types[i] !== FrameType.chunks) {
-        return { frame: f, absent: true, reason: i < 0 ? 'the pack has no such frame' : 'it is not a frame of chunks' };
+        return {
+          frame: f,
+          absent: true,
+          reason: i < 0 ? 'the pack has no such frame' : 'it is not a frame of chunks',
+        };
       }
       const first = this.firstChunk[i] ?? 0;
       const chunks = (this.firstChunk[i + 1] ?? 0) - first;
-      if (run && (sub !== 0 || chunks !== 1)) return { frame: f, absent: false, reason: 'a run over a frame of several chunks' };
-      if (sub >= chunks) return { frame: f, absent: false, reason: `it has ${chunks} chunks; number ${sub} is used` };
+      if (run && (sub !== 0 || chunks !== 1))
+        return { frame: f, absent: false, reason: 'a run over a frame of several chunks' };
+      if (sub >= chunks)
+        return {
+          frame: f,
+          absent: false,
+          reason: `it has ${chunks} chunks; number ${sub} is used`,
+        };
       const have = this.blocks[first + sub] ?? 0;
       const need = run ? (f < last ? chunkBlocks : ((end - 1) % chunkBlocks) + 1) : end;
       if (have < need || (f < last && this.ragged.has(first))) {
-        return { frame: f, absent: false, reason: `its chunk ${sub} has ${have} blocks; ${need} are used` };
+        return {
+          frame: f,
+          absent: false,
+          reason: `its chunk ${sub} has ${have} blocks; ${need} are used`,
+        };
       }
     }
     return undefined;
@@ -113,9 +129,17 @@ export interface SurveyedPack {
 }
 
 /** Opens a pack and checks what can be checked without reading its data. Failures of the store become findings. */
-export async function surveyPack(repo: Repository, packId: string, sizeBytes: number): Promise<SurveyedPack> {
+export async function surveyPack(
+  repo: Repository,
+  packId: string,
+  sizeBytes: number,
+): Promise<SurveyedPack> {
   const object = packName(packId);
-  const failed = (kind: Finding['kind'], severity: Finding['severity'], message: string): SurveyedPack => ({
+  const failed = (
+    kind: Finding['kind'],
+    severity: Finding['severity'],
+    message: string,
+  ): SurveyedPack => ({
     shape: undefined,
     findings: [{ severity, kind, object, packId, message }],
     gone: false,
@@ -124,7 +148,11 @@ export async function surveyPack(repo: Repository, packId: string, sizeBytes: nu
   try {
     const head = await repo.store.get(object, { offset: 0, length: PACK_HEADER_BYTES });
     if (head.length < PACK_HEADER_BYTES || head.every((b) => b === 0)) {
-      return failed('leftover', 'note', 'it holds nothing: a crash came before its header was written');
+      return failed(
+        'leftover',
+        'note',
+        'it holds nothing: a crash came before its header was written',
+      );
     }
     pack = await OpenPack.open(repo.packContext(), packId);
     const findings: Finding[] = [];
@@ -133,10 +161,14 @@ export async function surveyPack(repo: Repository, packId: string, sizeBytes: nu
     }
     return { shape: new PackShape(pack, sizeBytes), findings, gone: false };
   } catch (error) {
-    if (isKind(error, 'not-found') || (isKind(error, 'damaged') && isKind(error.cause, 'not-found'))) {
+    if (
+      isKind(error, 'not-found') ||
+      (isKind(error, 'damaged') && isKind(error.cause, 'not-found'))
+    ) {
       return { shape: undefined, findings: [], gone: true };
     }
-    if (isKind(error, 'damaged')) return failed('pack', 'damage', problemOf(error.message, `pack ${packId}`));
+    if (isKind(error, 'damaged'))
+      return failed('pack', 'damage', problemOf(error.message, `pack ${packId}`));
     if (isKind(error, 'io', 'unsupported')) return failed('pack', 'unreadable', messageOf(error));
     throw error;
   } finally {
@@ -161,7 +193,10 @@ async function layoutProblems(
   for (const f of frames) {
     const next = f.offset + FRAME_HEADER_BYTES + f.storedBytes;
     if (f.offset < end || next > Math.min(pack.validBytes, sizeBytes)) {
-      problems.push({ message: `the footer lays frame ${f.number} over another or outside the pack`, frames: [placeOf(f)] });
+      problems.push({
+        message: `the footer lays frame ${f.number} over another or outside the pack`,
+        frames: [placeOf(f)],
+      });
     }
     end = next;
   }
@@ -180,11 +215,17 @@ async function layoutProblems(
         h.compression !== f.compression ||
         h.count !== f.count
       ) {
-        problems.push({ message: `frame ${f.number} is another one than the footer says`, frames: [placeOf(f)] });
+        problems.push({
+          message: `frame ${f.number} is another one than the footer says`,
+          frames: [placeOf(f)],
+        });
       }
     } catch (error) {
       if (!isKind(error, 'damaged')) throw error;
-      problems.push({ message: problemOf(error.message, `frame ${f.number}`), frames: [placeOf(f)] });
+      problems.push({
+        message: problemOf(error.message, `frame ${f.number}`),
+        frames: [placeOf(f)],
+      });
     }
   }
   return problems;

@@ -23,7 +23,10 @@ export class SurveyedPacks implements PackLookup {
   }
 
   /** Looks at all of `packs`. */
-  async survey(packs: readonly { readonly packId: string; readonly sizeBytes: number }[], signal?: AbortSignal): Promise<void> {
+  async survey(
+    packs: readonly { readonly packId: string; readonly sizeBytes: number }[],
+    signal?: AbortSignal,
+  ): Promise<void> {
     let next = 0;
     const worker = async (): Promise<void> => {
       for (let p = packs[next++]; p !== undefined; p = packs[next++]) {
@@ -42,7 +45,8 @@ export class SurveyedPacks implements PackLookup {
   }
 
   async shape(packId: string, fresh = false): Promise<PackShape | undefined> {
-    if (this.shapes.has(packId) && (!fresh || this.fresh.has(packId))) return this.shapes.get(packId);
+    if (this.shapes.has(packId) && (!fresh || this.fresh.has(packId)))
+      return this.shapes.get(packId);
     const info = await this.repo.store.stat(packName(packId));
     this.repo.packs.forget(packId);
     if (info === undefined) {
@@ -55,7 +59,10 @@ export class SurveyedPacks implements PackLookup {
   }
 
   isGone(packId: string): boolean {
-    return this.gone.has(packId) || this.findings.some((f) => f.packId === packId && f.kind === 'leftover');
+    return (
+      this.gone.has(packId) ||
+      this.findings.some((f) => f.packId === packId && f.kind === 'leftover')
+    );
   }
 
   /** Packs that can be opened. */
@@ -68,7 +75,8 @@ export class SurveyedPacks implements PackLookup {
     this.fresh.add(packId);
     if (s.gone) this.gone.add(packId);
     this.shapes.set(packId, s.shape);
-    for (let i = this.findings.length - 1; i >= 0; i--) if (this.findings[i]?.packId === packId) this.findings.splice(i, 1);
+    for (let i = this.findings.length - 1; i >= 0; i--)
+      if (this.findings[i]?.packId === packId) this.findings.splice(i, 1);
     this.findings.push(...s.findings);
     return s.shape;
   }
@@ -77,9 +85,13 @@ export class SurveyedPacks implements PackLookup {
    * Judges the packs without a sound footer, when it is known which of them are needed and which a journal names. What somebody is
    * writing, or left when he died, is in the journal, or needed by nobody.
    */
-  async judgeUnsealed(needed: ReadonlySet<string>, journal: ReadonlySet<string>): Promise<Finding[]> {
+  async judgeUnsealed(
+    needed: ReadonlySet<string>,
+    journal: ReadonlySet<string>,
+  ): Promise<Finding[]> {
     const findings: Finding[] = [];
-    for (const known of [...this.usable()]) {
+    const shapes = Array.from(this.usable());
+    for (const known of shapes) {
       if (known.sealed) continue;
       this.fresh.delete(known.packId);
       const shape = await this.shape(known.packId, true); // it may have been sealed meanwhile
@@ -117,7 +129,11 @@ export class SurveyedPacks implements PackLookup {
  * What there is of a footer in a pack that counts as unsealed: `sound` if it is there and only the trailer, or only the place, is
  * wrong; `broken` if there is a trace of one; `none`.
  */
-async function footerState(repo: Repository, packId: string, shape: PackShape): Promise<'sound' | 'broken' | 'none'> {
+async function footerState(
+  repo: Repository,
+  packId: string,
+  shape: PackShape,
+): Promise<'sound' | 'broken' | 'none'> {
   let pack: OpenPack;
   try {
     pack = await OpenPack.open(repo.packContext(), packId);

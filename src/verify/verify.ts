@@ -146,7 +146,9 @@ class Run {
     this.findings.push(...this.packs.findings);
     const reports = await this.locateAll(objects.quarantine);
     const findings = withoutRepeats(this.findings).sort(
-      (a, b) => ORDER[a.severity] - ORDER[b.severity] || (a.object < b.object ? -1 : a.object > b.object ? 1 : 0),
+      (a, b) =>
+        ORDER[a.severity] - ORDER[b.severity] ||
+        (a.object < b.object ? -1 : a.object > b.object ? 1 : 0),
     );
     await this.remember(findings);
     return {
@@ -160,7 +162,9 @@ class Run {
   }
 
   private async checkVolumes(objects: ObjectsFound): Promise<void> {
-    const ids = [...objects.volumeIds].filter((id) => this.only === undefined || this.only.has(id)).sort();
+    const ids = [...objects.volumeIds]
+      .filter((id) => this.only === undefined || this.only.has(id))
+      .sort();
     for (const volumeId of ids) {
       const name = objects.metas.get(volumeId)?.name ?? `lost-${volumeId}`;
       this.packs.stale();
@@ -210,11 +214,13 @@ class Run {
   /** Commit frames in packs that no history knows: left over, or proof that the manifest has lost something. */
   private async unlistedCommits(): Promise<void> {
     const { repo } = this;
-    for (const shape of [...this.packs.usable()]) {
+    const shapes = Array.from(this.packs.usable());
+    for (const shape of shapes) {
       let strays = 0;
       for (let i = 0; i < shape.frameCount; i++) {
         const frame = shape.numberAt(i);
-        if (shape.types[i] !== FrameType.commit || this.commitFrames.has(shape.packId, frame)) continue;
+        if (shape.types[i] !== FrameType.commit || this.commitFrames.has(shape.packId, frame))
+          continue;
         this.o.signal?.throwIfAborted();
         const object = packName(shape.packId);
         try {
@@ -228,7 +234,10 @@ class Run {
             continue;
           }
           const volume = this.volumes.get(volumeId)?.name;
-          const whose = volume === undefined ? `volume ${volumeId}, which is not listed` : `volume ${volume}, which its manifest does not know`;
+          const whose =
+            volume === undefined
+              ? `volume ${volumeId}, which is not listed`
+              : `volume ${volume}, which its manifest does not know`;
           this.findings.push({
             severity: 'damage',
             kind: 'unlisted',
@@ -295,7 +304,8 @@ class Run {
           }
         }
         if (commit === undefined) problem = `point #${s.seq}, which is not in the history`;
-        else if (commit.hash.toString('hex') !== s.hash) problem = `point #${s.seq}, but another one than there is`;
+        else if (commit.hash.toString('hex') !== s.hash)
+          problem = `point #${s.seq}, but another one than there is`;
         else if (volume.history.unreadable.some((u) => s.seq >= u.firstSeq && s.seq <= u.lastSeq)) {
           problem = `point #${s.seq}, whose image cannot be made because commits are lost`;
         }
@@ -331,39 +341,53 @@ class Run {
       const object = `volumes/${volumeId}`;
       const volume = this.volumes.get(volumeId);
       if (volume === undefined) {
-        if (!this.unread.has(volumeId)) tell(object, `volume ${seen.name} is gone; it had ${seen.seq} commits`);
+        if (!this.unread.has(volumeId))
+          tell(object, `volume ${seen.name} is gone; it had ${seen.seq} commits`);
         continue;
       }
       const tip = volume.history.tip?.seq ?? 0;
       if (tip < seen.seq) {
-        tell(object, `volume ${volume.name} ends with commit ${tip}; on ${formatTimeLocal(seen.seenNs)} it had ${seen.seq}`);
+        tell(
+          object,
+          `volume ${volume.name} ends with commit ${tip}; on ${formatTimeLocal(seen.seenNs)} it had ${seen.seq}`,
+        );
         continue;
       }
       try {
         const now = await new Timeline(volume.history.sources).bySeq(seen.seq);
         if (now !== undefined && now.hash.toString('hex') !== seen.hash) {
-          tell(object, `commit ${seen.seq} of volume ${volume.name} is another one than on ${formatTimeLocal(seen.seenNs)}`);
+          tell(
+            object,
+            `commit ${seen.seq} of volume ${volume.name} is another one than on ${formatTimeLocal(seen.seenNs)}`,
+          );
         }
       } catch (error) {
         if (!isKind(error, 'damaged')) throw error; // a finding of its own
       }
       const meta = objects.metas.get(volumeId);
       if (meta !== undefined && meta.updatedNs < seen.metaUpdatedNs) {
-        tell(`volumes/${volumeId}/meta`, `what is recorded of volume ${volume.name} is from ${formatTimeLocal(meta.updatedNs)}, not ${formatTimeLocal(seen.metaUpdatedNs)}`);
+        tell(
+          `volumes/${volumeId}/meta`,
+          `what is recorded of volume ${volume.name} is from ${formatTimeLocal(meta.updatedNs)}, not ${formatTimeLocal(seen.metaUpdatedNs)}`,
+        );
       }
     }
     const mac = this.configMac();
     const macs = await catalogue.configs();
-    if (macs.length > 1 && macs.at(-1) !== mac && macs.includes(mac)) tell('config', 'its keys are those from before a change');
+    if (macs.length > 1 && macs.at(-1) !== mac && macs.includes(mac))
+      tell('config', 'its keys are those from before a change');
     for (const [packId, seen] of await catalogue.packs()) {
       const shape = await this.knownShape(packId);
       if (shape === undefined) continue;
-      if (shape.generation < seen.generation) tell(packName(packId), `it is as it was before compaction ${seen.generation}`);
+      if (shape.generation < seen.generation)
+        tell(packName(packId), `it is as it was before compaction ${seen.generation}`);
     }
   }
 
   private async knownShape(packId: string): Promise<PackShape | undefined> {
-    return this.only === undefined && !this.packs.isGone(packId) ? this.packs.shape(packId) : undefined;
+    return this.only === undefined && !this.packs.isGone(packId)
+      ? this.packs.shape(packId)
+      : undefined;
   }
 
   private configMac(): string {
@@ -379,7 +403,9 @@ class Run {
       return undefined;
     }
     const deadlineNs =
-      o.budgetMs === undefined ? undefined : repo.env.clock.monotonicNs() + BigInt(Math.round(o.budgetMs * 1e6));
+      o.budgetMs === undefined
+        ? undefined
+        : repo.env.clock.monotonicNs() + BigInt(Math.round(o.budgetMs * 1e6));
     const before = (await o.catalogue?.packs()) ?? new Map<string, PackVerified>();
     const { list, totalBytes, bytes } = await this.dataList(objects, share, before);
     const result = await verifyPacks(list, {
@@ -401,7 +427,13 @@ class Run {
       for (const { packId } of done) {
         const shape = await this.packs.shape(packId);
         if (shape === undefined) continue;
-        verified.push({ packId, generation: shape.generation, sizeBytes: shape.sizeBytes, verifiedNs: now, damaged: bad.has(packId) });
+        verified.push({
+          packId,
+          generation: shape.generation,
+          sizeBytes: shape.sizeBytes,
+          verifiedNs: now,
+          damaged: bad.has(packId),
+        });
       }
       await o.catalogue.recordPacks(verified);
       await o.catalogue.forgetPacks([...before.keys()].filter((id) => this.packs.isGone(id)));
@@ -413,7 +445,8 @@ class Run {
       for (const { packId } of objects.packs) {
         if (this.packs.isGone(packId)) continue;
         const at = after.get(packId)?.verifiedNs;
-        oldestNs = at === undefined || oldestNs === undefined ? undefined : at < oldestNs ? at : oldestNs;
+        oldestNs =
+          at === undefined || oldestNs === undefined ? undefined : at < oldestNs ? at : oldestNs;
       }
     }
     return {
@@ -436,12 +469,21 @@ class Run {
     before: ReadonlyMap<string, PackVerified>,
   ): Promise<{ list: PackToVerify[]; totalBytes: number; bytes: number }> {
     if (this.only !== undefined) return this.dataListOfVolumes(share);
-    const facts: { packId: string; sizeBytes: number; createdNs: bigint; rank: number; atNs: bigint }[] = [];
+    const facts: {
+      packId: string;
+      sizeBytes: number;
+      createdNs: bigint;
+      rank: number;
+      atNs: bigint;
+    }[] = [];
     for (const { packId, sizeBytes } of objects.packs) {
       const shape = await this.packs.shape(packId);
       if (shape === undefined) continue;
       const seen = before.get(packId);
-      const known = seen !== undefined && seen.generation === shape.generation && seen.sizeBytes === shape.sizeBytes;
+      const known =
+        seen !== undefined &&
+        seen.generation === shape.generation &&
+        seen.sizeBytes === shape.sizeBytes;
       facts.push({
         packId,
         sizeBytes,
@@ -460,7 +502,9 @@ class Run {
     return chosen(facts, share);
   }
 
-  private async dataListOfVolumes(share: number): Promise<{ list: PackToVerify[]; totalBytes: number; bytes: number }> {
+  private async dataListOfVolumes(
+    share: number,
+  ): Promise<{ list: PackToVerify[]; totalBytes: number; bytes: number }> {
     const live = { chunks: new FrameSet(), commits: new FrameSet() };
     for (const { history } of this.volumes.values()) {
       for (const source of [...history.sources, ...history.fulls]) {
@@ -475,7 +519,9 @@ class Run {
     for (const packId of new Set([...live.chunks.packIds(), ...live.commits.packIds()])) {
       const shape = await this.packs.shape(packId);
       if (shape === undefined) continue;
-      const frames = [...new Set([...live.chunks.framesOf(packId), ...live.commits.framesOf(packId)])].sort((a, b) => a - b);
+      const frames = [
+        ...new Set([...live.chunks.framesOf(packId), ...live.commits.framesOf(packId)]),
+      ].sort((a, b) => a - b);
       const bytes = frames.reduce((n, f) => n + (shape.place(f).lengthBytes ?? 0), 0);
       facts.push({ packId, sizeBytes: bytes, frames: frames.filter((f) => shape.find(f) >= 0) });
     }
@@ -483,7 +529,10 @@ class Run {
   }
 
   private async takeDataFindings(list: readonly DataFinding[], bad: Set<string>): Promise<void> {
-    const frames = new Map<string, { kind: 'frame' | 'unreadable'; places: FramePlace[]; reason: string }>();
+    const frames = new Map<
+      string,
+      { kind: 'frame' | 'unreadable'; places: FramePlace[]; reason: string }
+    >();
     for (const f of list) {
       const object = packName(f.packId);
       switch (f.kind) {
@@ -496,7 +545,13 @@ class Run {
             break; // gone (prune), or a finding of the survey
           }
           if (f.kind === 'pack') {
-            this.findings.push({ severity: 'unreadable', kind: 'pack', object, packId: f.packId, message: f.reason });
+            this.findings.push({
+              severity: 'unreadable',
+              kind: 'pack',
+              object,
+              packId: f.packId,
+              message: f.reason,
+            });
           }
           break;
         }
@@ -523,7 +578,8 @@ class Run {
             ...(f.lengthBytes === undefined ? {} : { lengthBytes: f.lengthBytes }),
           };
           const known = frames.get(key);
-          if (known === undefined) frames.set(key, { kind: f.kind, places: [place], reason: f.reason });
+          if (known === undefined)
+            frames.set(key, { kind: f.kind, places: [place], reason: f.reason });
           else known.places.push(place);
         }
       }
@@ -551,7 +607,12 @@ class Run {
     for (const [packId, seen] of await this.o.catalogue.packs()) {
       if (!seen.damaged || seen.verifiedNs === undefined || this.packs.isGone(packId)) continue;
       const shape = await this.packs.shape(packId);
-      if (shape === undefined || shape.generation !== seen.generation || shape.sizeBytes !== seen.sizeBytes) continue;
+      if (
+        shape === undefined ||
+        shape.generation !== seen.generation ||
+        shape.sizeBytes !== seen.sizeBytes
+      )
+        continue;
       this.findings.push({
         severity: 'damage',
         kind: 'frame',
@@ -588,22 +649,40 @@ class Run {
     for (const [volumeId, v] of this.volumes) {
       if (bad.isEmpty && v.findings.every((f) => f.seqs === undefined)) {
         const newest = await pointRef(v.history);
-        reports.push({ volumeId, name: v.name, commits: v.commits, newest, newestWhole: newest, damagedPoints: 0 });
+        reports.push({
+          volumeId,
+          name: v.name,
+          commits: v.commits,
+          newest,
+          newestWhole: newest,
+          damagedPoints: 0,
+        });
         continue;
       }
       const points = await VolumePoints.read(v.history);
       const located = await locate(v.history, v.name, points, bad, signal);
-      for (const [packId, touched] of located.byPack) touches.set(packId, [...(touches.get(packId) ?? []), touched]);
+      for (const [packId, touched] of located.byPack)
+        touches.set(packId, [...(touches.get(packId) ?? []), touched]);
       for (const { seqs, ...f } of v.findings) {
         if (seqs === undefined) continue;
-        const ranges = f.severity === 'damage' && f.kind === 'segment' ? untilFull(seqs, points) : seqs;
+        const ranges =
+          f.severity === 'damage' && f.kind === 'segment' ? untilFull(seqs, points) : seqs;
         const touched = touchedSeqs(ranges, volumeId, v.name, points, located.affected);
         seqFindings.push({ ...f, touches: touched === undefined ? [] : [touched] });
       }
-      reports.push({ volumeId, name: v.name, commits: v.commits, ...newestOf(points, located.affected) });
+      reports.push({
+        volumeId,
+        name: v.name,
+        commits: v.commits,
+        ...newestOf(points, located.affected),
+      });
     }
     const all = [...this.findings, ...seqFindings].map((f) =>
-      f.packId !== undefined && bad.hasPack(f.packId) && f.severity !== 'note' && f.kind !== 'footer' && f.kind !== 'unlisted'
+      f.packId !== undefined &&
+      bad.hasPack(f.packId) &&
+      f.severity !== 'note' &&
+      f.kind !== 'footer' &&
+      f.kind !== 'unlisted'
         ? { ...f, touches: touches.get(f.packId) ?? [] }
         : f,
     );
@@ -611,7 +690,10 @@ class Run {
     for (const f of all) {
       const places = aside.get(f.packId ?? '');
       // Frames that repair has set aside are told once, below.
-      const isAside = f.kind === 'frame' && f.frames !== undefined && places !== undefined &&
+      const isAside =
+        f.kind === 'frame' &&
+        f.frames !== undefined &&
+        places !== undefined &&
         f.frames.every((p) => places.some((q) => q.number === p.number));
       if (!isAside) this.findings.push(f);
     }
@@ -633,17 +715,22 @@ class Run {
   private async remember(findings: readonly Finding[]): Promise<void> {
     const { catalogue } = this.o;
     if (catalogue === undefined) return;
-    const isBack = (object: string): boolean => findings.some((f) => f.kind === 'rollback' && f.object.startsWith(object));
+    const isBack = (object: string): boolean =>
+      findings.some((f) => f.kind === 'rollback' && f.object.startsWith(object));
     // Seen is seen, also where it could not be read whole; but never what is older than what was seen before.
     if (!isBack('volumes/')) await catalogue.rebuild(this.repo);
-    if (!isBack('config') && !findings.some((f) => f.kind === 'config')) await catalogue.recordConfig(this.configMac());
+    if (!isBack('config') && !findings.some((f) => f.kind === 'config'))
+      await catalogue.recordConfig(this.configMac());
   }
 }
 
-function chosen<T extends { readonly packId: string; readonly sizeBytes: number; readonly frames?: readonly number[] }>(
-  facts: readonly T[],
-  share: number,
-): { list: PackToVerify[]; totalBytes: number; bytes: number } {
+function chosen<
+  T extends {
+    readonly packId: string;
+    readonly sizeBytes: number;
+    readonly frames?: readonly number[];
+  },
+>(facts: readonly T[], share: number): { list: PackToVerify[]; totalBytes: number; bytes: number } {
   const totalBytes = facts.reduce((n, f) => n + f.sizeBytes, 0);
   const list: PackToVerify[] = [];
   let bytes = 0;
@@ -670,7 +757,10 @@ function untilFull(
   seqs: readonly { readonly firstSeq: number; readonly lastSeq: number }[],
   points: VolumePoints,
 ): { firstSeq: number; lastSeq: number }[] {
-  return seqs.map((s) => ({ firstSeq: s.firstSeq, lastSeq: Math.min(s.lastSeq, points.nextFull(s.firstSeq) - 1) }));
+  return seqs.map((s) => ({
+    firstSeq: s.firstSeq,
+    lastSeq: Math.min(s.lastSeq, points.nextFull(s.firstSeq) - 1),
+  }));
 }
 
 function newestOf(
@@ -691,12 +781,17 @@ function newestOf(
 /** The same thing found twice (by the survey and by the data pass) is one finding. */
 function withoutRepeats(findings: readonly Finding[]): Finding[] {
   const seen = new Set<string>();
-  const whole = new Set(findings.filter((f) => f.kind === 'pack' || f.kind === 'missing').map((f) => f.packId));
+  const whole = new Set(
+    findings.filter((f) => f.kind === 'pack' || f.kind === 'missing').map((f) => f.packId),
+  );
   return findings.filter((f) => {
     if (f.kind === 'absent' && whole.has(f.packId)) return false;
     const frames = f.frames?.map((p) => p.number).join(',') ?? '';
     // A commit frame of a pack that is missing says no more than that it is missing.
-    const key = f.kind === 'missing' ? `missing ${f.object}` : `${f.kind} ${f.object} ${frames} ${frames === '' ? f.message : ''}`;
+    const key =
+      f.kind === 'missing'
+        ? `missing ${f.object}`
+        : `${f.kind} ${f.object} ${frames} ${frames === '' ? f.message : ''}`;
     if (seen.has(key)) return false;
     seen.add(key);
     return true;

@@ -109,7 +109,9 @@ class Check {
         kind: isSegment ? 'segment' : 'pack',
         object: p.object,
         message: problemOf(p.error.message, p.object),
-        ...(isSegment ? { hint: 'Run "b2 repair": it makes the manifest anew from the packs.' } : {}),
+        ...(isSegment
+          ? { hint: 'Run "b2 repair": it makes the manifest anew from the packs.' }
+          : {}),
         ...(touched === undefined ? {} : { seqs: touched }),
       });
     }
@@ -161,7 +163,9 @@ class Check {
           message: problemOf(f.problem, f.object),
           hint: 'Run "b2 repair".',
           // What a page of extents says is part of every later image, until a full commit or map.
-          seqs: beside ? [] : [{ firstSeq: s.level === undefined ? s.lastSeq : s.firstSeq, lastSeq: end }],
+          seqs: beside
+            ? []
+            : [{ firstSeq: s.level === undefined ? s.lastSeq : s.firstSeq, lastSeq: end }],
         });
       }
     }
@@ -172,15 +176,21 @@ class Check {
     const unnoted = await unnotedLoss(history);
     for (const l of history.lost) {
       const noted = !unnoted.includes(l);
-      const behind = history.unreadable.find((u) => u.firstSeq <= l.firstSeq && u.lastSeq >= l.lastSeq);
+      const behind = history.unreadable.find(
+        (u) => u.firstSeq <= l.firstSeq && u.lastSeq >= l.lastSeq,
+      );
       const tail = behind !== undefined && behind.lastSeq > l.lastSeq;
-      const after = tail ? `, and so have no image ${await this.described(l.lastSeq + 1, behind.lastSeq)}` : '';
+      const after = tail
+        ? `, and so have no image ${await this.described(l.lastSeq + 1, behind.lastSeq)}`
+        : '';
       this.findings.push({
         severity: noted ? 'note' : 'damage',
         kind: 'lost',
         object: `volumes/${this.o.volumeId}`,
         message: `commits ${l.firstSeq} to ${l.lastSeq} of ${this.what} are missing${after}${noted ? '; repair has noted that no pack holds them' : ''}`,
-        ...(noted ? {} : { hint: 'Run "b2 repair": if the packs still hold them, it brings them back.' }),
+        ...(noted
+          ? {}
+          : { hint: 'Run "b2 repair": if the packs still hold them, it brings them back.' }),
         ...(behind === undefined ? {} : { seqs: [behind] }),
       });
     }
@@ -191,7 +201,9 @@ class Check {
         object: `volumes/${this.o.volumeId}`,
         message: `the newest commits of ${this.what} continue another commit ${history.chain.gap.seq} than the manifest has`,
         hint: 'Keep a copy of the repository, then run "b2 repair".',
-        seqs: [{ firstSeq: history.chain.gap.seq, lastSeq: history.tip?.seq ?? history.chain.gap.seq }],
+        seqs: [
+          { firstSeq: history.chain.gap.seq, lastSeq: history.tip?.seq ?? history.chain.gap.seq },
+        ],
       });
     }
   }
@@ -256,7 +268,9 @@ class Check {
     const deep = o.deep;
     for (const s of history.deltas) {
       let before: { seq: number; hash: Buffer } | undefined =
-        s.firstSeq === 1 ? { seq: 0, hash: ZERO_HASH } : { seq: s.firstSeq - 1, hash: s.index.prevHash };
+        s.firstSeq === 1
+          ? { seq: 0, hash: ZERO_HASH }
+          : { seq: s.firstSeq - 1, hash: s.index.prevHash };
       for (let p = 0; p < s.index.commits.length; p++) {
         let page;
         try {
@@ -318,7 +332,11 @@ class Check {
   ): Promise<void> {
     const { o } = this;
     const object = packName(packId);
-    const tell = (message: string, kind: 'frame' | 'chain' | 'absent' | 'missing' = 'frame', place = { number: frame }): void => {
+    const tell = (
+      message: string,
+      kind: 'frame' | 'chain' | 'absent' | 'missing' = 'frame',
+      place = { number: frame },
+    ): void => {
       this.findings.push({
         severity: 'damage',
         kind,
@@ -330,33 +348,63 @@ class Check {
       });
     };
     let shape = await o.packs.shape(packId);
-    if (shape !== undefined && shape.types[shape.find(frame)] !== FrameType.commit) shape = await o.packs.shape(packId, true);
+    if (shape !== undefined && shape.types[shape.find(frame)] !== FrameType.commit)
+      shape = await o.packs.shape(packId, true);
     if (shape === undefined) {
-      if (o.packs.isGone(packId)) tell(`the pack does not exist, or holds nothing; commit ${expected.seq} of ${this.what} was in it`, 'missing');
+      if (o.packs.isGone(packId))
+        tell(
+          `the pack does not exist, or holds nothing; commit ${expected.seq} of ${this.what} was in it`,
+          'missing',
+        );
       return;
     }
     const place = { ...shape.place(frame) };
     if (shape.types[shape.find(frame)] !== FrameType.commit) {
-      tell(`commit ${expected.seq} of ${this.what} should be in frame ${frame}, which is not there`, 'absent', place);
+      tell(
+        `commit ${expected.seq} of ${this.what} should be in frame ${frame}, which is not there`,
+        'absent',
+        place,
+      );
       return;
     }
     try {
-      const found = await o.repo.packs.use(packId, (pack) => readCommit(o.repo.packs, o.repo.keys, pack, frame, undefined));
+      const found = await o.repo.packs.use(packId, (pack) =>
+        readCommit(o.repo.packs, o.repo.keys, pack, frame, undefined),
+      );
       const c = found?.commit;
-      if (found === undefined || c === undefined || c.volumeId !== o.volumeId || c.seq !== expected.seq || !found.hash.equals(expected.hash)) {
-        tell(`frame ${frame} is not commit ${expected.seq} of ${this.what}, as ${s.name} says`, 'chain', place);
+      if (
+        found === undefined ||
+        c === undefined ||
+        c.volumeId !== o.volumeId ||
+        c.seq !== expected.seq ||
+        !found.hash.equals(expected.hash)
+      ) {
+        tell(
+          `frame ${frame} is not commit ${expected.seq} of ${this.what}, as ${s.name} says`,
+          'chain',
+          place,
+        );
       } else if (
         c.firstSeq !== expected.firstSeq ||
         c.epoch !== expected.epoch ||
         found.full !== expected.full ||
         found.record.blocks !== expected.blocks
       ) {
-        tell(`commit ${expected.seq} of ${this.what} in frame ${frame} says something else than ${s.name}`, 'chain', place);
+        tell(
+          `commit ${expected.seq} of ${this.what} in frame ${frame} says something else than ${s.name}`,
+          'chain',
+          place,
+        );
       } else if (expected.prevHash !== undefined && !c.prevHash.equals(expected.prevHash)) {
-        tell(`commit ${expected.seq} of ${this.what} does not continue commit ${expected.firstSeq - 1} of ${s.name}`, 'chain', place);
+        tell(
+          `commit ${expected.seq} of ${this.what} does not continue commit ${expected.firstSeq - 1} of ${s.name}`,
+          'chain',
+          place,
+        );
       }
     } catch (error) {
-      if (isKind(error, 'damaged')) tell(`commit ${expected.seq} of ${this.what}: ${messageOf(error)}`, 'frame', place);
+      if (isKind(error, 'damaged'))
+        tell(`commit ${expected.seq} of ${this.what}: ${messageOf(error)}`, 'frame', place);
       else if (isKind(error, 'io', 'not-found')) this.unreadable(object, messageOf(error));
       else throw error;
     }
@@ -391,7 +439,12 @@ class Check {
           if (pack === HOLE) continue;
           const id = ids[pack];
           if (id === undefined) continue;
-          const [frame, sub, skip, count] = [page.frame(r), page.sub(r), page.skip(r), page.count(r)];
+          const [frame, sub, skip, count] = [
+            page.frame(r),
+            page.sub(r),
+            page.skip(r),
+            page.count(r),
+          ];
           let wrong = shapes[pack]?.wrong(frame, sub, skip, count, chunkBlocks);
           if (shapes[pack] !== undefined && wrong === undefined) continue;
           if (shapes[pack] === undefined && unusable.has(id)) continue;
@@ -435,7 +488,10 @@ class Check {
           message: absent
             ? `${frames.length === 1 ? `frame ${first[0]} is` : `${frames.length} frames are`} used and not there (${first[1].reason})`
             : `frame ${first[0]}: ${first[1].reason}`,
-          hint: absent && shape?.sealed === false ? 'The pack has lost its end; a copy of the file would bring it back.' : 'Run "b2 repair".',
+          hint:
+            absent && shape?.sealed === false
+              ? 'The pack has lost its end; a copy of the file would bring it back.'
+              : 'Run "b2 repair".',
         });
       }
     }

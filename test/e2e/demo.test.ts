@@ -8,7 +8,16 @@ import { LOOP_NEEDS } from '../support/loop.js';
 import { requires } from '../support/requires.js';
 import { loopsBelow, tempDir, type TempDir } from '../support/tmp.js';
 
-const COMMANDS = ['init', 'snapshot', 'snapshot', 'snapshot', 'points', 'restore', 'restore', 'verify'];
+const COMMANDS = [
+  'init',
+  'snapshot',
+  'snapshot',
+  'snapshot',
+  'points',
+  'restore',
+  'restore',
+  'verify',
+];
 
 const dirs: TempDir[] = [];
 afterEach(async () => {
@@ -21,7 +30,11 @@ function made(): { readonly dir: TempDir; readonly b2: B2; readonly scratch: str
   dirs.push(dir);
   const scratch = dir.join('tmp');
   mkdirSync(scratch);
-  return { dir, scratch, b2: new B2(dir, { TMPDIR: scratch, B2_PASSWORD: 'not for the demo', B2_CONFIG: undefined }) };
+  return {
+    dir,
+    scratch,
+    b2: new B2(dir, { TMPDIR: scratch, B2_PASSWORD: 'not for the demo', B2_CONFIG: undefined }),
+  };
 }
 
 function b2Commands(events: readonly Record<string, unknown>[]): string[] {
@@ -30,60 +43,83 @@ function b2Commands(events: readonly Record<string, unknown>[]): string[] {
     .map((e) => String(e['command']).split(' ')[1] ?? '');
 }
 
-requires({ ...LOOP_NEEDS, tools: [...(LOOP_NEEDS.tools ?? []), 'mkfs.ext4'] }).describe('b2 demo', () => {
-  it('shows snapshot, accident and rollback on a loop device, and removes it all', async () => {
-    const { b2, dir, scratch } = made();
-    const done = await b2.run('demo');
-    expect([done.code, done.stderr]).toEqual([0, '']);
-    expect(done.stdout).toMatch(/^\nThe disk is \/dev\/loop\d+: a loop device of 96 MiB with ext4 and 25 files\./);
-    expect(done.stdout).toMatch(/\$ b2 snapshot \/dev\/loop\d+ --volume demo\/disk --name monday\ncaptured demo\/disk as "monday"/);
-    expect(done.stdout).toMatch(/\$ b2 restore demo\/disk \/dev\/loop\d+ --at tuesday --force\nrestored demo\/disk/);
-    expect(done.stdout).toMatch(/\d MiB differed and were written; 8\d\.\d MiB were there already/);
-    expect(done.stdout).toMatch(/24\nTuesday: all bills are paid/);
-    expect(done.stdout).toMatch(/disk, key and repository of the demo are removed\n$/);
-    expect(readdirSync(scratch)).toEqual([]);
-    expect(loopsBelow(dir.path)).toEqual([]);
-    // Neither the repository of the settings nor its cache.
-    expect(readdirSync(dir.path)).toEqual(['tmp']);
-  });
-
-  it('answers as JSON lines, and leaves all behind with --keep', async () => {
-    const { b2, dir } = made();
-    const keep = dir.join('kept');
-    const done = await b2.run('--json', 'demo', '--keep', keep);
-    expect([done.code, done.stderr]).toEqual([0, '']);
-    const events = jsonLines(done.stdout);
-    expect(b2Commands(events)).toEqual(COMMANDS);
-    expect(events.at(-1)).toMatchObject({ type: 'done', dir: keep, kept: true, diskKind: 'device', same: true });
-    expect(readdirSync(keep).sort()).toEqual(['cache', 'disk.img', 'mnt', 'repo', 'repo.key']);
-    expect(statSync(keep).mode & 0o777).toBe(0o700);
-    expect(loopsBelow(dir.path)).toEqual([]);
-    const kept = new B2(dir, { B2_KEY_FILE: `${keep}/repo.key` }, `${keep}/repo`);
-    expect((await kept.run('points', 'demo/disk')).stdout).toMatch(/monday[^]*tuesday[^]*wednesday/);
-    expect(await b2.error(['demo', '--keep', keep])).toMatchObject({
-      code: 1,
-      message: `will not use ${keep}: it is not empty`,
-    });
-  });
-
-  it('removes everything when it is interrupted', async () => {
-    for (const after of ['"command":"b2 init"', '--name tuesday', '"command":"b2 restore demo/disk /dev/loop']) {
+requires({ ...LOOP_NEEDS, tools: [...(LOOP_NEEDS.tools ?? []), 'mkfs.ext4'] }).describe(
+  'b2 demo',
+  () => {
+    it('shows snapshot, accident and rollback on a loop device, and removes it all', async () => {
       const { b2, dir, scratch } = made();
-      const { child, ended } = b2.start(['--json', 'demo']);
-      let seen = '';
-      child.stdout?.on('data', (text: string) => {
-        const was = seen.includes(after);
-        seen += text;
-        if (!was && seen.includes(after)) child.kill('SIGINT');
-      });
-      const done = await ended;
-      expect([after, done.code]).toEqual([after, 130]);
-      expect(jsonLines(done.stderr).at(-1)).toMatchObject({ type: 'error', code: 130 });
+      const done = await b2.run('demo');
+      expect([done.code, done.stderr]).toEqual([0, '']);
+      expect(done.stdout).toMatch(
+        /^\nThe disk is \/dev\/loop\d+: a loop device of 96 MiB with ext4 and 25 files\./,
+      );
+      expect(done.stdout).toMatch(
+        /\$ b2 snapshot \/dev\/loop\d+ --volume demo\/disk --name monday\ncaptured demo\/disk as "monday"/,
+      );
+      expect(done.stdout).toMatch(
+        /\$ b2 restore demo\/disk \/dev\/loop\d+ --at tuesday --force\nrestored demo\/disk/,
+      );
+      expect(done.stdout).toMatch(
+        /\d MiB differed and were written; 8\d\.\d MiB were there already/,
+      );
+      expect(done.stdout).toMatch(/24\nTuesday: all bills are paid/);
+      expect(done.stdout).toMatch(/disk, key and repository of the demo are removed\n$/);
       expect(readdirSync(scratch)).toEqual([]);
       expect(loopsBelow(dir.path)).toEqual([]);
-    }
-  });
-});
+      // Neither the repository of the settings nor its cache.
+      expect(readdirSync(dir.path)).toEqual(['tmp']);
+    });
+
+    it('answers as JSON lines, and leaves all behind with --keep', async () => {
+      const { b2, dir } = made();
+      const keep = dir.join('kept');
+      const done = await b2.run('--json', 'demo', '--keep', keep);
+      expect([done.code, done.stderr]).toEqual([0, '']);
+      const events = jsonLines(done.stdout);
+      expect(b2Commands(events)).toEqual(COMMANDS);
+      expect(events.at(-1)).toMatchObject({
+        type: 'done',
+        dir: keep,
+        kept: true,
+        diskKind: 'device',
+        same: true,
+      });
+      expect(readdirSync(keep).sort()).toEqual(['cache', 'disk.img', 'mnt', 'repo', 'repo.key']);
+      expect(statSync(keep).mode & 0o777).toBe(0o700);
+      expect(loopsBelow(dir.path)).toEqual([]);
+      const kept = new B2(dir, { B2_KEY_FILE: `${keep}/repo.key` }, `${keep}/repo`);
+      expect((await kept.run('points', 'demo/disk')).stdout).toMatch(
+        /monday[^]*tuesday[^]*wednesday/,
+      );
+      expect(await b2.error(['demo', '--keep', keep])).toMatchObject({
+        code: 1,
+        message: `will not use ${keep}: it is not empty`,
+      });
+    });
+
+    it('removes everything when it is interrupted', async () => {
+      for (const after of [
+        '"command":"b2 init"',
+        '--name tuesday',
+        '"command":"b2 restore demo/disk /dev/loop',
+      ]) {
+        const { b2, dir, scratch } = made();
+        const { child, ended } = b2.start(['--json', 'demo']);
+        let seen = '';
+        child.stdout?.on('data', (text: string) => {
+          const was = seen.includes(after);
+          seen += text;
+          if (!was && seen.includes(after)) child.kill('SIGINT');
+        });
+        const done = await ended;
+        expect([after, done.code]).toEqual([after, 130]);
+        expect(jsonLines(done.stderr).at(-1)).toMatchObject({ type: 'error', code: 130 });
+        expect(readdirSync(scratch)).toEqual([]);
+        expect(loopsBelow(dir.path)).toEqual([]);
+      }
+    });
+  },
+);
 
 describe('the demo without a loop device', () => {
   it.each([

@@ -87,7 +87,11 @@ async function ext4Image(dir: TempDir): Promise<Source> {
     async change() {
       await mounted('second', (mnt) => {
         tool('sh', ['-c', 'rm -r "$0/usr/share/doc" "$0/photos/0001.jpg"', mnt]);
-        tool('sh', ['-c', 'cp -r "$0/usr/share/man" "$0/copied" 2>/dev/null || cp -r "$0/photos/0002.jpg" "$0/copied"', mnt]);
+        tool('sh', [
+          '-c',
+          'cp -r "$0/usr/share/man" "$0/copied" 2>/dev/null || cp -r "$0/photos/0002.jpg" "$0/copied"',
+          mnt,
+        ]);
         pokeWithDd(join(mnt, 'photos/0003.jpg'), 100_000, noise(99, 50_000));
         writeFileSync(join(mnt, 'new'), noise(77, 5_000_000));
       });
@@ -103,7 +107,11 @@ async function ext4Image(dir: TempDir): Promise<Source> {
 /** The second partition of a disk, with database-like contents: pages of data, of zeros, and of text. */
 async function rawPartition(dir: TempDir): Promise<Source> {
   const disk = await newLoop(dir, 'disk', 160 * MIB);
-  tool('sfdisk', ['--quiet', disk.device], 'label: gpt\nstart=2048,size=32768\nstart=34816,size=202002\n');
+  tool(
+    'sfdisk',
+    ['--quiet', disk.device],
+    'label: gpt\nstart=2048,size=32768\nstart=34816,size=202002\n',
+  );
   const [, path = ''] = addPartitions(dir, disk.device, 2);
   // In sectors of 512 bytes: not whole blocks of 4 KiB, and not whole chunks.
   const sizeBytes = 202_002 * 512;
@@ -112,9 +120,11 @@ async function rawPartition(dir: TempDir): Promise<Source> {
   return {
     path,
     sizeBytes,
-    copy: (to) => void tool('dd', [`if=${path}`, `of=${to}`, 'bs=1M', 'conv=sparse', 'status=none']),
+    copy: (to) =>
+      void tool('dd', [`if=${path}`, `of=${to}`, 'bs=1M', 'conv=sparse', 'status=none']),
     change() {
-      for (const at of [0, 4096, 50 * MIB + 512, 96 * MIB]) pokeWithDd(path, at, noise(at + 7, 8192));
+      for (const at of [0, 4096, 50 * MIB + 512, 96 * MIB])
+        pokeWithDd(path, at, noise(at + 7, 8192));
       // The last bytes of the partition, which end within a chunk and within a block of 4 KiB.
       pokeWithDd(path, sizeBytes - 1024, noise(5, 1024));
       return Promise.resolve({ most: 7 * CHUNK });
@@ -131,7 +141,8 @@ async function randomDevice(dir: TempDir): Promise<Source> {
     sizeBytes,
     copy: (to) => void tool('dd', [`if=${device}`, `of=${to}`, 'bs=1M', 'status=none']),
     change() {
-      for (let i = 0; i < 40; i++) pokeWithDd(device, (i * 389 * 4096) % sizeBytes, noise(i + 100, 4096));
+      for (let i = 0; i < 40; i++)
+        pokeWithDd(device, (i * 389 * 4096) % sizeBytes, noise(i + 100, 4096));
       return Promise.resolve({ most: 40 * CHUNK });
     },
   };
@@ -154,7 +165,14 @@ requires(NEEDS).describe('init, snapshot, change, snapshot, restore', () => {
           const b2 = await newRepository(dir, how);
           const references = [dir.join('reference-1'), dir.join('reference-2')] as const;
 
-          const first = await b2.json<SnapshotAnswer>(['snapshot', source.path, '--name', 'before', '--volume', 'test/disk']);
+          const first = await b2.json<SnapshotAnswer>([
+            'snapshot',
+            source.path,
+            '--name',
+            'before',
+            '--volume',
+            'test/disk',
+          ]);
           expect(first).toMatchObject({
             volume: 'test/disk',
             isNewVolume: true,
@@ -165,9 +183,19 @@ requires(NEEDS).describe('init, snapshot, change, snapshot, restore', () => {
           });
           source.copy(references[0]);
           const { most } = await source.change();
-          const second = await b2.json<SnapshotAnswer>(['snapshot', source.path, '--name', 'after']);
+          const second = await b2.json<SnapshotAnswer>([
+            'snapshot',
+            source.path,
+            '--name',
+            'after',
+          ]);
           source.copy(references[1]);
-          expect(second).toMatchObject({ volume: 'test/disk', isNewVolume: false, id: '#2', class: 'crash' });
+          expect(second).toMatchObject({
+            volume: 'test/disk',
+            isNewVolume: false,
+            id: '#2',
+            class: 'crash',
+          });
           expect(second.changedBytes).toBeGreaterThan(0);
           expect(second.changedBytes).toBeLessThanOrEqual(most);
           expect(second.newBytes).toBeLessThanOrEqual(second.changedBytes);
@@ -181,26 +209,53 @@ requires(NEEDS).describe('init, snapshot, change, snapshot, restore', () => {
           for (const [i, name] of ['before', 'after'].entries()) {
             const reference = references[i] ?? '';
             const file = dir.join(`${name}.img`);
-            const toFile = await b2.json<RestoreAnswer>(['restore', 'test/disk', file, '--at', name]);
-            expect(toFile.restored).toMatchObject({ verified: true, isWhole: true, sizeBytes: source.sizeBytes });
+            const toFile = await b2.json<RestoreAnswer>([
+              'restore',
+              'test/disk',
+              file,
+              '--at',
+              name,
+            ]);
+            expect(toFile.restored).toMatchObject({
+              verified: true,
+              isWhole: true,
+              sizeBytes: source.sizeBytes,
+            });
             // Reading gigabytes of holes for each target takes minutes: once is enough for the large image.
             const compare = source.sizeBytes === 4 * GIB && !FULL ? cmpSparse : cmp;
             if (i === 1 && how === ENCRYPTED) cmp(reference, file);
             else compare(reference, file);
             source.check?.(file);
             // As sparse as the source, give or take the chunks at the edges of holes.
-            expect(statSync(file).blocks * 512).toBeLessThan(statSync(reference).blocks * 512 + 16 * MIB);
+            expect(statSync(file).blocks * 512).toBeLessThan(
+              statSync(reference).blocks * 512 + 16 * MIB,
+            );
             rmSync(file);
 
             // Without encryption the large image goes to the other targets once: the way is the same.
             if (how === PLAIN && source.sizeBytes === 4 * GIB && i === 0) continue;
             const force = isUsed ? ['--force'] : [];
             isUsed = true;
-            await b2.json<RestoreAnswer>(['restore', 'test/disk', target.device, '--at', `#${i + 1}`, ...force]);
+            await b2.json<RestoreAnswer>([
+              'restore',
+              'test/disk',
+              target.device,
+              '--at',
+              `#${i + 1}`,
+              ...force,
+            ]);
             compare(reference, target.file);
 
             const qcow2 = dir.join(`${name}.qcow2`);
-            const toVm = await b2.json<RestoreAnswer>(['restore', 'test/disk', qcow2, '--format', 'qcow2', '--at', name]);
+            const toVm = await b2.json<RestoreAnswer>([
+              'restore',
+              'test/disk',
+              qcow2,
+              '--format',
+              'qcow2',
+              '--at',
+              name,
+            ]);
             expect(toVm.restored).toMatchObject({ format: 'qcow2', verified: true });
             const back = dir.join('back.img');
             tool('qemu-img', ['convert', '-f', 'qcow2', '-O', 'raw', qcow2, back]);
@@ -232,7 +287,12 @@ requires(NEEDS).describe('what costs nothing', () => {
     expect(full.newBytes).toBe(64 * MIB);
     tool('blkdiscard', ['--offset', String(8 * MIB), '--length', String(40 * MIB), device]);
     const less = await b2.json<SnapshotAnswer>(['snapshot', device]);
-    expect(less).toMatchObject({ changedBytes: 40 * MIB, zeroBytes: 40 * MIB, newBytes: 0, storedBytes: 0 });
+    expect(less).toMatchObject({
+      changedBytes: 40 * MIB,
+      zeroBytes: 40 * MIB,
+      newBytes: 0,
+      storedBytes: 0,
+    });
     await b2.json(['restore', 'ssd', dir.join('ssd.img')]);
     cmp(device, dir.join('ssd.img'));
     expect(statSync(dir.join('ssd.img')).blocks * 512).toBeLessThanOrEqual(24 * MIB + MIB);
@@ -254,13 +314,27 @@ requires(NEEDS).describe('what costs nothing', () => {
     const first = await b2.json<SnapshotAnswer>(['snapshot', image, '--volume', 'web1/sda']);
     expect(first.newBytes).toBe(40 * MIB);
     const same = await b2.json<SnapshotAnswer>(['snapshot', image, '--volume', 'web2/sda']);
-    expect(same).toMatchObject({ isNewVolume: true, newBytes: 0, duplicateBytes: 40 * MIB, storedBytes: 0 });
+    expect(same).toMatchObject({
+      isNewVolume: true,
+      newBytes: 0,
+      duplicateBytes: 40 * MIB,
+      storedBytes: 0,
+    });
     // Another host: another name of the machine, and no local copy of the index.
     tool('sh', ['-c', 'cat "$0" "$0" > "$1"', image, dir.join('b.img')]);
     const started = new B2(dir, { ...ENCRYPTED.env, B2_CACHE_DIR: dir.join('other-cache') });
-    const other = await started.json<SnapshotAnswer>(['snapshot', dir.join('b.img'), '--volume', 'db/sdb']);
+    const other = await started.json<SnapshotAnswer>([
+      'snapshot',
+      dir.join('b.img'),
+      '--volume',
+      'db/sdb',
+    ]);
     expect(other).toMatchObject({ newBytes: 0, duplicateBytes: 80 * MIB, storedBytes: 0 });
-    for (const [volume, reference] of [['web1/sda', image], ['web2/sda', image], ['db/sdb', dir.join('b.img')]] as const) {
+    for (const [volume, reference] of [
+      ['web1/sda', image],
+      ['web2/sda', image],
+      ['db/sdb', dir.join('b.img')],
+    ] as const) {
       const out = dir.join(`${volume.replace('/', '-')}.img`);
       await b2.json(['restore', volume, out]);
       cmp(reference, out);
@@ -284,13 +358,19 @@ requires(NEEDS).describe('restore onto a used device', () => {
     const done = await b2.json<RestoreAnswer>(['restore', 'v', device, '--at', 'good', '--force']);
     const written = done.restored?.written;
     expect(written?.compared).toBe(true);
-    expect((written?.writtenBytes ?? 0) + (written?.zeroedBytes ?? 0)).toBe(plan.plan?.differingBytes);
+    expect((written?.writtenBytes ?? 0) + (written?.zeroedBytes ?? 0)).toBe(
+      plan.plan?.differingBytes,
+    );
     expect(written?.unchangedBytes).toBe(96 * MIB - (plan.plan?.differingBytes ?? 0));
     expect(written?.repositoryReadBytes).toBeLessThan(8 * places.length * CHUNK);
     cmp(device, dir.join('reference'));
     // Once more: nothing differs, nothing is written.
     const again = await b2.json<RestoreAnswer>(['restore', 'v', device, '--force']);
-    expect(again.restored?.written).toMatchObject({ writtenBytes: 0, zeroedBytes: 0, writtenExtents: 0 });
+    expect(again.restored?.written).toMatchObject({
+      writtenBytes: 0,
+      zeroedBytes: 0,
+      writtenExtents: 0,
+    });
   });
 
   it('leaves nothing of the old data in ranges that are holes', async () => {
@@ -338,7 +418,9 @@ requires(NEEDS).describe('restore onto a used device', () => {
     const other = await newLoop(dir, 'other', 256 * MIB);
     const plain = await b2.start(['restore', 'v', other.device]).ended;
     expect(plain.code).toBe(0);
-    expect(plain.stderr).toMatch(/128\.0 MiB larger than the image.*backup of its partition table.*--grow/);
+    expect(plain.stderr).toMatch(
+      /128\.0 MiB larger than the image.*backup of its partition table.*--grow/,
+    );
   });
 });
 
@@ -353,7 +435,11 @@ describe('points', () => {
       copySparse(image, dir.join(`ref-${name}`));
     }
     const { points } = await b2.json<PointsResult>(['points', 'v']);
-    expect(points.map((p) => [p.id, p.snapshots])).toEqual([['#1', ['one']], ['#2', ['two']], ['#3', ['three']]]);
+    expect(points.map((p) => [p.id, p.snapshots])).toEqual([
+      ['#1', ['one']],
+      ['#2', ['two']],
+      ['#3', ['three']],
+    ]);
     const second = points[1]?.time ?? '';
     for (const [i, at] of ['two', '#2', second].entries()) {
       const out = dir.join(`out-${i}`);
@@ -361,7 +447,13 @@ describe('points', () => {
       expect(done.point).toMatchObject({ id: '#2', time: second });
       cmp(out, dir.join('ref-two'));
     }
-    const missing = await b2.error(['restore', 'v', dir.join('none'), '--at', '2001-01-01T00:00:00Z']);
+    const missing = await b2.error([
+      'restore',
+      'v',
+      dir.join('none'),
+      '--at',
+      '2001-01-01T00:00:00Z',
+    ]);
     expect(missing.code).toBe(4);
     expect((await b2.error(['restore', 'v', dir.join('none'), '--at', 'four'])).code).not.toBe(0);
     expect((await b2.error(['restore', 'w', dir.join('none')])).code).toBe(4);

@@ -16,7 +16,12 @@ import { Repository } from '../../src/repo/repository.js';
 import { openDirectoryStore } from '../../src/repo/store-directory.js';
 import { packName } from '../../src/format/names.js';
 import { prune } from '../../src/retention/prune.js';
-import { Repository as ForeignRepository, extract, list, type Listing } from '../extractor/extract.mjs';
+import {
+  Repository as ForeignRepository,
+  extract,
+  list,
+  type Listing,
+} from '../extractor/extract.mjs';
 import { B2 } from '../support/b2.js';
 import { noise, pokeWithDd } from '../support/disks.js';
 import { sparseFile } from '../support/loop.js';
@@ -78,7 +83,12 @@ function materialOf(keyFile: string): Buffer {
 }
 
 /** An image of `sizeBytes` captured three times, changed in between; what each point must be, by number. */
-async function threePoints(dir: TempDir, b2: B2, sizeBytes: number, volume = 'v'): Promise<Map<number, string>> {
+async function threePoints(
+  dir: TempDir,
+  b2: B2,
+  sizeBytes: number,
+  volume = 'v',
+): Promise<Map<number, string>> {
   const image = sparseFile(dir, `${volume}.img`, sizeBytes);
   const references = new Map<number, string>();
   for (const round of [1, 2, 3]) {
@@ -87,7 +97,12 @@ async function threePoints(dir: TempDir, b2: B2, sizeBytes: number, volume = 'v'
       pokeWithDd(image, 0, Buffer.alloc(Math.min(sizeBytes, 70_000)));
       pokeWithDd(image, Math.max(0, sizeBytes - 700), noise(2, Math.min(700, sizeBytes)));
     }
-    if (round === 3) pokeWithDd(image, Math.floor(sizeBytes / 2), Buffer.from('text '.repeat(Math.min(40_000, Math.floor(sizeBytes / 10)))));
+    if (round === 3)
+      pokeWithDd(
+        image,
+        Math.floor(sizeBytes / 2),
+        Buffer.from('text '.repeat(Math.min(40_000, Math.floor(sizeBytes / 10)))),
+      );
     const { id } = await b2.json<SnapshotAnswer>(['snapshot', image, '--volume', volume]);
     const reference = dir.join(`${volume}-${round}`);
     copySparse(image, reference);
@@ -135,7 +150,15 @@ describe('the independent extractor', () => {
       const text = await extractor({ B2_KEY_FILE: keyFile }, b2.repository, 'list', ...way);
       expect((JSON.parse(text) as Listing).volumes[0]?.commits).toBe(3);
       const out = dir.join(`program-${way.length}`);
-      await extractor({ B2_KEY_FILE: keyFile }, b2.repository, 'extract', 'v', 'latest', out, ...way);
+      await extractor(
+        { B2_KEY_FILE: keyFile },
+        b2.repository,
+        'extract',
+        'v',
+        'latest',
+        out,
+        ...way,
+      );
       cmp(references.get(3) ?? '', out);
     }
 

@@ -43,14 +43,39 @@ async function interrupted(args: readonly string[], signal: NodeJS.Signals) {
 describe('--json', () => {
   it('is one document on stdout for every command that ends with an answer', async () => {
     const commands: readonly (readonly [readonly string[], readonly string[]])[] = [
-      [['snapshot', image, '--name', 'json'], ['volume', 'volumeId', 'id', 'name', 'time', 'class', 'hash', 'storedBytes']],
+      [
+        ['snapshot', image, '--name', 'json'],
+        ['volume', 'volumeId', 'id', 'name', 'time', 'class', 'hash', 'storedBytes'],
+      ],
       [['volumes'], ['volumes']],
-      [['points', 'v'], ['volume', 'volumeId', 'points']],
+      [
+        ['points', 'v'],
+        ['volume', 'volumeId', 'points'],
+      ],
       [['snapshots'], ['snapshots']],
-      [['restore', 'v', dir.join('plan.img'), '--plan'], ['volume', 'point', 'plan']],
-      [['restore', 'v', dir.join('json.img')], ['volume', 'point', 'restored']],
-      [['key', 'list'], ['repository', 'keys']],
-      [['key', 'add', '--new-key-file', dir.join('json.key')], ['id', 'kind', 'label', 'keyFile']],
+      [
+        ['restore', 'v', dir.join('plan.img'), '--plan'],
+        ['volume', 'point', 'plan'],
+      ],
+      [
+        ['restore', 'v', dir.join('json.img')],
+        ['volume', 'point', 'restored'],
+      ],
+      [
+        ['key', 'list'],
+        ['repository', 'keys'],
+      ],
+      [
+        ['key', 'add', '--new-key-file', dir.join('json.key')],
+        ['id', 'kind', 'label', 'keyFile'],
+      ],
+      [['status'], ['volumes']],
+      [
+        ['verify', '--data', 'all'],
+        ['findings', 'volumes', 'damage'],
+      ],
+      [['prune'], ['freedBytes']],
+      [['repair'], ['actions', 'left']],
       [['completion', 'zsh'], ['shell']],
     ];
     for (const [args, keys] of commands) {
@@ -61,7 +86,8 @@ describe('--json', () => {
       expect([args, Object.keys(answer)]).toEqual([args, expect.arrayContaining([...keys])]);
       for (const line of jsonLines(done.stderr)) expect(line).toHaveProperty('type');
       // Times with nanoseconds in UTC.
-      for (const [, time] of done.stdout.matchAll(/"time":"([^"]*)"/g)) expect(time).toMatch(/^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{9}Z$/);
+      for (const [, time] of done.stdout.matchAll(/"time":"([^"]*)"/g))
+        expect(time).toMatch(/^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{9}Z$/);
     }
     expect(existsSync(dir.join('plan.img'))).toBe(false);
   });
@@ -88,7 +114,8 @@ describe('--json', () => {
       const error = await b2.error(args);
       expect([args, error.code]).toEqual([args, code]);
       expect(error.message.length).toBeGreaterThan(5);
-      expect(error.message).not.toMatch(/\n|\bat .*:\d+:\d+/);
+      // One line, and no stack.
+      expect(error.message).not.toMatch(/\n|\.[jt]s:\d+/);
     }
     expect(existsSync(none)).toBe(false);
   });
@@ -101,14 +128,18 @@ describe('--json', () => {
 });
 
 describe('every command', () => {
-  it.each(COMMANDS.map((c) => [c.name, c] as const))('%s has help with its options and refuses others', async (name, command) => {
-    const words = name.split(' ');
-    const help = await b2.run(...words, '--help');
-    expect([help.code, help.stderr]).toEqual([0, '']);
-    expect(help.stdout).toContain(`Usage: b2 ${name}`);
-    for (const option of Object.keys(command.options)) expect(help.stdout).toContain(`--${option}`);
-    expect((await b2.error([...words, '--no-such-option'])).code).toBe(2);
-  });
+  it.each(COMMANDS.map((c) => [c.name, c] as const))(
+    '%s has help with its options and refuses others',
+    async (name, command) => {
+      const words = name.split(' ');
+      const help = await b2.run(...words, '--help');
+      expect([help.code, help.stderr]).toEqual([0, '']);
+      expect(help.stdout).toContain(`Usage: b2 ${name}`);
+      for (const option of Object.keys(command.options))
+        expect(help.stdout).toContain(`--${option}`);
+      expect((await b2.error([...words, '--no-such-option'])).code).toBe(2);
+    },
+  );
 });
 
 describe('output', () => {
@@ -122,28 +153,40 @@ describe('output', () => {
   });
 
   it('ends with 3 and says nothing when its reader has left', () => {
-    const done = spawnSync('sh', ['-c', '{ sleep 1; "$0" points v; echo $? >&2; } | true', PROGRAM], {
-      encoding: 'utf8',
-      env: b2.env as NodeJS.ProcessEnv,
-    });
+    const done = spawnSync(
+      'sh',
+      ['-c', '{ sleep 1; "$0" points v; echo $? >&2; } | true', PROGRAM],
+      {
+        encoding: 'utf8',
+        env: b2.env,
+      },
+    );
     expect(done.stderr).toBe('3\n');
   });
 });
 
 describe('an interrupt', () => {
-  it.each(['SIGINT', 'SIGTERM'] as const)('ends a snapshot with 130, and the repository is as good as before (%s)', async (signal) => {
-    const done = await interrupted(['snapshot', large, '--volume', `large-${signal}`], signal);
-    expect([done.code, done.signal, done.stdout]).toEqual([130, undefined, '']);
-    expect(jsonLines(done.stderr).at(-1)).toMatchObject({ type: 'error', code: 130 });
-    // What was there is there; the interrupted volume has no point; the next try succeeds.
-    await b2.json(['restore', 'v', dir.join(`after-${signal}.img`)]);
-    cmp(image, dir.join(`after-${signal}.img`));
-    const again = await b2.json<{ id: string; class: string }>(['snapshot', large, '--volume', `large-${signal}`]);
-    expect(again).toMatchObject({ id: '#1', class: 'crash' });
-    await b2.json(['restore', `large-${signal}`, dir.join('large.out')]);
-    cmp(large, dir.join('large.out'));
-    rmSync(dir.join('large.out'));
-  });
+  it.each(['SIGINT', 'SIGTERM'] as const)(
+    'ends a snapshot with 130, and the repository is as good as before (%s)',
+    async (signal) => {
+      const done = await interrupted(['snapshot', large, '--volume', `large-${signal}`], signal);
+      expect([done.code, done.signal, done.stdout]).toEqual([130, undefined, '']);
+      expect(jsonLines(done.stderr).at(-1)).toMatchObject({ type: 'error', code: 130 });
+      // What was there is there; the interrupted volume has no point; the next try succeeds.
+      await b2.json(['restore', 'v', dir.join(`after-${signal}.img`)]);
+      cmp(image, dir.join(`after-${signal}.img`));
+      const again = await b2.json<{ id: string; class: string }>([
+        'snapshot',
+        large,
+        '--volume',
+        `large-${signal}`,
+      ]);
+      expect(again).toMatchObject({ id: '#1', class: 'crash' });
+      await b2.json(['restore', `large-${signal}`, dir.join('large.out')]);
+      cmp(large, dir.join('large.out'));
+      rmSync(dir.join('large.out'));
+    },
+  );
 
   it('ends a restore with 130, says that the target is incomplete, and it can go on', async () => {
     await b2.json(['snapshot', large, '--volume', 'whole']);
@@ -152,7 +195,8 @@ describe('an interrupt', () => {
     expect([done.code, done.stdout]).toEqual([130, '']);
     const error = jsonLines(done.stderr).at(-1);
     expect(error).toMatchObject({ type: 'error', code: 130 });
-    if (existsSync(out)) expect(String(error?.['message'])).toMatch(/interrupted\.img is incomplete now/);
+    if (existsSync(out))
+      expect(String(error?.['message'])).toMatch(/interrupted\.img is incomplete now/);
     await b2.json(['restore', 'whole', out, '--force']);
     cmp(large, out);
     rmSync(out);

@@ -1,5 +1,13 @@
 /** Passwords and keys: where they may come from, what happens when they are wrong, and where they must never appear. */
-import { chmodSync, existsSync, mkdirSync, readFileSync, readdirSync, statSync, writeFileSync } from 'node:fs';
+import {
+  chmodSync,
+  existsSync,
+  mkdirSync,
+  readFileSync,
+  readdirSync,
+  statSync,
+  writeFileSync,
+} from 'node:fs';
 import { join } from 'node:path';
 import { afterEach, describe, expect, it } from 'vitest';
 import { systemClock, systemRandom } from '../../src/clock.js';
@@ -73,7 +81,10 @@ function startsAs(commandLine: string, own: string): boolean {
 }
 
 /** Command lines and environments of all descendants of `pid`, looked at until it has ended. */
-async function watchDescendants(pid: number, ended: Promise<Ended>): Promise<ReadonlyMap<string, string>> {
+async function watchDescendants(
+  pid: number,
+  ended: Promise<Ended>,
+): Promise<ReadonlyMap<string, string>> {
   const seen = new Map<string, string>();
   const own = readFileSync(`/proc/${pid}/cmdline`, 'latin1');
   let isOver = false;
@@ -116,7 +127,11 @@ requires({ tools: ['qemu-img'] }).describe('secrets', () => {
     const source = image(dir);
     let output = '';
     let commandLines = '';
-    const run = async (args: readonly string[], code: number, env: Record<string, string | undefined> = {}): Promise<void> => {
+    const run = async (
+      args: readonly string[],
+      code: number,
+      env: Record<string, string | undefined> = {},
+    ): Promise<void> => {
       const { child, ended } = b2.start(args, env);
       const seen = await watchDescendants(child.pid ?? 0, ended);
       const done = await ended;
@@ -132,11 +147,21 @@ requires({ tools: ['qemu-img'] }).describe('secrets', () => {
       for (const command of [['points', 'v'], ['volumes'], ['snapshots'], ['key', 'list']])
         await run([...form, '--verbose', ...command], 0);
     }
-    await run(['--verbose', 'restore', 'v', dir.join('out.qcow2'), '--format', 'qcow2'], 0, byPassword);
+    await run(
+      ['--verbose', 'restore', 'v', dir.join('out.qcow2'), '--format', 'qcow2'],
+      0,
+      byPassword,
+    );
     expect(commandLines).toContain('qemu-img');
-    await run(['--verbose', 'restore', 'v', dir.join('out.img')], 0, { B2_KEY_FILE: undefined, B2_PASSWORD_FILE: passwordFile });
+    await run(['--verbose', 'restore', 'v', dir.join('out.img')], 0, {
+      B2_KEY_FILE: undefined,
+      B2_PASSWORD_FILE: passwordFile,
+    });
     await run(['--verbose', '--json', 'points', 'nothing'], 4, byPassword);
-    await run(['--verbose', 'points', 'v'], 12, { B2_KEY_FILE: undefined, B2_PASSWORD: `${PASSWORD}!` });
+    await run(['--verbose', 'points', 'v'], 12, {
+      B2_KEY_FILE: undefined,
+      B2_PASSWORD: `${PASSWORD}!`,
+    });
     await run(['--verbose', 'points', 'v'], 12, {
       B2_KEY_FILE: undefined,
       B2_PASSWORD_COMMAND: `echo ${'secret-of-the-command'}; exit 3`,
@@ -162,7 +187,10 @@ requires({ tools: ['qemu-img'] }).describe('secrets', () => {
 describe('what b2 makes', () => {
   it('can be read by its owner only', async () => {
     const dir = newDir();
-    const b2 = new B2(dir, { B2_KEY_FILE: dir.join('keys', 'repo.key'), B2_REPOSITORY: dir.join('deep', 'repo') });
+    const b2 = new B2(dir, {
+      B2_KEY_FILE: dir.join('keys', 'repo.key'),
+      B2_REPOSITORY: dir.join('deep', 'repo'),
+    });
     // With a mask that would let everybody in.
     const before = process.umask(0);
     try {
@@ -206,10 +234,14 @@ describe('opening a repository', () => {
     const error = await b2.error(['volumes'], { ...none, B2_KEY_FILE: missing });
     expect(error.code).toBe(12);
     expect(error.message).toContain(missing);
-    expect((await b2.error(['--password-file', missing, 'volumes'], none)).message).toContain(missing);
+    expect((await b2.error(['--password-file', missing, 'volumes'], none)).message).toContain(
+      missing,
+    );
 
     const otherKey = privateFile(dir, 'other.key', `b2-key-v1 ${'ab'.repeat(32)}\n`);
-    expect((await b2.error(['volumes'], { ...none, B2_KEY_FILE: otherKey })).message).toContain(otherKey);
+    expect((await b2.error(['volumes'], { ...none, B2_KEY_FILE: otherKey })).message).toContain(
+      otherKey,
+    );
     const noKey = privateFile(dir, 'text', 'this is no key\n');
     const bad = await b2.error(['--key-file', noKey, 'volumes'], none);
     expect(bad.message).toContain(noKey);
@@ -244,20 +276,37 @@ describe('opening a repository', () => {
     // Changing the password: add the new one, remove the old one. Nothing is rewritten but "config".
     const packs = treeOf(b2.repository).filter((path) => path.includes('/packs/'));
     const next = privateFile(dir, 'next', 'the next one\n');
-    const added = await b2.json<KeyAddResult>(['key', 'add', '--new-password-file', next, '--label', '2027']);
+    const added = await b2.json<KeyAddResult>([
+      'key',
+      'add',
+      '--new-password-file',
+      next,
+      '--label',
+      '2027',
+    ]);
     expect(added).toMatchObject({ kind: 'password', label: '2027' });
     const keyFile = dir.join('escrow.key');
     await b2.json(['key', 'add', '--new-key-file', keyFile]);
     const { keys } = await b2.json<KeyListResult>(['key', 'list']);
-    expect(keys.map((k) => [k.kind, k.inUse])).toEqual([['password', true], ['password', false], ['key file', false]]);
-    for (const way of [{ B2_PASSWORD: 'the next one' }, { ...none, B2_KEY_FILE: keyFile }]) await b2.json(['volumes'], 0, way);
+    expect(keys.map((k) => [k.kind, k.inUse])).toEqual([
+      ['password', true],
+      ['password', false],
+      ['key file', false],
+    ]);
+    for (const way of [{ B2_PASSWORD: 'the next one' }, { ...none, B2_KEY_FILE: keyFile }])
+      await b2.json(['volumes'], 0, way);
     await b2.json(['key', 'remove', keys[0]?.id ?? ''], 0, { B2_PASSWORD: 'the next one' });
     expect((await b2.error(['volumes'])).code).toBe(12);
     await b2.json(['volumes'], 0, { B2_PASSWORD: 'the next one' });
     await b2.json(['key', 'remove', keys[1]?.id ?? ''], 0, { ...none, B2_KEY_FILE: keyFile });
-    const last = await b2.error(['key', 'remove', keys[2]?.id ?? ''], { ...none, B2_KEY_FILE: keyFile });
+    const last = await b2.error(['key', 'remove', keys[2]?.id ?? ''], {
+      ...none,
+      B2_KEY_FILE: keyFile,
+    });
     expect(last).toMatchObject({ code: 1, message: expect.stringContaining('is the only key') });
-    expect((await b2.error(['key', 'remove', 'ffffffff'], { ...none, B2_KEY_FILE: keyFile })).code).toBe(4);
+    expect(
+      (await b2.error(['key', 'remove', 'ffffffff'], { ...none, B2_KEY_FILE: keyFile })).code,
+    ).toBe(4);
     expect(treeOf(b2.repository).filter((path) => path.includes('/packs/'))).toEqual(packs);
   });
 

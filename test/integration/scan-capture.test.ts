@@ -86,7 +86,9 @@ describe('choosing a source', () => {
     expect(chosen.isFallback).toBe(false);
     expect(chosen.why).toContain('reading the whole device');
     await chosen.source.close();
-    await expect(chooseSource(device, 'trace', options)).rejects.toMatchObject({ kind: 'unsupported' });
+    await expect(chooseSource(device, 'trace', options)).rejects.toMatchObject({
+      kind: 'unsupported',
+    });
     await device.close();
   });
 
@@ -104,7 +106,10 @@ describe('choosing a source', () => {
       expect(user.why).toContain('root only');
       await user.source.close();
       const named = chooseSource(device, 'trace', { ...options, uid: 1000 });
-      await expect(named).rejects.toMatchObject({ kind: 'unsupported', hint: expect.stringContaining('as root') as string });
+      await expect(named).rejects.toMatchObject({
+        kind: 'unsupported',
+        hint: expect.stringContaining('as root') as string,
+      });
       const host = {
         ...traceHost(),
         root: dir.join('nothing'),

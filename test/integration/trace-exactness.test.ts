@@ -7,7 +7,11 @@ import { spawn } from 'node:child_process';
 import { closeSync, openSync, readFileSync, writeFileSync, writeSync } from 'node:fs';
 import path from 'node:path';
 import { describe, expect } from 'vitest';
-import { LiveCapture, type CaptureEvent, type CapturedPoint } from '../../src/capture/live-capture.js';
+import {
+  LiveCapture,
+  type CaptureEvent,
+  type CapturedPoint,
+} from '../../src/capture/live-capture.js';
 import { WriterSink } from '../../src/capture/writer-sink.js';
 import { systemClock, systemRandom } from '../../src/clock.js';
 import type { ChangeSink } from '../../src/devices/change-source.js';
@@ -39,7 +43,12 @@ import {
 import { requires, type Needs } from '../support/requires.js';
 import { tempDir } from '../support/tmp.js';
 
-const NEEDS: Needs = { ...DISK_NEEDS, root: true, tools: [...(DISK_NEEDS.tools ?? []), 'gcc'], paths: [TRACEFS, '/dev/loop-control'] };
+const NEEDS: Needs = {
+  ...DISK_NEEDS,
+  root: true,
+  tools: [...(DISK_NEEDS.tools ?? []), 'gcc'],
+  paths: [TRACEFS, '/dev/loop-control'],
+};
 const BLOCK = 4096;
 const SIZE = 32 * 1024 * 1024;
 const WRITER_BLOCKS = 2048;
@@ -86,14 +95,20 @@ async function naiveCapture(device: ReadDevice, until: Promise<unknown>): Promis
 describe('points of live capture', () => {
   for (const bed of [
     { name: 'a loop device', sectorBytes: 512, partition: false, pauseUs: 1500, least: 20 },
-    { name: 'a loop device of 4096-byte sectors, writers without a pause', sectorBytes: 4096, partition: false, pauseUs: 0, least: 2 },
+    {
+      name: 'a loop device of 4096-byte sectors, writers without a pause',
+      sectorBytes: 4096,
+      partition: false,
+      pauseUs: 0,
+      least: 2,
+    },
     { name: 'a partition', sectorBytes: 512, partition: true, pauseUs: 600, least: 10 },
   ] as const) {
     requires(NEEDS).it(
       `are what their definition says, on ${bed.name}`,
       async () => {
         await using dir = tempDir();
-        const writers = compileWriters(dir);
+        const writers = compileWriters(dir.join('seqw'));
         const loop = await newLoop(dir, 'disk.img', SIZE, { sectorBytes: bed.sectorBytes });
         let node = loop.device;
         if (bed.partition) {
@@ -147,7 +162,9 @@ describe('points of live capture', () => {
           expect(verdict).toMatchObject({ inconsistent: 0, outside: 0 });
           // Writers without a pause outrun the reader: then there are few points, and what there is holds.
           expect(verdict.points).toBeGreaterThanOrEqual(bed.least);
-          expect(events.filter((e) => e.type === 'lost' || e.type === 'late' || e.type === 'outage')).toEqual([]);
+          expect(
+            events.filter((e) => e.type === 'lost' || e.type === 'late' || e.type === 'outage'),
+          ).toEqual([]);
           // The last point is the device as it is now.
           expect(sink.image.equals(await readAll(device, device.facts.sizeBytes))).toBe(true);
         } finally {
@@ -162,7 +179,7 @@ describe('points of live capture', () => {
     'would not be, had the blocks been read but once: the control',
     async () => {
       await using dir = tempDir();
-      const writers = compileWriters(dir);
+      const writers = compileWriters(dir.join('seqw'));
       const loop = await newLoop(dir, 'disk.img', SIZE);
       const device = await openReadDevice(loop.device);
       try {
@@ -197,7 +214,10 @@ while time.time()<end:
 `;
 
 describe('points in a repository', () => {
-  requires({ ...NEEDS, tools: [...(NEEDS.tools ?? []), 'mkfs.ext4', 'e2fsck', 'sqlite3', 'python3'] }).it(
+  requires({
+    ...NEEDS,
+    tools: [...(NEEDS.tools ?? []), 'mkfs.ext4', 'e2fsck', 'sqlite3', 'python3'],
+  }).it(
     'hold a sound ext4 and a sound database with everything acknowledged before, restored through the image',
     async () => {
       await using dir = tempDir();
@@ -206,7 +226,12 @@ describe('points in a repository', () => {
       const mount = await mountDevice(dir, loop.device, 'mnt');
       const store = await openStore(dir.join('repo'), { create: true });
       const env = { clock: systemClock, random: systemRandom, owner: currentIdentity() };
-      const repo = await Repository.init(store, { encryption: 'none', chunkBytes: 65_536, packBytes: 8 * 1024 * 1024 }, undefined, env);
+      const repo = await Repository.init(
+        store,
+        { encryption: 'none', chunkBytes: 65_536, packBytes: 8 * 1024 * 1024 },
+        undefined,
+        env,
+      );
       const volumeId = repo.newId();
       const device = await openReadDevice(loop.device);
       const meta = testMeta(volumeId, device.facts.sizeBytes);
@@ -244,7 +269,11 @@ describe('points in a repository', () => {
         try {
           await capture.point();
           writeFileSync(dir.join('writer.py'), SQLITE_WRITER);
-          const writer = spawn('python3', [dir.join('writer.py'), mount.path, '5', logFile, 'wal'], { stdio: ['ignore', 'ignore', 'inherit'] });
+          const writer = spawn(
+            'python3',
+            [dir.join('writer.py'), mount.path, '5', logFile, 'wal'],
+            { stdio: ['ignore', 'ignore', 'inherit'] },
+          );
           const code = await new Promise((resolve, reject) => {
             writer.on('error', reject);
             writer.on('exit', resolve);
@@ -262,10 +291,13 @@ describe('points in a repository', () => {
       await mount.unmount();
       expect(troubles).toEqual([]);
       expect(points.length).toBeGreaterThan(5);
-      const acknowledged = readFileSync(logFile, 'utf8').trim().split('\n').map((line) => {
-        const [at = '', id = ''] = line.split(' ');
-        return { at: BigInt(at), id: Number(id) };
-      });
+      const acknowledged = readFileSync(logFile, 'utf8')
+        .trim()
+        .split('\n')
+        .map((line) => {
+          const [at = '', id = ''] = line.split(' ');
+          return { at: BigInt(at), id: Number(id) };
+        });
       // Every fourth point, and the last.
       const chosen = points.filter((_, i) => i % 4 === 1 || i === points.length - 1);
       for (const point of chosen) {
@@ -280,7 +312,10 @@ describe('points in a repository', () => {
         const mounted = await mountDevice(dir, copy.device, `point-${point.seq}`);
         try {
           if (needed > 0) {
-            const said = tool('sqlite3', [path.join(mounted.path, 't.db'), 'pragma integrity_check; select max(id) from t;']);
+            const said = tool('sqlite3', [
+              path.join(mounted.path, 't.db'),
+              'pragma integrity_check; select max(id) from t;',
+            ]);
             const [integrity, newest] = said.trim().split('\n');
             expect(integrity).toBe('ok');
             expect(Number(newest)).toBeGreaterThanOrEqual(needed);
@@ -291,7 +326,9 @@ describe('points in a repository', () => {
           await copy.detach();
         }
       }
-      process.stderr.write(`sqlite on ext4: ${points.length} points, ${chosen.length} checked, ${acknowledged.length} transactions\n`);
+      process.stderr.write(
+        `sqlite on ext4: ${points.length} points, ${chosen.length} checked, ${acknowledged.length} transactions\n`,
+      );
       await repo.close();
     },
     120_000,
@@ -303,11 +340,21 @@ function spawnSyncStatus(name: string, args: readonly string[]): number {
     tool(name, args);
     return 0;
   } catch (error) {
-    return typeof error === 'object' && error !== null && 'status' in error && typeof error.status === 'number' ? error.status : -1;
+    return typeof error === 'object' &&
+      error !== null &&
+      'status' in error &&
+      typeof error.status === 'number'
+      ? error.status
+      : -1;
   }
 }
 
-async function restore(repo: Repository, meta: ReturnType<typeof testMeta>, seq: number, file: string): Promise<string> {
+async function restore(
+  repo: Repository,
+  meta: ReturnType<typeof testMeta>,
+  seq: number,
+  file: string,
+): Promise<string> {
   const history = await VolumeHistory.open(repo, meta.id);
   const fd = openSync(file, 'wx');
   try {

@@ -1,6 +1,13 @@
 /** The conformance suite on real devices, and what is particular to tracing: instances, loss, obstacles. */
 import { spawn } from 'node:child_process';
-import { existsSync, mkdirSync, readdirSync, readFileSync, rmdirSync, writeFileSync } from 'node:fs';
+import {
+  existsSync,
+  mkdirSync,
+  readdirSync,
+  readFileSync,
+  rmdirSync,
+  writeFileSync,
+} from 'node:fs';
 import { open } from 'node:fs/promises';
 import path from 'node:path';
 import { describe, expect } from 'vitest';
@@ -8,7 +15,12 @@ import { systemClock, systemRandom } from '../../src/clock.js';
 import type { ChangeSink } from '../../src/devices/change-source.js';
 import { openReadDevice } from '../../src/devices/open.js';
 import { ScanSource } from '../../src/devices/scan-source.js';
-import { removeStaleInstances, traceHost, traceObstacle, TRACEFS } from '../../src/devices/trace/instance.js';
+import {
+  removeStaleInstances,
+  traceHost,
+  traceObstacle,
+  TRACEFS,
+} from '../../src/devices/trace/instance.js';
 import { TraceSource } from '../../src/devices/trace/source.js';
 import { alignedMemory } from '../../src/memory.js';
 import { changeSourceSuite, type SourceBed } from '../support/change-source-suite.js';
@@ -24,7 +36,10 @@ const TRACE_NEEDS: Needs = {
     return existsSync(TRACEFS) ? undefined : 'a kernel with tracefs';
   },
 };
-const ZRAM_NEEDS: Needs = { ...TRACE_NEEDS, paths: [...(TRACE_NEEDS.paths ?? []), '/sys/class/zram-control/hot_add'] };
+const ZRAM_NEEDS: Needs = {
+  ...TRACE_NEEDS,
+  paths: [...(TRACE_NEEDS.paths ?? []), '/sys/class/zram-control/hot_add'],
+};
 
 const SIZE = 64 * 1024 * 1024;
 const ignore: ChangeSink = { issued: () => undefined, completed: () => undefined };
@@ -38,22 +53,43 @@ async function writeDirect(file: string, offset: number, bytes: number): Promise
   try {
     const part = slab.subarray(0, bytes);
     part.fill(0);
-    for (let at = 0; at < bytes; at += 512) new DataView(slab.buffer, at, 8).setBigUint64(0, BigInt(++counter));
+    for (let at = 0; at < bytes; at += 512)
+      new DataView(slab.buffer, at, 8).setBigUint64(0, BigInt(++counter));
     await handle.write(part, 0, bytes, offset);
   } finally {
     await handle.close();
   }
 }
 
-async function diskChange(node: string, kind: 'discard' | 'zeroes', offset: number, bytes: number): Promise<void> {
-  tool('blkdiscard', [...(kind === 'zeroes' ? ['-z'] : []), '-f', '-o', String(offset), '-l', String(bytes), node]);
+async function diskChange(
+  node: string,
+  kind: 'discard' | 'zeroes',
+  offset: number,
+  bytes: number,
+): Promise<void> {
+  tool('blkdiscard', [
+    ...(kind === 'zeroes' ? ['-z'] : []),
+    '-f',
+    '-o',
+    String(offset),
+    '-l',
+    String(bytes),
+    node,
+  ]);
 }
 
 function ownInstances(): string[] {
-  return readdirSync(path.join(TRACEFS, 'instances')).filter((n) => n.startsWith(`b2-${process.pid}-`));
+  return readdirSync(path.join(TRACEFS, 'instances')).filter((n) =>
+    n.startsWith(`b2-${process.pid}-`),
+  );
 }
 
-async function traceBed(dir: TempDir, node: string, unitBytes: number, more: Partial<SourceBed> = {}): Promise<SourceBed> {
+async function traceBed(
+  dir: TempDir,
+  node: string,
+  unitBytes: number,
+  more: Partial<SourceBed> = {},
+): Promise<SourceBed> {
   const device = await openReadDevice(node);
   return {
     sizeBytes: device.facts.sizeBytes,
@@ -91,7 +127,11 @@ describe('change sources', () => {
       const dir = tempDir();
       const loop = await newLoop(dir, 'disk.img', SIZE);
       // Starts that are no whole blocks of the disk: those of the partition count.
-      tool('sfdisk', ['-q', loop.device], 'label: gpt\nstart=2050, size=60000\nstart=62061, size=2048\n');
+      tool(
+        'sfdisk',
+        ['-q', loop.device],
+        'label: gpt\nstart=2050, size=60000\nstart=62061, size=2048\n',
+      );
       const [first = '', second = ''] = addPartitions(dir, loop.device, 2);
       return traceBed(dir, first, 512, {
         sizeBytes: Math.floor((60_000 * 512) / 4096) * 4096,
@@ -122,7 +162,11 @@ describe('change sources', () => {
     { windowBytes: 4096, kinds: true },
   );
 
-  const scanBed = async (dir: TempDir, node: string, more: Partial<SourceBed> = {}): Promise<SourceBed> => {
+  const scanBed = async (
+    dir: TempDir,
+    node: string,
+    more: Partial<SourceBed> = {},
+  ): Promise<SourceBed> => {
     const device = await openReadDevice(node);
     return {
       sizeBytes: device.facts.sizeBytes,
@@ -143,7 +187,9 @@ describe('change sources', () => {
     async () => {
       const dir = tempDir();
       const loop = await newLoop(dir, 'disk.img', SIZE / 2);
-      return scanBed(dir, loop.device, { change: (kind, offset, bytes) => diskChange(loop.device, kind, offset, bytes) });
+      return scanBed(dir, loop.device, {
+        change: (kind, offset, bytes) => diskChange(loop.device, kind, offset, bytes),
+      });
     },
     { windowBytes: 65_536, kinds: false },
   );
@@ -210,17 +256,25 @@ describe('trace instances', () => {
     expect(ownInstances()).toEqual([]);
   });
 
-  requires({}).it('say what is in the way: privilege, no trace file system, no block events', async () => {
-    await using dir = tempDir();
-    expect(await traceObstacle(traceHost(), 1000)).toMatchObject({ reason: 'privilege' });
-    const run = () => Promise.resolve({ status: 32, stdout: '', stderr: 'mount: unknown filesystem type tracefs.\n' });
-    const none = await traceObstacle({ ...traceHost(), root: dir.join('none'), run }, 0);
-    expect(none?.reason).toBe('tracefs');
-    expect(none?.message).toContain('unknown filesystem type tracefs');
-    mkdirSync(dir.join('some/events'), { recursive: true });
-    writeFileSync(dir.join('some/trace_clock'), '[mono]');
-    const bare = await traceObstacle({ ...traceHost(), root: dir.join('some'), run }, 0);
-    expect(bare?.reason).toBe('events');
-    expect(bare?.message).toContain('header_page');
-  });
+  requires({}).it(
+    'say what is in the way: privilege, no trace file system, no block events',
+    async () => {
+      await using dir = tempDir();
+      expect(await traceObstacle(traceHost(), 1000)).toMatchObject({ reason: 'privilege' });
+      const run = () =>
+        Promise.resolve({
+          status: 32,
+          stdout: '',
+          stderr: 'mount: unknown filesystem type tracefs.\n',
+        });
+      const none = await traceObstacle({ ...traceHost(), root: dir.join('none'), run }, 0);
+      expect(none?.reason).toBe('tracefs');
+      expect(none?.message).toContain('unknown filesystem type tracefs');
+      mkdirSync(dir.join('some/events'), { recursive: true });
+      writeFileSync(dir.join('some/trace_clock'), '[mono]');
+      const bare = await traceObstacle({ ...traceHost(), root: dir.join('some'), run }, 0);
+      expect(bare?.reason).toBe('events');
+      expect(bare?.message).toContain('header_page');
+    },
+  );
 });

@@ -63,7 +63,7 @@ export class B2 {
         PROGRAM,
         [...args],
         {
-          env: { ...this.env, ...env } as NodeJS.ProcessEnv,
+          env: { ...this.env, ...env },
           maxBuffer: 64 * 1024 * 1024,
           ...(cwd === undefined ? {} : { cwd }),
         },
@@ -103,8 +103,15 @@ export class B2 {
   async error(args: readonly string[], env: Variables = {}): Promise<JsonError> {
     const done = await this.start(['--json', ...args], env).ended;
     const last = jsonLines(done.stderr).at(-1);
-    if (done.code === 0 || last?.['type'] !== 'error' || last['code'] !== done.code || done.stdout !== '') {
-      throw new Error(`b2 ${args.join(' ')} ended with ${done.code}:\n${done.stderr}${done.stdout}`);
+    if (
+      done.code === 0 ||
+      last?.['type'] !== 'error' ||
+      last['code'] !== done.code ||
+      done.stdout !== ''
+    ) {
+      throw new Error(
+        `b2 ${args.join(' ')} ended with ${done.code}:\n${done.stderr}${done.stdout}`,
+      );
     }
     return last as unknown as JsonError;
   }

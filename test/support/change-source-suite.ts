@@ -3,7 +3,12 @@
  * it as a program would: when `write` resolves the device has acknowledged.
  */
 import { afterEach, beforeEach, expect } from 'vitest';
-import type { ChangeKind, ChangeSink, ChangeSource, Poll } from '../../src/devices/change-source.js';
+import type {
+  ChangeKind,
+  ChangeSink,
+  ChangeSource,
+  Poll,
+} from '../../src/devices/change-source.js';
 import type { Required } from './requires.js';
 
 export interface SourceBed {
@@ -42,7 +47,9 @@ class Recorder implements ChangeSink {
   }
 
   of(what: Seen['what'], block: number): Seen[] {
-    return this.seen.filter((s) => s.what === what && s.block <= block && block < s.block + s.count);
+    return this.seen.filter(
+      (s) => s.what === what && s.block <= block && block < s.block + s.count,
+    );
   }
 }
 
@@ -74,7 +81,10 @@ export function changeSourceSuite(
     async function drain(sink: ChangeSink, sinceNs = now(), maxEvents?: number): Promise<Poll[]> {
       const polls: Poll[] = [];
       for (let i = 0; i < 2000; i++) {
-        const poll = await source.poll(sink, { certain: true, ...(maxEvents === undefined ? {} : { maxEvents }) });
+        const poll = await source.poll(sink, {
+          certain: true,
+          ...(maxEvents === undefined ? {} : { maxEvents }),
+        });
         polls.push(poll);
         if (poll.completeToNs >= sinceNs) return polls;
         if (!poll.more) await new Promise((resolve) => setTimeout(resolve, 5));
@@ -109,10 +119,14 @@ export function changeSourceSuite(
         expect(sink.of('issued', t.block).some((s) => s.atNs >= t.before)).toBe(true);
         if (source.isTimed) {
           expect(done.some((s) => s.atNs >= t.before && s.atNs <= t.after)).toBe(true);
-          expect(sink.of('issued', t.block).some((s) => s.atNs >= t.before && s.atNs <= t.after)).toBe(true);
+          expect(
+            sink.of('issued', t.block).some((s) => s.atNs >= t.before && s.atNs <= t.after),
+          ).toBe(true);
         }
       }
-      const touched = new Set(times.map((t) => Math.floor((t.block * BLOCK) / options.windowBytes)));
+      const touched = new Set(
+        times.map((t) => Math.floor((t.block * BLOCK) / options.windowBytes)),
+      );
       for (const s of sink.seen)
         for (let b = s.block; b < s.block + s.count; b++)
           expect(touched.has(Math.floor((b * BLOCK) / options.windowBytes))).toBe(true);

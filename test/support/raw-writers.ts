@@ -4,16 +4,16 @@ import { readFileSync } from 'node:fs';
 import { fileURLToPath } from 'node:url';
 import type { CaptureCommit, CaptureSink } from '../../src/capture/live-capture.js';
 import { PointClass } from '../../src/format/commit.js';
-import { findTool } from './requires.js';
-import type { TempDir } from './tmp.js';
 
 const BLOCK = 4096;
 
-/** Compiles seqw.c into `dir`; returns the program. */
-export function compileWriters(dir: TempDir): string {
-  const program = dir.join('seqw');
-  const source = fileURLToPath(new URL('seqw.c', import.meta.url));
-  const done = spawnSync(findTool('gcc') ?? 'gcc', ['-O2', '-Wall', '-pthread', '-o', program, source], { encoding: 'utf8' });
+const SOURCE = fileURLToPath(new URL('seqw.c', import.meta.url));
+
+/** Compiles seqw.c to `program`, which it returns. */
+export function compileWriters(program: string, source: string = SOURCE): string {
+  const done = spawnSync('gcc', ['-O2', '-Wall', '-pthread', '-o', program, source], {
+    encoding: 'utf8',
+  });
   if (done.status !== 0) throw new Error(`gcc: ${done.stderr}`);
   return program;
 }
@@ -27,7 +27,12 @@ export interface WriterLoad {
 }
 
 /** Starts the writers; resolves to the path of their log when they have ended. */
-export function runWriters(program: string, device: string, load: WriterLoad, log: string): Promise<string> {
+export function runWriters(
+  program: string,
+  device: string,
+  load: WriterLoad,
+  log: string,
+): Promise<string> {
   return new Promise((resolve, reject) => {
     const child = spawn(
       program,
@@ -35,7 +40,9 @@ export function runWriters(program: string, device: string, load: WriterLoad, lo
       { stdio: ['ignore', 'ignore', 'inherit'] },
     );
     child.on('error', reject);
-    child.on('exit', (code) => (code === 0 ? resolve(log) : reject(new Error(`seqw ended with ${code}`))));
+    child.on('exit', (code) =>
+      code === 0 ? resolve(log) : reject(new Error(`seqw ended with ${code}`)),
+    );
   });
 }
 
@@ -103,7 +110,8 @@ export function judge(points: readonly VersionsAt[], log: WriteLog): Verdict {
       if (next !== undefined && next.completedNs < hi) hi = next.completedNs;
     }
     if (lo > hi) verdict.inconsistent++;
-    else if (point.instantNs !== undefined && (point.instantNs < lo || point.instantNs > hi)) verdict.outside++;
+    else if (point.instantNs !== undefined && (point.instantNs < lo || point.instantNs > hi))
+      verdict.outside++;
   }
   return verdict;
 }
@@ -128,7 +136,8 @@ export class VersionSink implements CaptureSink {
       if (block < this.versions.length) this.versions[block] = versionIn(bytes);
     });
     this.seq++;
-    if (commit.pointClass !== PointClass.none) this.points.push({ seq: this.seq, versions: this.versions.slice() });
+    if (commit.pointClass !== PointClass.none)
+      this.points.push({ seq: this.seq, versions: this.versions.slice() });
     return { seq: this.seq, storedBytes: content.blocks.length * BLOCK };
   }
 }

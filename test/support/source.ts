@@ -11,7 +11,9 @@ function usrFiles(bytes: number): { readonly names: string[]; readonly bytes: nu
   const names: string[] = [];
   let total = 0;
   const visit = (dir: string): void => {
-    for (const entry of readdirSync(dir, { withFileTypes: true }).sort((a, b) => (a.name < b.name ? -1 : 1))) {
+    for (const entry of readdirSync(dir, { withFileTypes: true }).sort((a, b) =>
+      a.name < b.name ? -1 : 1,
+    )) {
       const path = join(dir, entry.name);
       if (entry.isDirectory()) visit(path);
       if (!entry.isFile()) continue;

@@ -50,7 +50,11 @@ export function text(data: DemoAnswer, style: Style): string {
   if (data.kept) {
     const { shown } = demoEnvironment({}, data.dir);
     lines.push(`everything is in ${data.dir} (the disk as disk.img); to go on with it:`);
-    lines.push(`export ${Object.entries(shown).map(([name, value]) => `${name}=${value}`).join(' ')}`);
+    lines.push(
+      `export ${Object.entries(shown)
+        .map(([name, value]) => `${name}=${value}`)
+        .join(' ')}`,
+    );
   } else {
     lines.push('disk, key and repository of the demo are removed');
   }

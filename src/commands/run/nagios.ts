@@ -29,14 +29,21 @@ export interface NagiosAnswer {
 }
 
 /** Text and labels may hold anything; `|`, `'` and `=` would end what they are in. */
-export function nagios(state: NagiosState, text: string, values: readonly NagiosValue[]): NagiosAnswer {
+export function nagios(
+  state: NagiosState,
+  text: string,
+  values: readonly NagiosValue[],
+): NagiosAnswer {
   const clean = printable(text).replaceAll('|', '/');
   const data = values.map((v) => {
     const label = printable(v.label).replace(/['=|]/g, '_');
     const quoted = label.includes(' ') ? `'${label}'` : label;
     return `${quoted}=${v.value}${v.unit ?? ''};${v.warn ?? ''};${v.crit ?? ''}`;
   });
-  return { state, line: `B2 ${state} - ${clean}${data.length === 0 ? '' : ` | ${data.join(' ')}`}` };
+  return {
+    state,
+    line: `B2 ${state} - ${clean}${data.length === 0 ? '' : ` | ${data.join(' ')}`}`,
+  };
 }
 
 export function nagiosCode(state: NagiosState): ExitCode {
@@ -44,7 +51,11 @@ export function nagiosCode(state: NagiosState): ExitCode {
 }
 
 /** Runs a check; whatever keeps it from an answer is UNKNOWN, which monitoring shows, and not an error that it may hide. */
-export async function orUnknown<T>(isNagios: boolean, run: () => Promise<Outcome<T>>, wrap: (answer: NagiosAnswer) => T): Promise<Outcome<T>> {
+export async function orUnknown<T>(
+  isNagios: boolean,
+  run: () => Promise<Outcome<T>>,
+  wrap: (answer: NagiosAnswer) => T,
+): Promise<Outcome<T>> {
   if (!isNagios) return run();
   try {
     return await run();

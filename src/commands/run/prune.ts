@@ -25,7 +25,9 @@ export function run(context: CommandContext, input: PruneInput): Promise<Outcome
 export function text(a: PruneAnswer, style: Style): string {
   const lines: string[] = [];
   if (!a.dryRun) {
-    lines.push(`freed ${formatBytes(a.freedBytes)}: ${formatCount(a.packsDeleted)} packs deleted, ${formatCount(a.packsCompacted)} rewritten`);
+    lines.push(
+      `freed ${formatBytes(a.freedBytes)}: ${formatCount(a.packsDeleted)} packs deleted, ${formatCount(a.packsCompacted)} rewritten`,
+    );
   }
   lines.push(
     `${a.dryRun ? style.yellow('would condemn') : 'condemned'} ${formatBytes(a.condemnedBytes)} (${formatCount(a.condemnedPacks)} packs, ${formatCount(a.condemnedFrames)} frames)${a.dryRun ? '' : ': a run after the grace time frees it'}`,

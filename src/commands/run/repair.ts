@@ -33,7 +33,10 @@ export function run(context: CommandContext, input: RepairInput): Promise<Outcom
         // What was seen of a volume that has lost commits would look like a repository that was put back.
         for (const id of report.changedVolumes) await catalogue?.forgetTip(id);
         await catalogue?.rebuild(repo);
-        await catalogue?.recordEvent({ kind: 'repair', content: { actions: report.actions.length, left: report.left.length } });
+        await catalogue?.recordEvent({
+          kind: 'repair',
+          content: { actions: report.actions.length, left: report.left.length },
+        });
       });
     }
     return {
@@ -44,7 +47,10 @@ export function run(context: CommandContext, input: RepairInput): Promise<Outcom
 }
 
 export function text(a: RepairAnswer, style: Style): string {
-  const lines = a.actions.map((x) => `${a.dryRun ? style.yellow('would do') : style.green('done')}  ${x.object}: ${x.message}`);
+  const lines = a.actions.map(
+    (x) =>
+      `${a.dryRun ? style.yellow('would do') : style.green('done')}  ${x.object}: ${x.message}`,
+  );
   for (const l of a.left) lines.push(`${style.red('left')}  ${l.object}: ${l.message}`);
   if (lines.length === 0) return 'nothing to repair';
   if (a.actions.length > 0 && !a.dryRun) lines.push('Run "b2 verify" to see that all is well.');

@@ -1,7 +1,13 @@
 import { ExitCode, isKind, messageOf } from '../../errors.js';
 import { PointClass, coverageName } from '../../format/commit.js';
 import { packName } from '../../format/names.js';
-import { formatBytes, formatCount, formatDuration, formatPercent, formatTimeNs } from '../../human.js';
+import {
+  formatBytes,
+  formatCount,
+  formatDuration,
+  formatPercent,
+  formatTimeNs,
+} from '../../human.js';
 import { cataloguePath, type Catalogue } from '../../repo/catalogue.js';
 import { CondemnedPlaces } from '../../repo/condemned.js';
 import { VolumeHistory } from '../../repo/history.js';
@@ -52,7 +58,11 @@ export interface StatusAnswer {
   readonly totalBytes?: number;
   /** Condemned by prune and not deleted yet. */
   readonly condemnedBytes: number;
-  readonly lastVerify?: { readonly time: string; readonly damage: number; readonly unreadable: number };
+  readonly lastVerify?: {
+    readonly time: string;
+    readonly damage: number;
+    readonly unreadable: number;
+  };
   /** Every pack's data was verified by this machine since then; absent if some never was. */
   readonly dataVerifiedSince?: string;
   readonly catalogue: string;
@@ -63,7 +73,10 @@ export interface StatusAnswer {
 export function run(context: CommandContext, input: StatusInput): Promise<Outcome<StatusAnswer>> {
   return orUnknown(
     input.options.nagios,
-    () => withRepository(context, (repo) => withCatalogue(context, repo, (catalogue) => look(context, input, repo, catalogue))),
+    () =>
+      withRepository(context, (repo) =>
+        withCatalogue(context, repo, (catalogue) => look(context, input, repo, catalogue)),
+      ),
     (answer) => ({
       repository: context.settings.repository.url,
       repositoryId: '',
@@ -97,13 +110,19 @@ async function look(
   const last = await catalogue?.lastEvent('verify');
   const verified = await catalogue?.packs();
   const times = [...packBytes.keys()].map((name) => verified?.get(name.slice(-32))?.verifiedNs);
-  const oldest = times.reduce((a, b) => (a === undefined || b === undefined ? undefined : a < b ? a : b), times[0]);
+  const oldest = times.reduce(
+    (a, b) => (a === undefined || b === undefined ? undefined : a < b ? a : b),
+    times[0],
+  );
   const count = (key: string): number => {
     const n = last?.content[key];
     return typeof n === 'number' ? n : 0;
   };
   const maxLag = input.options['max-lag'];
-  const lagging = maxLag === undefined ? [] : volumes.filter((v) => (v.lagSeconds ?? Number.POSITIVE_INFINITY) * 1000 > maxLag);
+  const lagging =
+    maxLag === undefined
+      ? []
+      : volumes.filter((v) => (v.lagSeconds ?? Number.POSITIVE_INFINITY) * 1000 > maxLag);
   const data: StatusAnswer = {
     repository: repo.store.url,
     repositoryId: repo.id,
@@ -115,7 +134,13 @@ async function look(
     condemnedBytes: await condemnedBytes(repo, packBytes),
     ...(last === undefined
       ? {}
-      : { lastVerify: { time: formatTimeNs(last.atNs), damage: count('damage'), unreadable: count('unreadable') } }),
+      : {
+          lastVerify: {
+            time: formatTimeNs(last.atNs),
+            damage: count('damage'),
+            unreadable: count('unreadable'),
+          },
+        }),
     ...(oldest === undefined ? {} : { dataVerifiedSince: formatTimeNs(oldest) }),
     catalogue: catalogue?.path ?? cataloguePath(context.settings.cacheDir, repo.id),
     ...(maxLag === undefined ? {} : { lagging: lagging.map((v) => v.name) }),
@@ -125,7 +150,10 @@ async function look(
     const answer = nagiosOf(data, maxLag);
     return { data: { ...data, nagios: answer }, code: nagiosCode(answer.state) };
   }
-  return { data, code: broken ? ExitCode.damage : lagging.length > 0 ? ExitCode.overLimit : ExitCode.ok };
+  return {
+    data,
+    code: broken ? ExitCode.damage : lagging.length > 0 ? ExitCode.overLimit : ExitCode.ok,
+  };
 }
 
 async function statusRow(repo: Repository, v: VolumeMeta, now: bigint): Promise<StatusRow> {
@@ -160,14 +188,18 @@ async function statusRow(repo: Repository, v: VolumeMeta, now: bigint): Promise<
   }
 }
 
-async function condemnedBytes(repo: Repository, packBytes: ReadonlyMap<string, number>): Promise<number> {
+async function condemnedBytes(
+  repo: Repository,
+  packBytes: ReadonlyMap<string, number>,
+): Promise<number> {
   const places = new CondemnedPlaces(repo);
   await places.refresh();
   const whole = new Set<string>();
   const frames = new Map<string, Set<number>>();
   for (const c of places.readable()) {
     for (const id of c.packs) whole.add(id);
-    for (const [id, list] of c.frames) frames.set(id, new Set([...(frames.get(id) ?? []), ...list]));
+    for (const [id, list] of c.frames)
+      frames.set(id, new Set([...(frames.get(id) ?? []), ...list]));
   }
   let bytes = 0;
   for (const id of whole) bytes += packBytes.get(packName(id)) ?? 0;
@@ -190,15 +222,20 @@ async function condemnedBytes(repo: Repository, packBytes: ReadonlyMap<string, n
 function nagiosOf(a: StatusAnswer, maxLagMs: number | undefined): NagiosAnswer {
   const crit = maxLagMs === undefined ? {} : { crit: maxLagMs / 1000 };
   const values: NagiosValue[] = a.volumes.flatMap((v) =>
-    v.lagSeconds === undefined ? [] : [{ label: `lag_${v.name}`, value: v.lagSeconds, unit: 's' as const, ...crit }],
+    v.lagSeconds === undefined
+      ? []
+      : [{ label: `lag_${v.name}`, value: v.lagSeconds, unit: 's' as const, ...crit }],
   );
   values.push({ label: 'size', value: a.repositoryBytes, unit: 'B' });
   if (a.freeBytes !== undefined) values.push({ label: 'free', value: a.freeBytes, unit: 'B' });
   const broken = a.volumes.filter((v) => v.problem !== undefined);
-  if (broken.length > 0) return nagios('CRITICAL', `damaged: ${broken.map((v) => v.name).join(', ')}`, values);
-  if ((a.lastVerify?.damage ?? 0) > 0) return nagios('CRITICAL', `the last verify found ${a.lastVerify?.damage ?? 0} damaged`, values);
+  if (broken.length > 0)
+    return nagios('CRITICAL', `damaged: ${broken.map((v) => v.name).join(', ')}`, values);
+  if ((a.lastVerify?.damage ?? 0) > 0)
+    return nagios('CRITICAL', `the last verify found ${a.lastVerify?.damage ?? 0} damaged`, values);
   const lagging = a.lagging ?? [];
-  if (lagging.length > 0) return nagios('CRITICAL', `no recent exact point of ${lagging.join(', ')}`, values);
+  if (lagging.length > 0)
+    return nagios('CRITICAL', `no recent exact point of ${lagging.join(', ')}`, values);
   if (a.volumes.length === 0) return nagios('WARNING', 'the repository holds no volume', values);
   const most = a.volumes.reduce((n, v) => Math.max(n, v.lagSeconds ?? 0), 0);
   return nagios('OK', `${a.volumes.length} volumes, lag at most ${formatDuration(most)}`, values);
@@ -206,7 +243,9 @@ function nagiosOf(a: StatusAnswer, maxLagMs: number | undefined): NagiosAnswer {
 
 function coverageText(c: CoverageSeconds): string {
   const day = Number(DAY_NS) / 1e9;
-  const parts = (['exact', 'coalesced', 'unknown'] as const).filter((k) => c[k] > 0).map((k) => `${formatPercent(c[k] / day)} ${k}`);
+  const parts = (['exact', 'coalesced', 'unknown'] as const)
+    .filter((k) => c[k] > 0)
+    .map((k) => `${formatPercent(c[k] / day)} ${k}`);
   return parts.length === 0 ? 'none' : parts.join(', ');
 }
 
@@ -216,10 +255,15 @@ export function text(a: StatusAnswer, style: Style): string {
   const volumes = table<StatusRow>(
     [
       { title: 'VOLUME', cell: (v) => v.name },
-      { title: 'POINTS', align: 'right', cell: (v) => (v.problem === undefined ? formatCount(v.exactPoints) : '?') },
+      {
+        title: 'POINTS',
+        align: 'right',
+        cell: (v) => (v.problem === undefined ? formatCount(v.exactPoints) : '?'),
+      },
       {
         title: 'NEWEST',
-        cell: (v) => (v.problem !== undefined ? 'DAMAGED' : v.newest === undefined ? '-' : localTime(v.newest)),
+        cell: (v) =>
+          v.problem !== undefined ? 'DAMAGED' : v.newest === undefined ? '-' : localTime(v.newest),
         paint: (t, v, s) => (v.problem === undefined ? t : s.red(t)),
       },
       {
@@ -241,10 +285,16 @@ export function text(a: StatusAnswer, style: Style): string {
   const rest = fields(
     [
       ['repository', `${a.repository} (${a.repositoryId.slice(0, 8)}, encryption ${a.encryption})`],
-      ['size', `${formatBytes(a.repositoryBytes)} in ${formatCount(a.packs)} packs${a.freeBytes === undefined ? '' : `, ${formatBytes(a.freeBytes)} free`}`],
+      [
+        'size',
+        `${formatBytes(a.repositoryBytes)} in ${formatCount(a.packs)} packs${a.freeBytes === undefined ? '' : `, ${formatBytes(a.freeBytes)} free`}`,
+      ],
       ['condemned', formatBytes(a.condemnedBytes)],
       ['last verify', verify],
-      ['all data read', a.dataVerifiedSince === undefined ? 'not yet' : `since ${localTime(a.dataVerifiedSince)}`],
+      [
+        'all data read',
+        a.dataVerifiedSince === undefined ? 'not yet' : `since ${localTime(a.dataVerifiedSince)}`,
+      ],
       ['catalogue', a.catalogue],
     ],
     style,

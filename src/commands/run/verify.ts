@@ -49,19 +49,35 @@ export interface VerifyAnswer {
     /** Every pack was verified since then. */
     readonly allSince?: string;
   };
-  readonly against?: AgainstResult & { readonly device: string; readonly volume: string; readonly point: PointRow };
+  readonly against?: AgainstResult & {
+    readonly device: string;
+    readonly volume: string;
+    readonly point: PointRow;
+  };
   /** Volumes whose newest whole exact point is older than --max-lag. */
   readonly lagging?: readonly string[];
   readonly elapsedSeconds: number;
   readonly nagios?: NagiosAnswer;
 }
 
-const EMPTY = { damage: 0, unreadable: 0, findings: [], volumes: [], objects: 0, packs: 0, packBytes: 0, elapsedSeconds: 0 };
+const EMPTY = {
+  damage: 0,
+  unreadable: 0,
+  findings: [],
+  volumes: [],
+  objects: 0,
+  packs: 0,
+  packBytes: 0,
+  elapsedSeconds: 0,
+};
 
 export function run(context: CommandContext, input: VerifyInput): Promise<Outcome<VerifyAnswer>> {
   return orUnknown(
     input.options.nagios,
-    () => withRepository(context, (repo) => withCatalogue(context, repo, (catalogue) => check(context, input, repo, catalogue))),
+    () =>
+      withRepository(context, (repo) =>
+        withCatalogue(context, repo, (catalogue) => check(context, input, repo, catalogue)),
+      ),
     (answer) => ({ ...EMPTY, nagios: answer }),
   );
 }
@@ -93,14 +109,27 @@ async function check(
     commits: v.commits,
     damagedPoints: v.damagedPoints,
     ...(v.newest === undefined ? {} : { newest: pointOf(v.newest) }),
-    ...(v.newestWhole === undefined ? {} : { newestWhole: pointOf(v.newestWhole), lagSeconds: secondsBetween(v.newestWhole.instantNs, now) }),
+    ...(v.newestWhole === undefined
+      ? {}
+      : {
+          newestWhole: pointOf(v.newestWhole),
+          lagSeconds: secondsBetween(v.newestWhole.instantNs, now),
+        }),
   }));
   const maxLag = options['max-lag'];
-  const lagging = maxLag === undefined ? [] : volumes.filter((v) => (v.lagSeconds ?? Number.POSITIVE_INFINITY) * 1000 > maxLag);
-  const differs = against !== undefined && (against.differingBytes > 0 || against.imageBytes > against.deviceBytes || against.unreadable.some((u) => u.damaged));
+  const lagging =
+    maxLag === undefined
+      ? []
+      : volumes.filter((v) => (v.lagSeconds ?? Number.POSITIVE_INFINITY) * 1000 > maxLag);
+  const differs =
+    against !== undefined &&
+    (against.differingBytes > 0 ||
+      against.imageBytes > against.deviceBytes ||
+      against.unreadable.some((u) => u.damaged));
   const damage = report.findings.filter((f) => f.severity === 'damage').length + (differs ? 1 : 0);
   const unreadable =
-    report.findings.filter((f) => f.severity === 'unreadable').length + (against?.unreadable.filter((u) => !u.damaged).length ?? 0);
+    report.findings.filter((f) => f.severity === 'unreadable').length +
+    (against?.unreadable.filter((u) => !u.damaged).length ?? 0);
   const data: VerifyAnswer = {
     damage,
     unreadable,
@@ -114,13 +143,22 @@ async function check(
     ...(maxLag === undefined ? {} : { lagging: lagging.map((v) => v.name) }),
     elapsedSeconds: Number(context.clock.monotonicNs() - startedNs) / 1e9,
   };
-  await catalogue?.recordEvent({ kind: 'verify', content: { damage, unreadable, dataPacks: report.data?.packs ?? 0, volumes: wanted.length } });
+  await catalogue?.recordEvent({
+    kind: 'verify',
+    content: { damage, unreadable, dataPacks: report.data?.packs ?? 0, volumes: wanted.length },
+  });
   if (options.nagios) {
     const answer = nagiosOf(data, maxLag);
     return { data: { ...data, nagios: answer }, code: nagiosCode(answer.state) };
   }
   const code =
-    damage > 0 ? ExitCode.damage : unreadable > 0 ? ExitCode.partial : lagging.length > 0 ? ExitCode.overLimit : ExitCode.ok;
+    damage > 0
+      ? ExitCode.damage
+      : unreadable > 0
+        ? ExitCode.partial
+        : lagging.length > 0
+          ? ExitCode.overLimit
+          : ExitCode.ok;
   return { data, code };
 }
 
@@ -135,22 +173,37 @@ function secondsBetween(from: bigint, to: bigint): number {
 function dataOf(report: VerifyReport): Pick<VerifyAnswer, 'data'> {
   if (report.data === undefined) return {};
   const { oldestNs, ...rest } = report.data;
-  return { data: { ...rest, ...(oldestNs === undefined ? {} : { allSince: formatTimeNs(oldestNs) }) } };
+  return {
+    data: { ...rest, ...(oldestNs === undefined ? {} : { allSince: formatTimeNs(oldestNs) }) },
+  };
 }
 
-async function compare(context: CommandContext, input: VerifyInput, repo: Repository): Promise<NonNullable<VerifyAnswer['against']>> {
+async function compare(
+  context: CommandContext,
+  input: VerifyInput,
+  repo: Repository,
+): Promise<NonNullable<VerifyAnswer['against']>> {
   const { options } = input;
   const [text, ...more] = input.arguments.volume;
   const volumes = await volumesOf(context, repo);
-  if (options.against === undefined || more.length > 0 || (text === undefined && volumes.length !== 1)) {
-    throw new B2Error('usage', '--against compares one volume with one device', { hint: 'Name the volume: b2 verify VOLUME --against DEVICE.' });
+  if (
+    options.against === undefined ||
+    more.length > 0 ||
+    (text === undefined && volumes.length !== 1)
+  ) {
+    throw new B2Error('usage', '--against compares one volume with one device', {
+      hint: 'Name the volume: b2 verify VOLUME --against DEVICE.',
+    });
   }
   const volume = text === undefined ? volumes[0] : findVolume(volumes, text);
   if (volume === undefined) throw new B2Error('not-found', 'the repository holds no volume yet');
   const history = await VolumeHistory.open(repo, volume.id);
   try {
-    const { commit, snapshot } = await choosePoint(history, volume, parseWhen(options.at, context.clock.nowNs()), (message) =>
-      context.events({ type: 'warning', message }),
+    const { commit, snapshot } = await choosePoint(
+      history,
+      volume,
+      parseWhen(options.at, context.clock.nowNs()),
+      (message) => context.events({ type: 'warning', message }),
     );
     const device = await openReadDevice(options.against);
     try {
@@ -183,34 +236,75 @@ function nagiosOf(a: VerifyAnswer, maxLagMs: number | undefined): NagiosAnswer {
     { label: 'damage', value: a.damage, crit: 0 },
     { label: 'unreadable', value: a.unreadable, warn: 0 },
     ...a.volumes.flatMap((v) =>
-      v.lagSeconds === undefined ? [] : [{ label: `lag_${v.name}`, value: v.lagSeconds, unit: 's' as const, ...crit }],
+      v.lagSeconds === undefined
+        ? []
+        : [{ label: `lag_${v.name}`, value: v.lagSeconds, unit: 's' as const, ...crit }],
     ),
     { label: 'read', value: a.data?.storedBytes ?? 0, unit: 'B' },
   ];
-  const first = a.findings.find((f) => f.severity === 'damage') ?? a.findings.find((f) => f.severity === 'unreadable');
-  if (a.damage > 0) return nagios('CRITICAL', `${a.damage} damaged: ${first === undefined ? 'the device differs' : `${first.object}: ${first.message}`}`, values);
+  const first =
+    a.findings.find((f) => f.severity === 'damage') ??
+    a.findings.find((f) => f.severity === 'unreadable');
+  if (a.damage > 0)
+    return nagios(
+      'CRITICAL',
+      `${a.damage} damaged: ${first === undefined ? 'the device differs' : `${first.object}: ${first.message}`}`,
+      values,
+    );
   const lagging = a.lagging ?? [];
-  if (lagging.length > 0) return nagios('CRITICAL', `no recent whole point of ${lagging.join(', ')}`, values);
-  if (a.unreadable > 0) return nagios('WARNING', `${a.unreadable} not readable: ${first === undefined ? 'the device' : `${first.object}: ${first.message}`}`, values);
-  const read = a.data === undefined ? 'structure and chain' : `structure, chain and ${formatBytes(a.data.storedBytes)} of data`;
-  return nagios('OK', `${a.volumes.length} volumes, ${formatCount(a.packs)} packs: ${read} verified`, values);
+  if (lagging.length > 0)
+    return nagios('CRITICAL', `no recent whole point of ${lagging.join(', ')}`, values);
+  if (a.unreadable > 0)
+    return nagios(
+      'WARNING',
+      `${a.unreadable} not readable: ${first === undefined ? 'the device' : `${first.object}: ${first.message}`}`,
+      values,
+    );
+  const read =
+    a.data === undefined
+      ? 'structure and chain'
+      : `structure, chain and ${formatBytes(a.data.storedBytes)} of data`;
+  return nagios(
+    'OK',
+    `${a.volumes.length} volumes, ${formatCount(a.packs)} packs: ${read} verified`,
+    values,
+  );
 }
 
 function findingLines(f: Finding, style: Style): string[] {
-  const mark = f.severity === 'damage' ? style.red('damaged   ') : f.severity === 'unreadable' ? style.yellow('unreadable') : style.dim('note      ');
+  const mark =
+    f.severity === 'damage'
+      ? style.red('damaged   ')
+      : f.severity === 'unreadable'
+        ? style.yellow('unreadable')
+        : style.dim('note      ');
   const lines = [`${mark}  ${f.object}: ${f.message}`];
   const frames = (f.frames ?? []).filter((p) => p.offsetBytes !== undefined);
   if (frames.length > 0) {
-    const shown = frames.slice(0, 5).map((p) => `frame ${p.number} at byte ${p.offsetBytes}${p.lengthBytes === undefined ? '' : ` (${formatBytes(p.lengthBytes)})`}`);
-    lines.push(`            ${shown.join(', ')}${frames.length > 5 ? ` and ${frames.length - 5} more` : ''}`);
+    const shown = frames
+      .slice(0, 5)
+      .map(
+        (p) =>
+          `frame ${p.number} at byte ${p.offsetBytes}${p.lengthBytes === undefined ? '' : ` (${formatBytes(p.lengthBytes)})`}`,
+      );
+    lines.push(
+      `            ${shown.join(', ')}${frames.length > 5 ? ` and ${frames.length - 5} more` : ''}`,
+    );
   }
   for (const t of f.touches ?? []) {
-    const points = t.points === 1 ? `point #${t.firstSeq}` : `${formatCount(t.points)} points from #${t.firstSeq} to #${t.lastSeq}`;
+    const points =
+      t.points === 1
+        ? `point #${t.firstSeq}`
+        : `${formatCount(t.points)} points from #${t.firstSeq} to #${t.lastSeq}`;
     const shown = t.ranges.slice(0, 4).map((r) => `${r.offset}+${r.length}`);
-    const where = t.bytes === 0 ? '' : `, ${formatBytes(t.bytes)} of the device at ${shown.join(', ')}${t.ranges.length > 4 ? ', …' : ''}`;
+    const where =
+      t.bytes === 0
+        ? ''
+        : `, ${formatBytes(t.bytes)} of the device at ${shown.join(', ')}${t.ranges.length > 4 ? ', …' : ''}`;
     lines.push(`            ${t.name}: ${points}${where}`);
   }
-  if (f.severity !== 'note' && f.touches?.length === 0) lines.push('            no recovery point needs it');
+  if (f.severity !== 'note' && f.touches?.length === 0)
+    lines.push('            no recovery point needs it');
   if (f.severity !== 'note' && f.hint !== undefined) lines.push(`            ${style.dim(f.hint)}`);
   return lines;
 }
@@ -219,18 +313,25 @@ export function text(a: VerifyAnswer, style: Style): string {
   if (a.nagios !== undefined) return a.nagios.line;
   const lines = a.findings.flatMap((f) => findingLines(f, style));
   for (const v of a.volumes) {
-    const whole = v.newestWhole === undefined ? style.red('no whole exact point') : `newest whole point ${v.newestWhole.id}, ${localTime(v.newestWhole.time)}`;
-    const bad = v.damagedPoints === 0 ? '' : style.red(`, ${formatCount(v.damagedPoints)} points damaged`);
+    const whole =
+      v.newestWhole === undefined
+        ? style.red('no whole exact point')
+        : `newest whole point ${v.newestWhole.id}, ${localTime(v.newestWhole.time)}`;
+    const bad =
+      v.damagedPoints === 0 ? '' : style.red(`, ${formatCount(v.damagedPoints)} points damaged`);
     lines.push(`${v.name}: ${formatCount(v.commits)} commits, ${whole}${bad}`);
   }
   const { against } = a;
   if (against !== undefined) {
     const what = `${against.device} and ${against.volume} at point ${against.point.id}`;
     if (against.imageBytes !== against.deviceBytes) {
-      lines.push(`${what} differ in size: ${formatBytes(against.deviceBytes)} and ${formatBytes(against.imageBytes)}`);
+      lines.push(
+        `${what} differ in size: ${formatBytes(against.deviceBytes)} and ${formatBytes(against.imageBytes)}`,
+      );
     }
     for (const r of against.ranges) lines.push(`${style.red('differs')}  ${r.offset}+${r.length}`);
-    for (const u of against.unreadable) lines.push(`${style.yellow('unreadable')}  ${u.offset}+${u.length}: ${u.reason}`);
+    for (const u of against.unreadable)
+      lines.push(`${style.yellow('unreadable')}  ${u.offset}+${u.length}: ${u.reason}`);
     lines.push(
       against.differingBytes === 0
         ? `${what}: nothing differs in ${formatBytes(against.comparedBytes)}`
@@ -242,7 +343,14 @@ export function text(a: VerifyAnswer, style: Style): string {
     a.data === undefined
       ? 'the data were not read'
       : `${formatCount(a.data.chunks)} chunks in ${formatBytes(a.data.storedBytes)} of data read${a.data.leftPacks > 0 ? `, ${formatCount(a.data.leftPacks)} packs left for the next run` : ''}`;
-  const verdict = a.damage > 0 ? style.red('damage found') : a.unreadable > 0 ? style.yellow('not everything could be read') : style.green('no damage');
-  lines.push(`${verdict}: ${formatCount(a.objects)} objects, ${formatCount(a.packs)} packs (${formatBytes(a.packBytes)}), ${read}, in ${formatDuration(a.elapsedSeconds)}`);
+  const verdict =
+    a.damage > 0
+      ? style.red('damage found')
+      : a.unreadable > 0
+        ? style.yellow('not everything could be read')
+        : style.green('no damage');
+  lines.push(
+    `${verdict}: ${formatCount(a.objects)} objects, ${formatCount(a.packs)} packs (${formatBytes(a.packBytes)}), ${read}, in ${formatDuration(a.elapsedSeconds)}`,
+  );
   return lines.join('\n');
 }

@@ -8,7 +8,12 @@ import { mkdir, readdir, readFile, rmdir, writeFile } from 'node:fs/promises';
 import path from 'node:path';
 
 import { B2Error, errnoOf, ioError, messageOf } from '../../errors.js';
-import { currentIdentity, machineFacts, type MachineFacts, type ProcessIdentity } from '../../process-identity.js';
+import {
+  currentIdentity,
+  machineFacts,
+  type MachineFacts,
+  type ProcessIdentity,
+} from '../../process-identity.js';
 import { readNow } from '../../syscalls.js';
 import { runTool, type RunTool } from '../run.js';
 import { blockEventLayout, parseEventFormat, parseHeaderPage, type PageLayout } from './format.js';
@@ -74,7 +79,9 @@ function newName(identity: ProcessIdentity): string {
  * Removes instances of processes that are proven dead: of this pid namespace, and no such process of that start time. Returns
  * their names. What cannot be removed is left; the next start tries again.
  */
-export async function removeStaleInstances(host: TraceHost = traceHost()): Promise<readonly string[]> {
+export async function removeStaleInstances(
+  host: TraceHost = traceHost(),
+): Promise<readonly string[]> {
   const own = namespaceNumber(host.machine);
   if (own === '') return [];
   const removed: string[] = [];
@@ -97,7 +104,11 @@ export async function removeStaleInstances(host: TraceHost = traceHost()): Promi
     } catch (error) {
       // EBUSY: somebody looks into it (trace-cmd, an administrator's shell).
       if (!['EBUSY', 'ENOENT', 'EPERM', 'EACCES'].includes(errnoOf(error) ?? '')) {
-        throw ioError('remove the trace instance of a dead process', path.join(host.root, 'instances', name), error);
+        throw ioError(
+          'remove the trace instance of a dead process',
+          path.join(host.root, 'instances', name),
+          error,
+        );
       }
     }
   }
@@ -115,13 +126,16 @@ async function textOf(file: string): Promise<string | undefined> {
 
 /** Mounts tracefs at its place if it is not there. Returns what is in the way, if something is. */
 async function ensureTracefs(host: TraceHost): Promise<TraceObstacle | undefined> {
-  const isThere = async (): Promise<boolean> => (await textOf(path.join(host.root, 'trace_clock'))) !== undefined;
+  const isThere = async (): Promise<boolean> =>
+    (await textOf(path.join(host.root, 'trace_clock'))) !== undefined;
   try {
     if (await isThere()) return undefined;
     const done = await host.run('mount', ['-t', 'tracefs', 'tracefs', host.root], MOUNT_TIMEOUT_MS);
     if (await isThere()) return undefined;
     const why =
-      done === undefined ? 'there is no mount program' : done.stderr.trim().replaceAll(/\s+/g, ' ').replace(/\.$/, '');
+      done === undefined
+        ? 'there is no mount program'
+        : done.stderr.trim().replaceAll(/\s+/g, ' ').replace(/\.$/, '');
     return {
       reason: 'tracefs',
       message: `the kernel's trace file system is not at ${host.root} and cannot be mounted (${why === '' ? 'no reason given' : why})`,
@@ -149,7 +163,10 @@ export async function traceObstacle(
 ): Promise<TraceObstacle | undefined> {
   if (uid !== 0) return { reason: 'privilege', message: 'block events can be read by root only' };
   if (new Uint8Array(new Uint16Array([1]).buffer)[0] !== 1)
-    return { reason: 'machine', message: 'b2 reads the trace buffers of little-endian machines only' };
+    return {
+      reason: 'machine',
+      message: 'b2 reads the trace buffers of little-endian machines only',
+    };
   // In a time namespace with an offset our monotonic clock is not the one of the events.
   const offsets = await textOf('/proc/self/timens_offsets').catch(() => undefined);
   const monotonic = /^monotonic\s+(-?\d+)\s+(-?\d+)/m.exec(offsets ?? '');
@@ -207,7 +224,8 @@ export interface BufferCounters {
 
 /** Reads one `per_cpu/cpuN/stats`. */
 export function parseCpuStats(text: string): BufferCounters {
-  const of = (key: string): number => Number(new RegExp(`^${key}:\\s*(\\d+)`, 'm').exec(text)?.[1] ?? 0);
+  const of = (key: string): number =>
+    Number(new RegExp(`^${key}:\\s*(\\d+)`, 'm').exec(text)?.[1] ?? 0);
   return { overrun: of('overrun'), dropped: of('commit overrun') + of('dropped events') };
 }
 
@@ -234,7 +252,12 @@ export class TraceInstance {
   readonly pageBytes: number;
   private removed = false;
 
-  private constructor(directory: string, buffers: readonly CpuBuffer[], parser: PageParser, pageBytes: number) {
+  private constructor(
+    directory: string,
+    buffers: readonly CpuBuffer[],
+    parser: PageParser,
+    pageBytes: number,
+  ) {
     this.directory = directory;
     this.buffers = buffers;
     this.parser = parser;
@@ -242,7 +265,10 @@ export class TraceInstance {
   }
 
   /** Makes an instance that records the changes of one disk and starts it. Kinds `unsupported`, `io`. */
-  static async create(options: InstanceOptions, host: TraceHost = traceHost()): Promise<TraceInstance> {
+  static async create(
+    options: InstanceOptions,
+    host: TraceHost = traceHost(),
+  ): Promise<TraceInstance> {
     const layouts = await readLayouts(host);
     const directory = path.join(host.root, 'instances', newName(host.identity));
     const fds: number[] = [];
@@ -262,7 +288,10 @@ export class TraceInstance {
       await set('tracing_on', '0');
       await set('trace_clock', 'mono');
       if (!/\[mono\]/.test(await readFile(path.join(directory, 'trace_clock'), 'utf8')))
-        throw new B2Error('unsupported', `the kernel does not take the monotonic clock for ${directory}`);
+        throw new B2Error(
+          'unsupported',
+          `the kernel does not take the monotonic clock for ${directory}`,
+        );
       // Overwriting shows a loss in the pages themselves; the other way events would be dropped in silence.
       await set('options/overwrite', '1');
       const cpus = (await readdir(path.join(directory, 'per_cpu')))
@@ -270,7 +299,10 @@ export class TraceInstance {
         .toSorted((a, b) => Number(a.slice(3)) - Number(b.slice(3)));
       const each =
         options.cpuBufferBytes ??
-        Math.max(MIN_CPU_BUFFER_BYTES, Math.min(MAX_CPU_BUFFER_BYTES, Math.floor(ALL_BUFFERS_BYTES / cpus.length)));
+        Math.max(
+          MIN_CPU_BUFFER_BYTES,
+          Math.min(MAX_CPU_BUFFER_BYTES, Math.floor(ALL_BUFFERS_BYTES / cpus.length)),
+        );
       await set('buffer_size_kb', String(Math.ceil(each / 1024)));
       for (const { name } of EVENTS) {
         // Reads are most of the traffic of most disks: never recorded. Completions of bios are also let through when they

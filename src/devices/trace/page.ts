@@ -65,7 +65,10 @@ export interface PageResult {
 /** Parses pages; keeps no state between them but its scratch objects. */
 export class PageParser {
   private readonly page: PageLayout;
-  private readonly layouts: ReadonlyMap<number, { readonly role: EventRole; readonly layout: BlockEventLayout }>;
+  private readonly layouts: ReadonlyMap<
+    number,
+    { readonly role: EventRole; readonly layout: BlockEventLayout }
+  >;
   private readonly originNs: bigint;
   private readonly event: BlockEvent = {
     role: EventRole.issue,
@@ -136,7 +139,9 @@ export class PageParser {
         }
         if (type === 31) {
           const low = BigInt(delta) + BigInt(more) * BigInt(SHIFT_27);
-          now = Number((((BigInt(Math.round(now)) + this.originNs) & HIGH_BITS) | low) - this.originNs);
+          now = Number(
+            (((BigInt(Math.round(now)) + this.originNs) & HIGH_BITS) | low) - this.originNs,
+          );
           at += 8;
           continue;
         }
@@ -151,14 +156,16 @@ export class PageParser {
         const bytes = more - 4;
         const next = at + 4 + Math.ceil(more / 4) * 4;
         if (at + 8 + bytes > end) return this.bad(`a record of ${bytes} bytes at ${at} is cut off`);
-        if (!this.record(view, at + 8, bytes, now, event, emit)) return this.bad(`a short record at ${at}`);
+        if (!this.record(view, at + 8, bytes, now, event, emit))
+          return this.bad(`a short record at ${at}`);
         at = next;
         continue;
       }
       now += delta;
       const bytes = type * 4;
       if (at + 4 + bytes > end) return this.bad(`a record of ${bytes} bytes at ${at} is cut off`);
-      if (!this.record(view, at + 4, bytes, now, event, emit)) return this.bad(`a short record at ${at}`);
+      if (!this.record(view, at + 4, bytes, now, event, emit))
+        return this.bad(`a short record at ${at}`);
       at += 4 + bytes;
     }
     return result;
@@ -186,7 +193,8 @@ export class PageParser {
     event.role = found.role;
     event.dev = view.getUint32(at + layout.devAt, true);
     event.sector =
-      view.getUint32(at + layout.sectorAt, true) + view.getUint32(at + layout.sectorAt + 4, true) * 4_294_967_296;
+      view.getUint32(at + layout.sectorAt, true) +
+      view.getUint32(at + layout.sectorAt + 4, true) * 4_294_967_296;
     event.sectors = view.getUint32(at + layout.sectorsAt, true);
     // rwbs: an F in front is a flush before the operation; then W write, D discard, N (or WZ) write zeroes, R read;
     // then F FUA, A readahead, S sync, M metadata.
@@ -194,7 +202,8 @@ export class PageParser {
     event.isFlush = view.getUint8(rw) === CHAR_F;
     if (event.isFlush && layout.rwbsBytes > 1) rw++;
     const op = view.getUint8(rw);
-    const isZeroes = op === CHAR_N || (op === CHAR_W && layout.rwbsBytes > 2 && view.getUint8(rw + 1) === CHAR_Z);
+    const isZeroes =
+      op === CHAR_N || (op === CHAR_W && layout.rwbsBytes > 2 && view.getUint8(rw + 1) === CHAR_Z);
     event.kind = op === CHAR_D ? 'discard' : isZeroes ? 'zeroes' : 'write';
     event.isRead = op === CHAR_R;
     event.atNs = now;

@@ -5,7 +5,14 @@ import path from 'node:path';
 import { systemClock, type Clock } from '../../clock.js';
 import { B2Error } from '../../errors.js';
 import { BLOCK_BYTES, blocksOf } from '../../units.js';
-import { POLL_EVENTS, type ChangeLoss, type ChangeSink, type ChangeSource, type Poll, type PollOptions } from '../change-source.js';
+import {
+  POLL_EVENTS,
+  type ChangeLoss,
+  type ChangeSink,
+  type ChangeSource,
+  type Poll,
+  type PollOptions,
+} from '../change-source.js';
 import type { DeviceFacts } from '../device.js';
 import { blockInfo, blockNameOf, SYSTEM_ROOTS, type SystemRoots } from '../sysfs.js';
 import {
@@ -41,16 +48,29 @@ function kernelDeviceOf(devNumber: string): number {
 }
 
 /** Where a block device or partition lies. Kind `unsupported` for anything else and for zoned disks. */
-export async function watchedRange(facts: DeviceFacts, roots: SystemRoots = SYSTEM_ROOTS): Promise<WatchedRange> {
+export async function watchedRange(
+  facts: DeviceFacts,
+  roots: SystemRoots = SYSTEM_ROOTS,
+): Promise<WatchedRange> {
   if (facts.kind !== 'block' || facts.devNumber === undefined)
-    throw new B2Error('unsupported', `${facts.path} is no block device, and only those have block events`);
+    throw new B2Error(
+      'unsupported',
+      `${facts.path} is no block device, and only those have block events`,
+    );
   const name = await blockNameOf(facts.devNumber, roots);
   if (name === undefined) throw new B2Error('not-found', `block device ${facts.path} has gone`);
   const info = await blockInfo(name, roots);
-  const disk = info.partition === undefined ? info : await blockInfo(info.partition.diskName, roots);
-  const zoned = await readFile(path.join(roots.sys, 'class/block', disk.name, 'queue/zoned'), 'utf8').catch(() => 'none');
+  const disk =
+    info.partition === undefined ? info : await blockInfo(info.partition.diskName, roots);
+  const zoned = await readFile(
+    path.join(roots.sys, 'class/block', disk.name, 'queue/zoned'),
+    'utf8',
+  ).catch(() => 'none');
   if (zoned.trim() !== 'none')
-    throw new B2Error('unsupported', `${facts.path} is a zoned disk: where an appended write lands is not in the block events`);
+    throw new B2Error(
+      'unsupported',
+      `${facts.path} is a zoned disk: where an appended write lands is not in the block events`,
+    );
   return {
     kernelDevice: kernelDeviceOf(disk.devNumber),
     firstSector: (info.partition?.offsetBytes ?? 0) / SECTOR_BYTES,
@@ -119,9 +139,13 @@ export class TraceSource implements ChangeSource {
     const clock = options.clock ?? systemClock;
     const obstacle = await traceObstacle(host);
     if (obstacle !== undefined) {
-      throw new B2Error('unsupported', `cannot watch ${facts.path} by block events: ${obstacle.message}`, {
-        hint: 'Use --source scan, which needs no privilege but reads the whole device to find changes.',
-      });
+      throw new B2Error(
+        'unsupported',
+        `cannot watch ${facts.path} by block events: ${obstacle.message}`,
+        {
+          hint: 'Use --source scan, which needs no privilege but reads the whole device to find changes.',
+        },
+      );
     }
     await removeStaleInstances(host);
     const range = await watchedRange(facts, options.roots);
@@ -204,7 +228,8 @@ export class TraceSource implements ChangeSource {
       opaque: `the driver of ${this.path} does not say which sectors it has written`,
     };
     // The first reason is the one to report; `opaque` tells that the source is of no use and wins.
-    if (this.loss === undefined || reason === 'opaque') this.loss = { reason, message: text[reason] };
+    if (this.loss === undefined || reason === 'opaque')
+      this.loss = { reason, message: text[reason] };
   }
 
   private readonly onEvent = (event: BlockEvent): void => {

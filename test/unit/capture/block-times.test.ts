@@ -11,7 +11,8 @@ describe('latest times', () => {
     const table = new LatestTimes(blocks, slots);
     let forgotten = -1;
     for (let step = 0; step < 4000; step++) {
-      const count = random() < 0.95 ? 1 + Math.floor(random() * 8) : 1 + Math.floor(random() * 5000);
+      const count =
+        random() < 0.95 ? 1 + Math.floor(random() * 8) : 1 + Math.floor(random() * 5000);
       const block = Math.floor(random() * (blocks - count));
       table.note(block, count, step);
       for (let b = block; b < block + count; b++) model.set(b, step);
@@ -72,7 +73,7 @@ describe('pending blocks', () => {
       }
       const least = [...model.values()].reduce((a, b) => Math.min(a, b), Number.POSITIVE_INFINITY);
       expect(table.earliest()).toBeLessThanOrEqual(least);
-          }
+    }
     const rest: number[] = [];
     for (;;) {
       const taken = table.take(Number.POSITIVE_INFINITY, 1000);

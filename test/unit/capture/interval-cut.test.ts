@@ -40,7 +40,10 @@ function history(random: () => number, blocks: number, endNs: number): Write[] {
       const n = Math.min(count, blocks - block);
       const issueNs = now;
       const doneNs = issueNs + 2 + Math.floor(random() * slow);
-      const landNs = Array.from({ length: n }, () => issueNs + (doneNs - issueNs) * (0.01 + 0.98 * random()));
+      const landNs = Array.from(
+        { length: n },
+        () => issueNs + (doneNs - issueNs) * (0.01 + 0.98 * random()),
+      );
       writes.push({ id: ++clock, block, count: n, issueNs, landNs, doneNs });
       // The same writer goes on after its write is acknowledged: that is what makes an order.
       now = doneNs + 1 + Math.floor(random() * pauses);
@@ -95,7 +98,8 @@ class Device {
     const completeNs = this.nowNs - guard;
     const rest: Event[] = [];
     const due: Event[] = [];
-    for (const e of this.undelivered) (e.atNs < completeNs || this.random() < 0.5 ? due : rest).push(e);
+    for (const e of this.undelivered)
+      (e.atNs < completeNs || this.random() < 0.5 ? due : rest).push(e);
     for (let i = due.length - 1; i > 0; i--) {
       const j = Math.floor(this.random() * (i + 1));
       const [a, b] = [due[i], due[j]];
@@ -111,22 +115,33 @@ class Device {
 }
 
 /** Why `image` is not a state of the instant `t`; undefined if it is one. */
-function wrongAt(image: readonly number[], t: number, writes: readonly Write[], byBlock: readonly (readonly Write[])[]): string | undefined {
+function wrongAt(
+  image: readonly number[],
+  t: number,
+  writes: readonly Write[],
+  byBlock: readonly (readonly Write[])[],
+): string | undefined {
   for (let b = 0; b < image.length; b++) {
     const id = image[b] ?? 0;
     const held = id === 0 ? undefined : writes[id - 1];
-    if (held !== undefined && held.issueNs > t) return `block ${b} holds a write issued ${held.issueNs - t} after the point`;
+    if (held !== undefined && held.issueNs > t)
+      return `block ${b} holds a write issued ${held.issueNs - t} after the point`;
     const landed = held === undefined ? -1 : (held.landNs[b - held.block] ?? -1);
     for (const w of byBlock[b] ?? []) {
       const land = w.landNs[b - w.block] ?? 0;
-      if (w.doneNs < t && land > landed) return `block ${b} lacks a write completed ${t - w.doneNs} before the point`;
+      if (w.doneNs < t && land > landed)
+        return `block ${b} lacks a write completed ${t - w.doneNs} before the point`;
     }
   }
   return undefined;
 }
 
 /** True if the image is a state of no instant at all. */
-function isInconsistent(image: readonly number[], writes: readonly Write[], byBlock: readonly (readonly Write[])[]): boolean {
+function isInconsistent(
+  image: readonly number[],
+  writes: readonly Write[],
+  byBlock: readonly (readonly Write[])[],
+): boolean {
   let lo = Number.NEGATIVE_INFINITY;
   let hi = Number.POSITIVE_INFINITY;
   image.forEach((id, b) => {
@@ -153,14 +168,22 @@ function run(seed: number): Outcome {
   const blocks = 4 + Math.floor(random() * 60);
   const endNs = 3000 + Math.floor(random() * 6000);
   const writes = history(random, blocks, endNs);
-  const byBlock = Array.from({ length: blocks }, (_, b) => writes.filter((w) => w.block <= b && b < w.block + w.count));
+  const byBlock = Array.from({ length: blocks }, (_, b) =>
+    writes.filter((w) => w.block <= b && b < w.block + w.count),
+  );
   const device = new Device(writes, blocks, random);
   // A table of few slots in some histories, so that the coarse times are used too.
   const cut = new IntervalCut(blocks, random() < 0.3 ? 16 : 256);
   const image: number[] = Array.from({ length: blocks }, () => 0);
   const naive = [...image];
   const staged = new Map<number, number>();
-  const outcome: Outcome = { points: 0, wrong: undefined, rounds: 0, naivePoints: 0, naiveWrong: 0 };
+  const outcome: Outcome = {
+    points: 0,
+    wrong: undefined,
+    rounds: 0,
+    naivePoints: 0,
+    naiveWrong: 0,
+  };
   const reading = 1 + Math.floor(random() * 30);
   const dirty = new Set<number>();
   let lastNs = -1;
@@ -209,9 +232,12 @@ function run(seed: number): Outcome {
         for (const [b, id] of staged) image[b] = id;
         staged.clear();
         outcome.points++;
-        outcome.wrong = wrongAt(image, t, writes, byBlock) ?? (t < lastNs ? `the point before was at ${lastNs}` : undefined);
+        outcome.wrong =
+          wrongAt(image, t, writes, byBlock) ??
+          (t < lastNs ? `the point before was at ${lastNs}` : undefined);
         lastNs = t;
-        if (outcome.wrong !== undefined) outcome.wrong += ` (seed ${seed}, point ${outcome.points} at ${t})`;
+        if (outcome.wrong !== undefined)
+          outcome.wrong += ` (seed ${seed}, point ${outcome.points} at ${t})`;
         break;
       }
       limitNs = decision.loNs;
@@ -254,7 +280,12 @@ describe('interval cut', () => {
     expect([...cut.take(500, 10)]).toEqual([7]);
     cut.staged(7, 1, 600);
     cut.advance(700);
-    expect(cut.decide()).toEqual({ kind: 'holds', loNs: Number.NEGATIVE_INFINITY, hiNs: Number.POSITIVE_INFINITY, instantNs: 700 });
+    expect(cut.decide()).toEqual({
+      kind: 'holds',
+      loNs: Number.NEGATIVE_INFINITY,
+      hiNs: Number.POSITIVE_INFINITY,
+      instantNs: 700,
+    });
   });
 
   it('asks for another round where a block read holds a write issued after one that is missing completed', () => {

@@ -1,8 +1,19 @@
 /** Live capture over a device in memory: outage, loss, spilling, memory, and what it says about each. */
 import { describe, expect, it } from 'vitest';
-import { LiveCapture, type CaptureCommit, type CaptureEvent, type CaptureSink, type LiveCaptureOptions } from '../../../src/capture/live-capture.js';
+import {
+  LiveCapture,
+  type CaptureCommit,
+  type CaptureEvent,
+  type CaptureSink,
+  type LiveCaptureOptions,
+} from '../../../src/capture/live-capture.js';
 import { systemClock } from '../../../src/clock.js';
-import type { ChangeLoss, ChangeSink, ChangeSource, Poll } from '../../../src/devices/change-source.js';
+import type {
+  ChangeLoss,
+  ChangeSink,
+  ChangeSource,
+  Poll,
+} from '../../../src/devices/change-source.js';
 import type { ReadDevice } from '../../../src/devices/device.js';
 import { B2Error } from '../../../src/errors.js';
 import { Coverage, PointClass } from '../../../src/format/commit.js';
@@ -47,7 +58,12 @@ class FakeSource implements ChangeSource {
 
 class FakeSink implements CaptureSink {
   readonly image: Buffer;
-  readonly commits: { readonly pointClass: PointClass; readonly coverage: Coverage; readonly blocks: number; readonly instantNs: bigint }[] = [];
+  readonly commits: {
+    readonly pointClass: PointClass;
+    readonly coverage: Coverage;
+    readonly blocks: number;
+    readonly instantNs: bigint;
+  }[] = [];
   fail: B2Error | undefined;
   most = 0;
 
@@ -62,7 +78,12 @@ class FakeSink implements CaptureSink {
     expect([...blocks]).toEqual([...new Set(blocks)].sort((a, b) => a - b));
     blocks.forEach((block, i) => commit.content.bytesAt(i).copy(this.image, block * BLOCK));
     this.most = Math.max(this.most, blocks.length);
-    this.commits.push({ pointClass: commit.pointClass, coverage: commit.coverage, blocks: blocks.length, instantNs: commit.instantNs });
+    this.commits.push({
+      pointClass: commit.pointClass,
+      coverage: commit.coverage,
+      blocks: blocks.length,
+      instantNs: commit.instantNs,
+    });
     return { seq: this.commits.length, storedBytes: 1 };
   }
 }
@@ -77,7 +98,11 @@ interface Bed {
   write(block: number, value: number, count?: number): void;
 }
 
-async function withCapture(sizeBytes: number, options: Partial<LiveCaptureOptions>, use: (bed: Bed) => Promise<void>): Promise<Bed> {
+async function withCapture(
+  sizeBytes: number,
+  options: Partial<LiveCaptureOptions>,
+  use: (bed: Bed) => Promise<void>,
+): Promise<Bed> {
   const memory = memoryDevice(Buffer.alloc(sizeBytes, 1));
   const device: ReadDevice = {
     facts: memory.facts,
@@ -109,7 +134,9 @@ async function withCapture(sizeBytes: number, options: Partial<LiveCaptureOption
     capture,
     device,
     write: (block, value, count = 1) =>
-      source.write(block, count, () => memory.bytes.fill(value, block * BLOCK, Math.min(sizeBytes, (block + count) * BLOCK))),
+      source.write(block, count, () =>
+        memory.bytes.fill(value, block * BLOCK, Math.min(sizeBytes, (block + count) * BLOCK)),
+      ),
   };
   try {
     await use(bed);
@@ -119,7 +146,8 @@ async function withCapture(sizeBytes: number, options: Partial<LiveCaptureOption
   return bed;
 }
 
-const pointsOf = (events: readonly CaptureEvent[]) => events.flatMap((e) => (e.type === 'point' ? [e.point] : []));
+const pointsOf = (events: readonly CaptureEvent[]) =>
+  events.flatMap((e) => (e.type === 'point' ? [e.point] : []));
 
 describe('live capture', () => {
   it('begins with everything, then follows what changes, and makes no point where nothing does', async () => {
@@ -151,21 +179,25 @@ describe('live capture', () => {
   });
 
   it('stays within its memory: more blocks than fit go out in commits that are no points', async () => {
-    await withCapture(4000 * BLOCK, { stageBytes: 512 * BLOCK, maxSlots: 64 }, async ({ capture, sink, bytes, write, events }) => {
-      const first = await capture.point();
-      expect(first.coverage).toBe(Coverage.unknown);
-      expect(sink.image.equals(bytes)).toBe(true);
-      expect(sink.most).toBeLessThanOrEqual(512);
-      const classes = sink.commits.map((c) => c.pointClass);
-      expect(classes.slice(0, -1).every((c) => c === PointClass.none)).toBe(true);
-      expect(classes.at(-1)).toBe(PointClass.crash);
-      expect(events.filter((e) => e.type === 'spill').length).toBe(classes.length - 1);
-      write(0, 3, 2000);
-      const second = await capture.point();
-      expect(second.coverage).toBe(Coverage.coalesced);
-      expect(sink.image.equals(bytes)).toBe(true);
-      expect(capture.status().memoryBytes).toBeLessThan(12 * 1024 * 1024);
-    });
+    await withCapture(
+      4000 * BLOCK,
+      { stageBytes: 512 * BLOCK, maxSlots: 64 },
+      async ({ capture, sink, bytes, write, events }) => {
+        const first = await capture.point();
+        expect(first.coverage).toBe(Coverage.unknown);
+        expect(sink.image.equals(bytes)).toBe(true);
+        expect(sink.most).toBeLessThanOrEqual(512);
+        const classes = sink.commits.map((c) => c.pointClass);
+        expect(classes.slice(0, -1).every((c) => c === PointClass.none)).toBe(true);
+        expect(classes.at(-1)).toBe(PointClass.crash);
+        expect(events.filter((e) => e.type === 'spill').length).toBe(classes.length - 1);
+        write(0, 3, 2000);
+        const second = await capture.point();
+        expect(second.coverage).toBe(Coverage.coalesced);
+        expect(sink.image.equals(bytes)).toBe(true);
+        expect(capture.status().memoryBytes).toBeLessThan(12 * 1024 * 1024);
+      },
+    );
   });
 
   it('goes on when the repository takes commits again, with everything that was written meanwhile', async () => {
@@ -213,7 +245,10 @@ describe('live capture', () => {
     await withCapture(10 * BLOCK, {}, async ({ capture, source }) => {
       await capture.point();
       source.loss = { reason: 'resized', message: '/dev/test has grown' };
-      await expect(capture.done).rejects.toMatchObject({ message: '/dev/test has grown', retryable: true });
+      await expect(capture.done).rejects.toMatchObject({
+        message: '/dev/test has grown',
+        retryable: true,
+      });
       await expect(capture.point()).rejects.toThrow('being stopped');
     });
   });
@@ -230,18 +265,69 @@ describe('live capture', () => {
       refresh: () => Promise.resolve(memory.facts),
       close: () => Promise.resolve(),
     };
-    const capture = LiveCapture.start({ source: new FakeSource(), device, sink: new FakeSink(10 * BLOCK), clock: systemClock });
+    const capture = LiveCapture.start({
+      source: new FakeSource(),
+      device,
+      sink: new FakeSink(10 * BLOCK),
+      clock: systemClock,
+    });
     const asked = capture.point();
     await expect(capture.done).rejects.toThrow('read of /dev/test failed');
     await expect(asked).rejects.toThrow('read of /dev/test failed');
   });
 
-  it('stops with a last point when there is time for one', async () => {
-    const bed = await withCapture(10 * BLOCK, { intervalMs: 3_600_000 }, async ({ capture, write }) => {
-      await capture.point();
-      write(2, 8);
-      await capture.stop(60_000);
+  it('gives a point the class that its asker vouches for, with and without changes', async () => {
+    await withCapture(10 * BLOCK, {}, async ({ capture, sink, write }) => {
+      expect((await capture.point()).pointClass).toBe(PointClass.crash);
+      const idle = await capture.point(PointClass.fs);
+      expect(idle).toMatchObject({ seq: 2, pointClass: PointClass.fs, blocks: 0 });
+      // Good enough for who wants less, too.
+      expect((await capture.point()).seq).toBe(2);
+      write(1, 1);
+      const [fs, app] = await Promise.all([
+        capture.point(PointClass.fs),
+        capture.point(PointClass.app),
+      ]);
+      expect(app).toMatchObject({ pointClass: PointClass.app });
+      expect(fs.pointClass).toBeGreaterThanOrEqual(PointClass.fs);
+      write(2, 2);
+      expect((await capture.point()).pointClass).toBe(PointClass.crash);
+      expect(sink.commits.map((c) => c.pointClass).slice(0, 2)).toEqual([
+        PointClass.crash,
+        PointClass.fs,
+      ]);
     });
+  });
+
+  it('gives no class that its asker does not vouch for any longer', async () => {
+    await withCapture(10 * BLOCK, {}, async ({ capture, sink, write }) => {
+      await capture.point();
+      sink.fail = new B2Error('io', 'the repository is away');
+      write(1, 1);
+      const patience = new AbortController();
+      const frozen = capture.point(PointClass.fs, patience.signal);
+      await systemClock.sleep(20);
+      patience.abort();
+      await expect(frozen).rejects.toMatchObject({ kind: 'interrupted' });
+      sink.fail = undefined;
+      expect((await capture.point()).pointClass).toBe(PointClass.crash);
+      await expect(capture.point(PointClass.fs, patience.signal)).rejects.toMatchObject({
+        kind: 'interrupted',
+      });
+      expect(sink.commits.every((c) => c.pointClass === PointClass.crash)).toBe(true);
+    });
+  });
+
+  it('stops with a last point when there is time for one', async () => {
+    const bed = await withCapture(
+      10 * BLOCK,
+      { intervalMs: 3_600_000 },
+      async ({ capture, write }) => {
+        await capture.point();
+        write(2, 8);
+        await capture.stop(60_000);
+      },
+    );
     expect(bed.sink.image.equals(bed.bytes)).toBe(true);
     expect(bed.sink.commits).toHaveLength(2);
     await bed.capture.stop();

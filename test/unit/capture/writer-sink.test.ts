@@ -125,12 +125,20 @@ describe('writer sink', () => {
       content: stagingOf(model.mutate(5), model.data).all(64 * BLOCK),
     });
     const expected = [];
-    expected.push({ seq: (await sink.commit(commitOf(1n))).seq, sizeBytes: 64 * BLOCK, digest: digestOf(model.data) });
+    expected.push({
+      seq: (await sink.commit(commitOf(1n))).seq,
+      sizeBytes: 64 * BLOCK,
+      digest: digestOf(model.data),
+    });
     failing = true;
     const failed = commitOf(2n);
     await expect(sink.commit(failed)).rejects.toMatchObject({ kind: 'no-space' });
     failing = false;
-    expected.push({ seq: (await sink.commit({ ...failed, instantNs: 3n })).seq, sizeBytes: 64 * BLOCK, digest: digestOf(model.data) });
+    expected.push({
+      seq: (await sink.commit({ ...failed, instantNs: 3n })).seq,
+      sizeBytes: 64 * BLOCK,
+      digest: digestOf(model.data),
+    });
     expect(opened).toBe(2);
     const other = await VolumeWriter.claim(repo, model.volumeId);
     await other.history.close();

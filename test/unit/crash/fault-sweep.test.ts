@@ -17,6 +17,9 @@ type Trouble =
   | 'gone'
   | Fault;
 
+/** Of the pairs of call and trouble every so many is tried; 1 (B2_TEST_STRIDE=1) tries all, which takes minutes. */
+const STRIDE = Number(process.env['B2_TEST_STRIDE'] ?? 3);
+
 const IO: Fault = { do: 'io', retryable: false };
 const IO_RETRYABLE: Fault = { do: 'io', retryable: true };
 const LOST: Fault = { do: 'lose-answer' };
@@ -129,7 +132,7 @@ async function oneCase(
 
 describe.each([
   { canAppend: true, encrypted: false, seed: 101 },
-  //X{ canAppend: false, encrypted: true, seed: 202 },
+  { canAppend: false, encrypted: true, seed: 202 },
 ])('a fault at every call (append $canAppend, encrypted $encrypted)', ({ canAppend, encrypted, seed }) => {
   it('is told clearly, loses nothing, and is over when it is over', { timeout: 600_000 }, async () => {
     const { steps, before } = await playSteps({ canAppend, encrypted }, seed);
@@ -137,18 +140,20 @@ describe.each([
     const perStep: string[] = [];
     const failures: string[] = [];
     for (const [i, step] of steps.entries()) {
-      if (step.name !== 'first session') continue; // there to give the merge something to merge
+      if (step.name.endsWith('short sessions')) continue; // there to give the merge something to merge
       const from = before[i];
       const kinds = await callsOf(step, from, canAppend, encrypted, seed + i);
       expect(kinds.length).toBeGreaterThan(2);
       perStep.push(`${step.name} ${kinds.length}`);
-      process.stderr.write(`DBG ${step.name} ${kinds.length} ${tally.cases} ${performance.now()}\n`);
       for (const [n, kind] of kinds.entries()) {
-        for (const trouble of TROUBLES[kind]) {
+        for (const [t, trouble] of TROUBLES[kind].entries()) {
+          if ((n + t) % STRIDE !== 0) continue;
           try {
             await oneCase(step, from, { canAppend, encrypted, seed: seed + i, n, trouble }, tally);
           } catch (error) {
-            failures.push(`step "${step.name}", call ${n} of ${kinds.length} (${kind}), ${nameOf(trouble)}, seed ${seed}: ${told(error)}`);
+            const line = `step "${step.name}", call ${n} of ${kinds.length} (${kind}), ${nameOf(trouble)}, seed ${seed}: ${told(error)}`;
+            failures.push(line);
+            console.log(line);
           }
         }
       }

@@ -6,7 +6,12 @@ import { cpSync, readFileSync, readdirSync, statSync } from 'node:fs';
 import { join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
-import { className, decodeCommit, encodeCommit, type PointClass } from '../../../src/format/commit.js';
+import {
+  className,
+  decodeCommit,
+  encodeCommit,
+  type PointClass,
+} from '../../../src/format/commit.js';
 import { decodeConfig, encodeConfig } from '../../../src/format/config.js';
 import { EXTENT_RECORD_BYTES, decodeExtent, encodeExtents } from '../../../src/format/extent.js';
 import {
@@ -88,7 +93,8 @@ let dir: TempDir;
 beforeAll(() => {
   dir = tempDir();
   // git keeps no empty directories and no modes, and nothing may be written into the originals.
-  for (const version of VERSIONS) cpSync(join(GOLDEN, version), dir.join(version), { recursive: true });
+  for (const version of VERSIONS)
+    cpSync(join(GOLDEN, version), dir.join(version), { recursive: true });
 });
 afterAll(() => dir.remove());
 
@@ -100,12 +106,22 @@ function expected(version: string): readonly GoldenRepository[] {
 function secretsOf(version: string, golden: GoldenRepository): readonly Secret[] {
   if (golden.keyFile !== undefined) {
     const path = join(GOLDEN, version, golden.keyFile);
-    return [{ kind: 'keyFile', material: parseKeyFile(readFileSync(path, 'utf8'), path), source: path }];
+    return [
+      { kind: 'keyFile', material: parseKeyFile(readFileSync(path, 'utf8'), path), source: path },
+    ];
   }
-  return (golden.passwords ?? []).map((password) => ({ kind: 'password', password, source: 'golden' }));
+  return (golden.passwords ?? []).map((password) => ({
+    kind: 'password',
+    password,
+    source: 'golden',
+  }));
 }
 
-async function open(version: string, golden: GoldenRepository, secrets = secretsOf(version, golden)): Promise<Repository> {
+async function open(
+  version: string,
+  golden: GoldenRepository,
+  secrets = secretsOf(version, golden),
+): Promise<Repository> {
   const store = await openDirectoryStore(dir.join(version, golden.name));
   return Repository.open(store, secrets, testEnvironment(seeded(1)));
 }
@@ -119,7 +135,7 @@ function objectsOf(version: string, golden: GoldenRepository): string[] {
 }
 
 function kindOf(name: string): ObjectKind | undefined {
-  if (/\/meta$/.test(name)) return ObjectKind.volumeMeta;
+  if (name.endsWith('/meta')) return ObjectKind.volumeMeta;
   if (/\/epochs\//.test(name)) return ObjectKind.epoch;
   if (/\/journal\//.test(name)) return ObjectKind.journal;
   if (/\/snapshots\//.test(name)) return ObjectKind.snapshot;
@@ -129,7 +145,7 @@ function kindOf(name: string): ObjectKind | undefined {
 /** Each frame of a pack up to the footer or the torn end: offset and bytes. */
 function framesOf(pack: Buffer, end: number): Buffer[] {
   const frames: Buffer[] = [];
-  for (let at = PACK_HEADER_BYTES; at + FRAME_HEADER_BYTES <= end; ) {
+  for (let at = PACK_HEADER_BYTES; at + FRAME_HEADER_BYTES <= end;) {
     if (pack.toString('latin1', at, at + 4) !== 'B2FR') break;
     const next = at + FRAME_HEADER_BYTES + decodeFrameHeader(pack, at, 'pack').storedBytes;
     frames.push(pack.subarray(at, next));
@@ -138,16 +154,25 @@ function framesOf(pack: Buffer, end: number): Buffer[] {
   return frames;
 }
 
-function checkPack(repo: Repository, packId: string, pack: Buffer): { readonly sealed: boolean; readonly commits: number } {
+function checkPack(
+  repo: Repository,
+  packId: string,
+  pack: Buffer,
+): { readonly sealed: boolean; readonly commits: number } {
   const { keys } = repo;
-  const header = decodePackHeader(pack.subarray(0, PACK_HEADER_BYTES), { packId, repositoryId: repo.id });
+  const header = decodePackHeader(pack.subarray(0, PACK_HEADER_BYTES), {
+    packId,
+    repositoryId: repo.id,
+  });
   expect(encodePackHeader(header)).toEqual(pack.subarray(0, PACK_HEADER_BYTES));
   const trailer = decodeTrailer(pack.subarray(pack.length - PACK_TRAILER_BYTES), pack.length);
   if (trailer !== undefined) {
     const { offset, lengthBytes } = trailer;
     const footer = pack.subarray(offset, offset + lengthBytes);
     const salt = footer.subarray(FRAME_HEADER_BYTES, FRAME_HEADER_BYTES + 16);
-    expect(encodeFooter(decodeFooter(footer, packId, keys), packId, offset, salt, keys)).toEqual(pack.subarray(offset));
+    expect(encodeFooter(decodeFooter(footer, packId, keys), packId, offset, salt, keys)).toEqual(
+      pack.subarray(offset),
+    );
   }
   const sealer = keys.packSealer(packId);
   let commits = 0;
@@ -156,7 +181,11 @@ function checkPack(repo: Repository, packId: string, pack: Buffer): { readonly s
     const again = Buffer.alloc(bytes.length);
     encodeFrameHeader(frame.header, again, 0);
     const aad = Buffer.concat([Buffer.from(packId, 'hex'), again.subarray(0, FRAME_HEADER_BYTES)]);
-    const plain = sealer.open(numberNonce(frame.header.number), aad, bytes.subarray(FRAME_HEADER_BYTES));
+    const plain = sealer.open(
+      numberNonce(frame.header.number),
+      aad,
+      bytes.subarray(FRAME_HEADER_BYTES),
+    );
     if (plain === undefined) throw new Error('the seal does not open');
     const copy = Buffer.from(plain);
     expect(copy.length).toBe(bytes.length - FRAME_HEADER_BYTES - SEAL_BYTES);
@@ -189,7 +218,7 @@ function checkSegment(repo: Repository, name: string, segment: Buffer): void {
   expect(encodeSegmentTrailer(indexOffset)).toEqual(trailer);
   const sealer = repo.keys.segmentSealer(Buffer.from(header.salt));
   const types = new Set<number>();
-  for (let at = SEGMENT_HEADER_BYTES; at < segment.length - SEGMENT_TRAILER_BYTES; ) {
+  for (let at = SEGMENT_HEADER_BYTES; at < segment.length - SEGMENT_TRAILER_BYTES;) {
     const { type, number, storedBytes } = decodePageHeader(segment.subarray(at), name, at);
     const page = segment.subarray(at, at + PAGE_HEADER_BYTES + storedBytes);
     const plain = openPage(sealer, headerBytes, type, number, page, name, at);
@@ -197,7 +226,9 @@ function checkSegment(repo: Repository, name: string, segment: Buffer): void {
     types.add(type);
     if (type === PageType.index) {
       expect(at).toBe(indexOffset);
-      expect(encodeSegmentIndex(decodeSegmentIndex(plain, header, indexOffset, name))).toEqual(plain);
+      expect(encodeSegmentIndex(decodeSegmentIndex(plain, header, indexOffset, name))).toEqual(
+        plain,
+      );
     } else if (type === PageType.extents) {
       const records = Array.from({ length: plain.length / EXTENT_RECORD_BYTES }, (_, i) =>
         decodeExtent(plain, i * EXTENT_RECORD_BYTES, name),
@@ -213,14 +244,21 @@ function checkSegment(repo: Repository, name: string, segment: Buffer): void {
     }
     at += page.length;
   }
-  expect([...types].sort()).toEqual([PageType.extents, PageType.commits, PageType.packIds, PageType.index]);
+  expect([...types].sort()).toEqual([
+    PageType.extents,
+    PageType.commits,
+    PageType.packIds,
+    PageType.index,
+  ]);
 }
 
 describe.each(VERSIONS)('golden repositories %s', (version) => {
   const repositories = expected(version);
 
   it('are all listed', () => {
-    const folders = readdirSync(join(GOLDEN, version), { withFileTypes: true }).filter((e) => e.isDirectory());
+    const folders = readdirSync(join(GOLDEN, version), { withFileTypes: true }).filter((e) =>
+      e.isDirectory(),
+    );
     expect(folders.map((e) => e.name).sort()).toEqual(repositories.map((r) => r.name).sort());
   });
 
@@ -228,11 +266,15 @@ describe.each(VERSIONS)('golden repositories %s', (version) => {
     it('restores every point bit for bit', async () => {
       await using repo = await open(version, golden);
       const volumes = await listVolumes(repo, (warning) => expect(warning).toBe('no warning'));
-      expect(volumes.map((v) => [v.id, v.name]).sort()).toEqual(golden.volumes.map((v) => [v.id, v.name]).sort());
+      expect(volumes.map((v) => [v.id, v.name]).sort()).toEqual(
+        golden.volumes.map((v) => [v.id, v.name]).sort(),
+      );
       for (const want of golden.volumes) {
         const meta = volumes.find((v) => v.id === want.id);
         if (meta === undefined) throw new Error(want.id);
-        const snapshots = await listSnapshots(repo, want.id, (warning) => expect(warning).toBe('no warning'));
+        const snapshots = await listSnapshots(repo, want.id, (warning) =>
+          expect(warning).toBe('no warning'),
+        );
         expect(snapshots.map(({ name, seq }) => ({ name, seq }))).toEqual(want.snapshots);
         const history = await VolumeHistory.open(repo, want.id);
         try {
@@ -252,7 +294,8 @@ describe.each(VERSIONS)('golden repositories %s', (version) => {
     });
 
     it('opens with each of its keys by itself, and with no other', async () => {
-      for (const secret of secretsOf(version, golden)) await (await open(version, golden, [secret])).close();
+      for (const secret of secretsOf(version, golden))
+        await (await open(version, golden, [secret])).close();
       if (golden.password === undefined && golden.keyFile === undefined) return;
       const wrong: Secret = { kind: 'password', password: 'wrong', source: 'the test' };
       await expect(open(version, golden, [wrong])).rejects.toMatchObject({ code: 12 });
@@ -273,9 +316,9 @@ describe.each(VERSIONS)('golden repositories %s', (version) => {
           expect(found?.points.map((p) => [p.seq, p.class, p.hash, p.sizeBytes])).toEqual(
             want.points.map((p) => [p.seq, className(p.pointClass), p.hash, p.sizeBytes]),
           );
-          expect(found?.snapshots.map(({ name, seq }) => ({ name, seq })).sort((a, b) => a.seq - b.seq)).toEqual(
-            want.snapshots,
-          );
+          expect(
+            found?.snapshots.map(({ name, seq }) => ({ name, seq })).sort((a, b) => a.seq - b.seq),
+          ).toEqual(want.snapshots);
           for (const point of want.points) {
             const out = dir.join(`${golden.name}-${want.id}-${point.seq}-${packsOnly}`);
             extract(foreign, packsOnly, want.id, String(point.seq), out, null);
@@ -301,7 +344,9 @@ describe.each(VERSIONS)('golden repositories %s', (version) => {
         } else if (kind !== undefined) {
           seen.object++;
           const payload = decodeObject(kind, name, bytes, repo.keys);
-          expect(encodeObject(kind, name, payload, bytes.subarray(16, 32), repo.keys).equals(bytes)).toBe(true);
+          expect(
+            encodeObject(kind, name, payload, bytes.subarray(16, 32), repo.keys).equals(bytes),
+          ).toBe(true);
         } else if (packId !== undefined) {
           seen.pack++;
           seen.commits += checkPack(repo, packId, bytes).commits;

@@ -70,7 +70,7 @@ export class TestKernel {
   /** Node id of a path; throws `errno N`. */
   async walk(...names: readonly string[]): Promise<{ node: number; sizeBytes: number; blocks: number; mtimeNs: bigint; mode: number }> {
     let node = ROOT_NODE;
-    let payload = Buffer.alloc(128);
+    let payload: Buffer = Buffer.alloc(128);
     for (const name of names) {
       const reply = await this.lookup(node, name);
       if (reply.errno !== 0) throw new Error(`errno ${reply.errno}`);

@@ -28,7 +28,10 @@ interface Made {
   readonly model: ModelVolume;
 }
 
-async function make(seed: number, options: { encrypted?: boolean; closed?: boolean; packs?: number } = {}): Promise<Made> {
+async function make(
+  seed: number,
+  options: { encrypted?: boolean; closed?: boolean; packs?: number } = {},
+): Promise<Made> {
   const random = seeded(seed);
   const store = new MemoryStore({ record: false });
   const { repo, model, writer } = await newModel(store, random, {
@@ -36,7 +39,11 @@ async function make(seed: number, options: { encrypted?: boolean; closed?: boole
     ...(options.encrypted === undefined ? {} : { encrypted: options.encrypted }),
   });
   model.mutate(12);
-  await model.capture(writer, Array.from({ length: DEVICE_BYTES / 4096 }, (_, i) => i), true);
+  await model.capture(
+    writer,
+    Array.from({ length: DEVICE_BYTES / 4096 }, (_, i) => i),
+    true,
+  );
   for (let pack = 0; pack < (options.packs ?? 4); pack++) {
     for (let i = 0; i < 3; i++) await model.capture(writer, model.mutate(2));
     await writer.finishPack();
@@ -69,7 +76,8 @@ async function state(store: MemoryStore): Promise<Map<string, string>> {
 async function broken(repo: Repository, model: ModelVolume): Promise<number[]> {
   const list: number[] = [];
   await repo.packs.close();
-  for (const e of model.acknowledged) await checkPoint(repo, model.volumeId, e).catch(() => list.push(e.seq));
+  for (const e of model.acknowledged)
+    await checkPoint(repo, model.volumeId, e).catch(() => list.push(e.seq));
   return list;
 }
 
@@ -77,7 +85,8 @@ function check(repo: Repository): Promise<VerifyReport> {
   return verify(repo, { events: ignoreEvents, dataShare: 1 });
 }
 
-const damage = (r: VerifyReport): string[] => r.findings.filter((f) => f.severity !== 'note').map((f) => `${f.kind} ${f.object}`);
+const damage = (r: VerifyReport): string[] =>
+  r.findings.filter((f) => f.severity !== 'note').map((f) => `${f.kind} ${f.object}`);
 
 /** Repairs twice: the dry run before changes nothing, the second run finds nothing to do. */
 async function mend({ repo, store }: Made): Promise<RepairReport> {
@@ -126,7 +135,9 @@ describe('repair brings back', () => {
     const made = await make(2, { encrypted, closed });
     const { store, repo, model } = made;
     for (const name of await names(store, 'volumes')) await store.delete(name);
-    expect(damage(await check(repo)).filter((d) => d.startsWith('unlisted')).length).toBeGreaterThan(3);
+    expect(
+      damage(await check(repo)).filter((d) => d.startsWith('unlisted')).length,
+    ).toBeGreaterThan(3);
     const report = await mend(made);
     expect(report.left).toEqual([]);
     expect(damage(await check(repo))).toEqual([]);
@@ -145,7 +156,8 @@ describe('repair brings back', () => {
       for (const how of ['flip', 'cut', 'delete'] as const) {
         const before = await store.get(name);
         if (how === 'flip') await flip(store, name, Math.floor(before.length / 2));
-        else if (how === 'cut') await store.put(name, before.subarray(0, Math.floor(before.length / 3)));
+        else if (how === 'cut')
+          await store.put(name, before.subarray(0, Math.floor(before.length / 3)));
         else await store.delete(name);
         const harmless = how === 'delete' && name.includes('/journal/');
         expect([name, how, damage(await check(repo)).length > 0]).toEqual([name, how, !harmless]);
@@ -169,7 +181,9 @@ describe('repair brings back', () => {
       if (how === 'flip') await flip(store, name, 200);
       else await store.delete(name);
       const warnings: string[] = [];
-      const repo = await Repository.open(store, [PASSWORD], testEnvironment(seeded(9)), (m) => warnings.push(m));
+      const repo = await Repository.open(store, [PASSWORD], testEnvironment(seeded(9)), (m) =>
+        warnings.push(m),
+      );
       expect(warnings.length).toBe(name === 'config' ? 1 : 0);
       expect(damage(await check(repo))).toEqual([`config ${name}`]);
       await mend({ ...made, repo });
@@ -227,7 +241,9 @@ describe('repair sets aside', () => {
     const bad = await broken(repo, model);
     expect(bad.length).toBeGreaterThan(0);
     const report = await mend(made);
-    expect(report.actions.map((a) => a.kind)).toEqual((await packIds(store)).map(() => 'quarantine'));
+    expect(report.actions.map((a) => a.kind)).toEqual(
+      (await packIds(store)).map(() => 'quarantine'),
+    );
     expect(await broken(repo, model)).toEqual(bad);
     const after = await check(repo);
     expect(after.findings.every((f) => f.kind === 'quarantine')).toBe(true);
@@ -294,39 +310,52 @@ describe('commits that are lost', () => {
     throw new Error('no such commit');
   }
 
-  it.each([true, false])('cost what builds on them, and nothing else (encrypted: %s)', async (encrypted) => {
-    for (const nth of [1, 2, 7, 13]) {
-      const made = await make(30 + nth, { encrypted });
-      const { repo, model } = made;
-      const tip = model.acknowledged.length;
-      const seq = await lose(made, nth);
-      const report = await mend(made);
-      expect(report.actions.filter((a) => a.kind === 'lost' || a.kind === 'restart').map((a) => a.kind)).toEqual(['lost', 'restart']);
-      expect(report.changedVolumes).toEqual([model.volumeId]);
-      // The chain up to the gap stays; what is behind it is kept and named, and gives an error, never wrong bytes.
-      expect(await broken(repo, model)).toEqual(Array.from({ length: tip - seq + 1 }, (_, i) => seq + i));
-      const words = report.left.map((l) => l.message).join('; ');
-      if (seq < tip) expect(words).toContain(`commits ${seq + 1} to ${tip}`);
-      // The volume is captured again, on the same chain.
-      await captureAgain(made);
-      const history = await VolumeHistory.open(repo, model.volumeId);
-      expect(history.tip?.seq).toBe(tip + 3);
-      expect(history.chain.gap).toBeUndefined();
-      expect(history.lost).toEqual([{ firstSeq: seq, lastSeq: seq }]);
-      history.refuseGap();
-      await history.close();
-      const after = await check(repo);
-      expect(after.volumes[0]?.newestWhole?.seq).toBe(tip + 3);
-      for (const e of model.acknowledged.slice(tip)) await checkPoint(repo, model.volumeId, e);
-      // Prune goes on working, and takes nothing that a readable point needs.
-      await prune(repo, { graceMs: 0 });
-      await prune(repo, { graceMs: 0 });
-      for (const e of [...model.acknowledged.slice(0, seq - 1), ...model.acknowledged.slice(tip)]) {
-        await checkPoint(repo, model.volumeId, e);
+  it.each([true, false])(
+    'cost what builds on them, and nothing else (encrypted: %s)',
+    async (encrypted) => {
+      for (const nth of [1, 2, 7, 13]) {
+        const made = await make(30 + nth, { encrypted });
+        const { repo, model } = made;
+        const tip = model.acknowledged.length;
+        const seq = await lose(made, nth);
+        const report = await mend(made);
+        expect(
+          report.actions
+            .filter((a) => a.kind === 'lost' || a.kind === 'restart')
+            .map((a) => a.kind),
+        ).toEqual(['lost', 'restart']);
+        expect(report.changedVolumes).toEqual([model.volumeId]);
+        // The chain up to the gap stays; what is behind it is kept and named, and gives an error, never wrong bytes.
+        expect(await broken(repo, model)).toEqual(
+          Array.from({ length: tip - seq + 1 }, (_, i) => seq + i),
+        );
+        const words = report.left.map((l) => l.message).join('; ');
+        if (seq < tip) expect(words).toContain(`commits ${seq + 1} to ${tip}`);
+        // The volume is captured again, on the same chain.
+        await captureAgain(made);
+        const history = await VolumeHistory.open(repo, model.volumeId);
+        expect(history.tip?.seq).toBe(tip + 3);
+        expect(history.chain.gap).toBeUndefined();
+        expect(history.lost).toEqual([{ firstSeq: seq, lastSeq: seq }]);
+        history.refuseGap();
+        await history.close();
+        const after = await check(repo);
+        expect(after.volumes[0]?.newestWhole?.seq).toBe(tip + 3);
+        for (const e of model.acknowledged.slice(tip)) await checkPoint(repo, model.volumeId, e);
+        // Prune goes on working, and takes nothing that a readable point needs.
+        await prune(repo, { graceMs: 0 });
+        await prune(repo, { graceMs: 0 });
+        for (const e of [
+          ...model.acknowledged.slice(0, seq - 1),
+          ...model.acknowledged.slice(tip),
+        ]) {
+          await checkPoint(repo, model.volumeId, e);
+        }
+        expect((await repair(repo)).actions).toEqual([]);
       }
-      expect((await repair(repo)).actions).toEqual([]);
-    }
-  }, 60_000);
+    },
+    60_000,
+  );
 
   it('are not given up, and nothing is added, while the manifest only is damaged', async () => {
     const made = await make(50);
@@ -335,7 +364,9 @@ describe('commits that are lost', () => {
     await store.delete(segments[1] ?? '');
     await repo.packs.close();
     // A writer would fork the chain; prune would delete what the lost segment used.
-    await expect(VolumeWriter.claim(repo, model.volumeId)).rejects.toMatchObject({ kind: 'damaged' });
+    await expect(VolumeWriter.claim(repo, model.volumeId)).rejects.toMatchObject({
+      kind: 'damaged',
+    });
     await expect(prune(repo, { graceMs: 0 })).rejects.toMatchObject({ kind: 'refused' });
     await store.delete(segments.at(-1) ?? '');
     const report = await mend(made);

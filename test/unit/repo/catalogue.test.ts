@@ -15,7 +15,12 @@ const ID = 'ab'.repeat(16);
 const PACK = 'cd'.repeat(16);
 
 function open(cacheDir: string, warnings: string[] = []): Promise<Catalogue> {
-  return Catalogue.open({ cacheDir, repositoryId: ID, clock: new SteppedClock(), warn: (m) => void warnings.push(m) });
+  return Catalogue.open({
+    cacheDir,
+    repositoryId: ID,
+    clock: new SteppedClock(),
+    warn: (m) => void warnings.push(m),
+  });
 }
 
 describe('the catalogue', () => {
@@ -23,16 +28,35 @@ describe('the catalogue', () => {
     await using dir = tempDir();
     const first = await open(dir.path);
     const ns = 1_795_363_867_123_456_789n; // above 2^53
-    await first.recordTip({ volumeId: '01'.repeat(16), name: 'a/b', seq: 7, hash: 'ff', instantNs: ns });
-    await first.recordPacks([{ packId: PACK, generation: 2, sizeBytes: 5, verifiedNs: ns, damaged: true }]);
+    await first.recordTip({
+      volumeId: '01'.repeat(16),
+      name: 'a/b',
+      seq: 7,
+      hash: 'ff',
+      instantNs: ns,
+    });
+    await first.recordPacks([
+      { packId: PACK, generation: 2, sizeBytes: 5, verifiedNs: ns, damaged: true },
+    ]);
     await first.recordEvent({ kind: 'verify', content: { damage: 1 } });
     for (const mac of ['one', 'two', 'two', 'three']) await first.recordConfig(mac);
     await first.close();
     expect(statSync(cataloguePath(dir.path, ID)).mode & 0o777).toBe(0o600);
     expect(statSync(dirname(cataloguePath(dir.path, ID))).mode & 0o777).toBe(0o700);
     await using again = await open(dir.path);
-    expect((await again.seenTips()).get('01'.repeat(16))).toMatchObject({ seq: 7, hash: 'ff', instantNs: ns, name: 'a/b' });
-    expect((await again.packs()).get(PACK)).toEqual({ packId: PACK, generation: 2, sizeBytes: 5, verifiedNs: ns, damaged: true });
+    expect((await again.seenTips()).get('01'.repeat(16))).toMatchObject({
+      seq: 7,
+      hash: 'ff',
+      instantNs: ns,
+      name: 'a/b',
+    });
+    expect((await again.packs()).get(PACK)).toEqual({
+      packId: PACK,
+      generation: 2,
+      sizeBytes: 5,
+      verifiedNs: ns,
+      damaged: true,
+    });
     expect(await again.lastEvent('verify')).toMatchObject({ content: { damage: 1 } });
     expect(await again.lastEvent('repair')).toBeUndefined();
     expect(await again.configs()).toEqual(['one', 'two', 'three']);
@@ -53,27 +77,31 @@ describe('the catalogue', () => {
     expect((await c.seenTips()).size).toBe(0);
   });
 
-  it.each(['garbage', 'cut', 'zeros', 'another version'])('begins anew when its file is damaged (%s)', async (how) => {
-    await using dir = tempDir();
-    const path = cataloguePath(dir.path, ID);
-    const first = await open(dir.path);
-    for (let i = 0; i < 300; i++) await first.recordEvent({ kind: 'prune', content: { text: 'x'.repeat(500), i } });
-    await first.close();
-    const bytes = readFileSync(path);
-    if (how === 'garbage') bytes.fill(0x5a, 0, 4096);
-    if (how === 'zeros') bytes.fill(0, 4096, 4096 * 6);
-    if (how === 'another version') bytes.writeUInt32BE(99, 60);
-    writeFileSync(path, how === 'cut' ? bytes.subarray(0, 4096 + 17) : bytes);
-    for (const end of ['-wal', '-shm']) await rm(path + end, { force: true });
-    const warnings: string[] = [];
-    await using again = await open(dir.path, warnings);
-    expect(warnings).toHaveLength(1);
-    expect(warnings[0]).toContain('begun anew');
-    expect(await again.lastEvent('prune')).toBeUndefined();
-    await again.recordEvent({ kind: 'prune', content: {} });
-    expect(await again.lastEvent('prune')).toBeDefined();
-    expect(readdirSync(dirname(path)).some((n) => n.includes('.damaged-'))).toBe(true);
-  });
+  it.each(['garbage', 'cut', 'zeros', 'another version'])(
+    'begins anew when its file is damaged (%s)',
+    async (how) => {
+      await using dir = tempDir();
+      const path = cataloguePath(dir.path, ID);
+      const first = await open(dir.path);
+      for (let i = 0; i < 300; i++)
+        await first.recordEvent({ kind: 'prune', content: { text: 'x'.repeat(500), i } });
+      await first.close();
+      const bytes = readFileSync(path);
+      if (how === 'garbage') bytes.fill(0x5a, 0, 4096);
+      if (how === 'zeros') bytes.fill(0, 4096, 4096 * 6);
+      if (how === 'another version') bytes.writeUInt32BE(99, 60);
+      writeFileSync(path, how === 'cut' ? bytes.subarray(0, 4096 + 17) : bytes);
+      for (const end of ['-wal', '-shm']) await rm(path + end, { force: true });
+      const warnings: string[] = [];
+      await using again = await open(dir.path, warnings);
+      expect(warnings).toHaveLength(1);
+      expect(warnings[0]).toContain('begun anew');
+      expect(await again.lastEvent('prune')).toBeUndefined();
+      await again.recordEvent({ kind: 'prune', content: {} });
+      expect(await again.lastEvent('prune')).toBeDefined();
+      expect(readdirSync(dirname(path)).some((n) => n.includes('.damaged-'))).toBe(true);
+    },
+  );
 
   it('is used by two at once', async () => {
     await using dir = tempDir();
@@ -82,7 +110,15 @@ describe('the catalogue', () => {
     await Promise.all(
       [a, b].flatMap((c, n) =>
         Array.from({ length: 20 }, (_, i) =>
-          c.recordPacks([{ packId: `${n}`.repeat(30) + String(i).padStart(2, '0'), generation: 0, sizeBytes: i, verifiedNs: undefined, damaged: false }]),
+          c.recordPacks([
+            {
+              packId: `${n}`.repeat(30) + String(i).padStart(2, '0'),
+              generation: 0,
+              sizeBytes: i,
+              verifiedNs: undefined,
+              damaged: false,
+            },
+          ]),
         ),
       ),
     );

@@ -23,7 +23,11 @@ async function make(seed: number): Promise<Made> {
   const store = new MemoryStore({ record: false });
   const { repo, model, writer } = await newModel(store, seeded(seed), { sizeBytes: SIZE });
   model.mutate(20);
-  await model.capture(writer, Array.from({ length: Math.ceil(SIZE / 4096) }, (_, i) => i), true);
+  await model.capture(
+    writer,
+    Array.from({ length: Math.ceil(SIZE / 4096) }, (_, i) => i),
+    true,
+  );
   for (let i = 0; i < 6; i++) await model.capture(writer, model.mutate(3));
   await writer.close();
   return { store, repo, model };
@@ -34,7 +38,8 @@ function deviceOf(bytes: Buffer, read?: ReadDevice['read']): ReadDevice {
   return {
     facts: d.facts,
     read: read ?? ((into, offset) => d.read(into, offset)),
-    dataRanges: (offset, length) => Promise.resolve([{ offset, length: Math.min(length, bytes.length - offset) }]),
+    dataRanges: (offset, length) =>
+      Promise.resolve([{ offset, length: Math.min(length, bytes.length - offset) }]),
     refresh: () => Promise.resolve(d.facts),
     close: () => Promise.resolve(),
   };
@@ -90,8 +95,14 @@ describe('compareWithDevice', () => {
   it('compares what both have when sizes differ', async () => {
     const made = await make(6);
     const longer = Buffer.concat([made.model.data, Buffer.alloc(8192, 1)]);
-    expect(await compare(made, deviceOf(longer))).toMatchObject({ deviceBytes: SIZE + 8192, comparedBytes: SIZE, ranges: [] });
-    expect(await compare(made, deviceOf(Buffer.from(made.model.data.subarray(0, 100_000))))).toMatchObject({
+    expect(await compare(made, deviceOf(longer))).toMatchObject({
+      deviceBytes: SIZE + 8192,
+      comparedBytes: SIZE,
+      ranges: [],
+    });
+    expect(
+      await compare(made, deviceOf(Buffer.from(made.model.data.subarray(0, 100_000)))),
+    ).toMatchObject({
       deviceBytes: 100_000,
       comparedBytes: 100_000,
       ranges: [],

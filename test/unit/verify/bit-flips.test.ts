@@ -4,7 +4,7 @@
  */
 import { describe, expect, it } from 'vitest';
 import { ignoreEvents } from '../../../src/events.js';
-import { Repository } from '../../../src/repo/repository.js';
+import type { Repository } from '../../../src/repo/repository.js';
 import { addSnapshot } from '../../../src/repo/volume.js';
 import { VolumeHistory } from '../../../src/repo/history.js';
 import { PointClass } from '../../../src/format/commit.js';
@@ -33,14 +33,26 @@ interface Made {
 async function make(seed: number, encrypted: boolean): Promise<Made> {
   const random = seeded(seed);
   const store = new MemoryStore({ record: false });
-  const { repo, model, writer } = await newModel(store, random, { sizeBytes: DEVICE_BYTES, encrypted });
+  const { repo, model, writer } = await newModel(store, random, {
+    sizeBytes: DEVICE_BYTES,
+    encrypted,
+  });
   model.mutate(8);
-  await model.capture(writer, Array.from({ length: DEVICE_BYTES / 4096 }, (_, i) => i), true);
+  await model.capture(
+    writer,
+    Array.from({ length: DEVICE_BYTES / 4096 }, (_, i) => i),
+    true,
+  );
   for (let pack = 0; pack < 2; pack++) {
     for (let i = 0; i < 2; i++) await model.capture(writer, model.mutate(1));
     await writer.finishPack();
   }
-  if (encrypted) await repo.addKey({ kind: 'password', password: 'another', source: 'the test' }, 'second', CHEAP);
+  if (encrypted)
+    await repo.addKey(
+      { kind: 'password', password: 'another', source: 'the test' },
+      'second',
+      CHEAP,
+    );
   const history = await VolumeHistory.open(repo, model.volumeId);
   await addSnapshot(repo, {
     name: 'before',
@@ -88,61 +100,79 @@ function offsets(length: number, first: boolean, step: number, random: () => num
 async function lost(repo: Repository, model: ModelVolume): Promise<number[]> {
   const list: number[] = [];
   await repo.packs.close();
-  for (const e of model.acknowledged) await checkPoint(repo, model.volumeId, e).catch(() => list.push(e.seq));
+  for (const e of model.acknowledged)
+    await checkPoint(repo, model.volumeId, e).catch(() => list.push(e.seq));
   return list;
 }
 
 describe('bit flips', () => {
-  it.each([true, false])('are found, or harmless (encrypted: %s)', async (encrypted) => {
-    const { store, repo, model } = await make(encrypted ? 21 : 22, encrypted);
-    expect((await run(repo)).findings).toEqual([]);
-    await using dir = tempDir();
-    await using catalogue = await Catalogue.open({
-      cacheDir: dir.path,
-      repositoryId: repo.id,
-      clock: repo.env.clock,
-      warn: (message) => expect.fail(message),
-    });
-    const objects = await contents(store);
-    const random = seeded(23);
-    const kinds = new Map<string, { flips: number; harmless: number; torn: number }>();
-    for (const [name, bytes] of objects) {
-      const isOpen = name.startsWith('packs/') && bytes.readUInt32LE(bytes.length - 16) !== 0x4550_3242;
-      const kind = isOpen
-        ? 'the open pack'
-        : name.replace(/[0-9a-f]{16,}/g, 'ID').replace(/packs\/../, 'packs/XX').replace(/[0-9a-f]{8}$/, 'N');
-      const first = !kinds.has(kind);
-      const count = kinds.get(kind) ?? { flips: 0, harmless: 0, torn: 0 };
-      kinds.set(kind, count);
-      for (const at of offsets(bytes.length, first, encrypted ? 1 : 3, random)) {
-        const changed = Buffer.from(bytes);
-        changed[at] = (changed[at] ?? 0) ^ (1 << Math.floor(random() * 8));
-        await store.put(name, changed);
-        count.flips++;
-        const report = await run(repo, name.startsWith('packs/') ? 1 : 0);
-        if (isDamage(report)) continue;
-        // Not found: it must do no harm, or be what only memory can find.
-        const gone = await lost(repo, model);
-        if (gone.length === 0) {
-          count.harmless++; // proven: every acknowledged point restores bit for bit
-          continue;
+  it.each([true, false])(
+    'are found, or harmless (encrypted: %s)',
+    async (encrypted) => {
+      const { store, repo, model } = await make(encrypted ? 21 : 22, encrypted);
+      expect((await run(repo)).findings).toEqual([]);
+      await using dir = tempDir();
+      await using catalogue = await Catalogue.open({
+        cacheDir: dir.path,
+        repositoryId: repo.id,
+        clock: repo.env.clock,
+        warn: (message) => expect.fail(message),
+      });
+      const objects = await contents(store);
+      const random = seeded(23);
+      const kinds = new Map<string, { flips: number; harmless: number; torn: number }>();
+      for (const [name, bytes] of objects) {
+        const isOpen =
+          name.startsWith('packs/') && bytes.readUInt32LE(bytes.length - 16) !== 0x4550_3242;
+        const kind = isOpen
+          ? 'the open pack'
+          : name
+              .replace(/[0-9a-f]{16,}/g, 'ID')
+              .replace(/packs\/../, 'packs/XX')
+              .replace(/[0-9a-f]{8}$/, 'N');
+        const first = !kinds.has(kind);
+        const count = kinds.get(kind) ?? { flips: 0, harmless: 0, torn: 0 };
+        kinds.set(kind, count);
+        for (const at of offsets(bytes.length, first, encrypted ? 1 : 3, random)) {
+          const changed = Buffer.from(bytes);
+          changed[at] = (changed[at] ?? 0) ^ (1 << Math.floor(random() * 8));
+          await store.put(name, changed);
+          count.flips++;
+          const report = await run(repo, name.startsWith('packs/') ? 1 : 0);
+          if (isDamage(report)) continue;
+          // Not found: it must do no harm, or be what only memory can find.
+          const gone = await lost(repo, model);
+          if (gone.length === 0) {
+            count.harmless++; // proven: every acknowledged point restores bit for bit
+            continue;
+          }
+          // FORMAT.md section 10: behind the last segment it looks like the torn end of a crash, and only who has seen more can tell.
+          expect(`${kind} ${at}`).toMatch(/^the open pack/);
+          count.torn++;
+          const tip = model.acknowledged.length;
+          expect(gone.every((seq) => seq > tip - 2)).toBe(true);
+          if (count.torn % 10 !== 1) continue;
+          await catalogue.recordTip({
+            volumeId: model.volumeId,
+            name: 'v',
+            seq: tip,
+            hash: 'any',
+            instantNs: 1n,
+          });
+          expect((await run(repo, 0, catalogue)).findings.map((f) => f.kind)).toContain('rollback');
+          await catalogue.forgetTip(model.volumeId);
         }
-        // FORMAT.md section 10: behind the last segment it looks like the torn end of a crash, and only who has seen more can tell.
-        expect(`${kind} ${at}`).toMatch(/^the open pack/);
-        count.torn++;
-        const tip = model.acknowledged.length;
-        expect(gone.every((seq) => seq > tip - 2)).toBe(true);
-        if (count.torn % 10 !== 1) continue;
-        await catalogue.recordTip({ volumeId: model.volumeId, name: 'v', seq: tip, hash: 'any', instantNs: 1n });
-        expect((await run(repo, 0, catalogue)).findings.map((f) => f.kind)).toContain('rollback');
-        await catalogue.forgetTip(model.volumeId);
+        await store.put(name, bytes);
       }
-      await store.put(name, bytes);
-    }
-    const table = [...kinds].map(([k, c]) => `${k}: ${c.flips} flips, ${c.harmless} harmless, ${c.torn} like a crash`);
-    console.info(table.join('\n'));
-    // What is harmless: bytes that no reader looks at, which only a pack without a footer has.
-    for (const [kind, c] of kinds) if (kind !== 'the open pack') expect([kind, c.harmless]).toEqual([kind, 0]);
-    expect((await run(repo)).findings).toEqual([]);
-  }, 120_000);
+      const table = [...kinds].map(
+        ([k, c]) => `${k}: ${c.flips} flips, ${c.harmless} harmless, ${c.torn} like a crash`,
+      );
+      console.info(table.join('\n'));
+      // What is harmless: bytes that no reader looks at, which only a pack without a footer has.
+      for (const [kind, c] of kinds)
+        if (kind !== 'the open pack') expect([kind, c.harmless]).toEqual([kind, 0]);
+      expect((await run(repo)).findings).toEqual([]);
+    },
+    120_000,
+  );
 });

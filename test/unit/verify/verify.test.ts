@@ -8,7 +8,14 @@ import { Repository } from '../../../src/repo/repository.js';
 import { VolumeWriter } from '../../../src/repo/volume-writer.js';
 import type { Finding } from '../../../src/verify/findings.js';
 import { verify, type VerifyOptions, type VerifyReport } from '../../../src/verify/verify.js';
-import { CHEAP, ModelVolume, PASSWORD, newModel, seeded, checkPoint } from '../../support/model-volume.js';
+import {
+  CHEAP,
+  ModelVolume,
+  PASSWORD,
+  newModel,
+  seeded,
+  checkPoint,
+} from '../../support/model-volume.js';
 import { SteppedClock } from '../../support/stepped-clock.js';
 import { tempDir } from '../../support/tmp.js';
 import { MemoryStore } from '../../support/store-memory.js';
@@ -22,7 +29,10 @@ interface Made {
 }
 
 /** Several packs, segments of them, and (unless `closed`) commits that are in the journal only. */
-async function make(seed: number, options: { encrypted?: boolean; closed?: boolean; canAppend?: boolean } = {}): Promise<Made> {
+async function make(
+  seed: number,
+  options: { encrypted?: boolean; closed?: boolean; canAppend?: boolean } = {},
+): Promise<Made> {
   const random = seeded(seed);
   const store = new MemoryStore({ record: false, canAppend: options.canAppend ?? true });
   const { repo, model, writer } = await newModel(store, random, {
@@ -59,21 +69,24 @@ describe('verify of what is right', () => {
     [false, false, true],
     [false, true, false],
     [false, false, false],
-  ])('finds nothing (encrypted: %s, closed: %s, append: %s)', async (encrypted, closed, canAppend) => {
-    const { repo, model } = await make(1, { encrypted, closed, canAppend });
-    const report = await run(repo);
-    expect(report.findings).toEqual([]);
-    expect(report.volumes).toHaveLength(1);
-    expect(report.volumes[0]).toMatchObject({
-      name: 'host/sda',
-      commits: model.acknowledged.length,
-      newest: { seq: model.acknowledged.length },
-      newestWhole: { seq: model.acknowledged.length },
-      damagedPoints: 0,
-    });
-    expect(report.data?.frames).toBeGreaterThan(20);
-    expect(report.data?.leftPacks).toBe(0);
-  });
+  ])(
+    'finds nothing (encrypted: %s, closed: %s, append: %s)',
+    async (encrypted, closed, canAppend) => {
+      const { repo, model } = await make(1, { encrypted, closed, canAppend });
+      const report = await run(repo);
+      expect(report.findings).toEqual([]);
+      expect(report.volumes).toHaveLength(1);
+      expect(report.volumes[0]).toMatchObject({
+        name: 'host/sda',
+        commits: model.acknowledged.length,
+        newest: { seq: model.acknowledged.length },
+        newestWhole: { seq: model.acknowledged.length },
+        damagedPoints: 0,
+      });
+      expect(report.data?.frames).toBeGreaterThan(20);
+      expect(report.data?.leftPacks).toBe(0);
+    },
+  );
 });
 
 /** Points that do not restore bit for bit. */
@@ -93,7 +106,9 @@ async function broken(repo: Repository, model: ModelVolume): Promise<number[]> {
 /** What a report says is touched, as sequence numbers of points. */
 function touched(report: VerifyReport, model: ModelVolume): number[] {
   const runs = report.findings.flatMap((f) => f.touches ?? []).flatMap((t) => t.runs);
-  return model.acknowledged.map((e) => e.seq).filter((seq) => runs.some((r) => seq >= r.firstSeq && seq <= r.lastSeq));
+  return model.acknowledged
+    .map((e) => e.seq)
+    .filter((seq) => runs.some((r) => seq >= r.firstSeq && seq <= r.lastSeq));
 }
 
 async function packIds(store: MemoryStore): Promise<string[]> {
@@ -133,7 +148,13 @@ describe('damage is located', () => {
             kind: 'frame',
             severity: 'damage',
             object: packName(packId),
-            frames: [{ number: frame.number, offsetBytes: frame.offset, lengthBytes: frame.storedBytes + 32 }],
+            frames: [
+              {
+                number: frame.number,
+                offsetBytes: frame.offset,
+                lengthBytes: frame.storedBytes + 32,
+              },
+            ],
           });
           const good = model.acknowledged.map((e) => e.seq).filter((seq) => !bad.includes(seq));
           expect(report.volumes[0]?.newestWhole?.seq).toBe(good.at(-1));
@@ -161,14 +182,21 @@ describe('damage is located', () => {
       const bad = await broken(repo, model);
       expect(bad.length).toBeGreaterThan(0);
       expect(touched(report, model)).toEqual(bad);
-      expect(damage(report).map((f) => [f.kind, f.object])).toEqual([['missing', packName(packId)]]);
+      expect(damage(report).map((f) => [f.kind, f.object])).toEqual([
+        ['missing', packName(packId)],
+      ]);
       await store.put(packName(packId), before);
     }
   });
 });
 
 async function catalogueFor(repo: Repository, dir: string): Promise<Catalogue> {
-  return Catalogue.open({ cacheDir: dir, repositoryId: repo.id, clock: repo.env.clock, warn: (m) => expect.fail(m) });
+  return Catalogue.open({
+    cacheDir: dir,
+    repositoryId: repo.id,
+    clock: repo.env.clock,
+    warn: (m) => expect.fail(m),
+  });
 }
 
 describe('a budget', () => {
@@ -198,7 +226,9 @@ describe('a budget', () => {
     // The second round begins with the one that was verified longest ago.
     await run(repo, { dataShare: 0.01, catalogue });
     const times = await catalogue.packs();
-    const latest = [...times.values()].sort((a, b) => Number((b.verifiedNs ?? 0n) - (a.verifiedNs ?? 0n)))[0];
+    const latest = [...times.values()].sort((a, b) =>
+      Number((b.verifiedNs ?? 0n) - (a.verifiedNs ?? 0n)),
+    )[0];
     expect(latest?.packId).toBe(newestFirst[0]);
     // A budget that is over before it begins reads nothing, and says what is left.
     const none = await run(repo, { budgetMs: 0, catalogue });
@@ -213,7 +243,9 @@ describe('a budget', () => {
     const before = await store.get(packName(packId));
     await flip(store, packName(packId), 120);
     expect(damage(await run(repo, { catalogue })).map((f) => f.kind)).toEqual(['frame']);
-    expect(damage(await run(repo, { dataShare: 0, catalogue })).map((f) => f.object)).toEqual([packName(packId)]);
+    expect(damage(await run(repo, { dataShare: 0, catalogue })).map((f) => f.object)).toEqual([
+      packName(packId),
+    ]);
     // It is the first to be looked at again.
     await store.put(packName(packId), before);
     expect(damage(await run(repo, { dataShare: 0.01, catalogue }))).toEqual([]);
@@ -271,10 +303,14 @@ describe('a repository that was put back', () => {
     await repo.addKey({ kind: 'password', password: 'other', source: 'the test' }, 'other', CHEAP);
     expect((await run(repo, { dataShare: 0, catalogue })).findings).toEqual([]);
     await store.put('config', old);
-    expect(damage(await run(repo, { dataShare: 0, catalogue })).map((f) => f.kind)).toEqual(['config']);
+    expect(damage(await run(repo, { dataShare: 0, catalogue })).map((f) => f.kind)).toEqual([
+      'config',
+    ]);
     await store.put('config.copy', old);
     const reopened = await Repository.open(store, [PASSWORD], repo.env);
-    expect(damage(await run(reopened, { dataShare: 0, catalogue })).map((f) => [f.kind, f.object])).toEqual([['rollback', 'config']]);
+    expect(
+      damage(await run(reopened, { dataShare: 0, catalogue })).map((f) => [f.kind, f.object]),
+    ).toEqual([['rollback', 'config']]);
   });
 });
 
@@ -292,7 +328,17 @@ describe('files that are exchanged, cut, deleted or put back one by one', () => 
     for (const [name, bytes] of all) {
       await store.delete(name);
       await expectDamage(`${name} deleted`);
-      for (const end of new Set([0, 1, 47, 63, 64, 65, bytes.length - 1, bytes.length - 16, ...Array.from({ length: 4 }, () => Math.floor(random() * bytes.length))])) {
+      for (const end of new Set([
+        0,
+        1,
+        47,
+        63,
+        64,
+        65,
+        bytes.length - 1,
+        bytes.length - 16,
+        ...Array.from({ length: 4 }, () => Math.floor(random() * bytes.length)),
+      ])) {
         if (end < 0 || end >= bytes.length) continue;
         await store.put(name, bytes.subarray(0, end));
         await expectDamage(`${name} cut at ${end}`);
@@ -301,7 +347,8 @@ describe('files that are exchanged, cut, deleted or put back one by one', () => 
       // Bytes behind a pack make its footer invisible; behind anything else they are not what was written.
       await expectDamage(`${name} with bytes added`);
       for (const [other, foreign] of all) {
-        if (other === name || foreign.equals(bytes) || other.split('/')[0] !== name.split('/')[0]) continue;
+        if (other === name || foreign.equals(bytes) || other.split('/')[0] !== name.split('/')[0])
+          continue;
         await store.put(name, foreign);
         await expectDamage(`${other} put in the place of ${name}`);
         break;

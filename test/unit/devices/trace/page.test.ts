@@ -1,7 +1,11 @@
 /** Pages built here record by record, damaged pages, and pages of random bytes. */
 import { describe, expect, it } from 'vitest';
 import { EventRole, PageParser, type BlockEvent } from '../../../../src/devices/trace/page.js';
-import { blockEventLayout, parseEventFormat, parseHeaderPage } from '../../../../src/devices/trace/format.js';
+import {
+  blockEventLayout,
+  parseEventFormat,
+  parseHeaderPage,
+} from '../../../../src/devices/trace/format.js';
 import { parseCpuStats } from '../../../../src/devices/trace/instance.js';
 import { seeded } from '../../../support/model-volume.js';
 
@@ -66,7 +70,14 @@ class Page {
     return this;
   }
 
-  event(id: number, delta: number, sector: number, sectors: number, rwbs: string, form: 'short' | 'long' = 'short'): this {
+  event(
+    id: number,
+    delta: number,
+    sector: number,
+    sectors: number,
+    rwbs: string,
+    form: 'short' | 'long' = 'short',
+  ): this {
     const layout = id === queue.id ? queue : done;
     const body = Buffer.alloc(56);
     body.writeUInt16LE(id, 0);
@@ -88,7 +99,10 @@ class Page {
   }
 }
 
-function read(view: DataView, p = parser()): { events: BlockEvent[]; missed: number; damage: string | undefined } {
+function read(
+  view: DataView,
+  p = parser(),
+): { events: BlockEvent[]; missed: number; damage: string | undefined } {
   const events: BlockEvent[] = [];
   const { missed, damage } = p.parse(view, (e) => events.push({ ...e }));
   return { events, missed, damage };
@@ -96,7 +110,15 @@ function read(view: DataView, p = parser()): { events: BlockEvent[]; missed: num
 
 describe('formats', () => {
   it('reads offsets from the kernel’s own description', () => {
-    expect(queue).toEqual({ id: 2097, devAt: 8, sectorAt: 16, sectorsAt: 24, rwbsAt: 28, rwbsBytes: 10, minBytes: 38 });
+    expect(queue).toEqual({
+      id: 2097,
+      devAt: 8,
+      sectorAt: 16,
+      sectorsAt: 24,
+      rwbsAt: 28,
+      rwbsBytes: 10,
+      minBytes: 38,
+    });
     expect(done).toMatchObject({ id: 1200, rwbsAt: 32, rwbsBytes: 8, minBytes: 40 });
     expect(page).toEqual({ commitAt: 8, dataAt: 16, pageBytes: 4096 });
   });
@@ -104,19 +126,33 @@ describe('formats', () => {
   it.each([
     ['no ID', QUEUE.replace('ID: 2097', ''), 'no usable ID'],
     ['no sector', QUEUE.replace('sector_t sector', 'sector_t place'), 'there is no field sector'],
-    ['a short sector', QUEUE.replace('offset:16;	size:8', 'offset:16;	size:4'), 'field sector has 4 bytes'],
-    ['another start', QUEUE.replace('common_type;	offset:0', 'common_type;	offset:2'), 'common_type is not at the start'],
+    [
+      'a short sector',
+      QUEUE.replace('offset:16;	size:8', 'offset:16;	size:4'),
+      'field sector has 4 bytes',
+    ],
+    [
+      'another start',
+      QUEUE.replace('common_type;	offset:0', 'common_type;	offset:2'),
+      'common_type is not at the start',
+    ],
   ])('refuses %s', (_name, text, message) => {
-    expect(() => blockEventLayout(parseEventFormat(text, '/x/format'), '/x/format')).toThrow(message);
+    expect(() => blockEventLayout(parseEventFormat(text, '/x/format'), '/x/format')).toThrow(
+      message,
+    );
   });
 
   it('refuses a page it does not know', () => {
-    expect(() => parseHeaderPage(HEADER.replace('offset:16', 'offset:24'), 'h')).toThrow('do not follow');
+    expect(() => parseHeaderPage(HEADER.replace('offset:16', 'offset:24'), 'h')).toThrow(
+      'do not follow',
+    );
     expect(() => parseHeaderPage('', 'h')).toThrow('does not start with a time');
   });
 
   it('reads the counters of a buffer', () => {
-    expect(parseCpuStats('entries: 180\noverrun: 3\ncommit overrun: 4\nbytes: 1\ndropped events: 5\n')).toEqual({ overrun: 3, dropped: 9 });
+    expect(
+      parseCpuStats('entries: 180\noverrun: 3\ncommit overrun: 4\nbytes: 1\ndropped events: 5\n'),
+    ).toEqual({ overrun: 3, dropped: 9 });
   });
 });
 
@@ -130,7 +166,11 @@ describe('pages', () => {
       .word(0, 0)
       .word(0, 0)
       .event(queue.id, 1, 0, 1, 'DS')
-      .word(31, Number((ORIGIN + 700_000_000n) & 0x7ff_ffffn), Number(((ORIGIN + 700_000_000n) >> 27n) & 0xffff_ffffn))
+      .word(
+        31,
+        Number((ORIGIN + 700_000_000n) & 0x7ff_ffffn),
+        Number(((ORIGIN + 700_000_000n) >> 27n) & 0xffff_ffffn),
+      )
       .event(queue.id, 4, 0, 1, 'N')
       .event(queue.id, 0, 0, 1, 'WZS')
       .event(queue.id, 0, 0, 1, 'RA')
@@ -142,18 +182,75 @@ describe('pages', () => {
     expect({ missed, damage }).toEqual({ missed: 0, damage: undefined });
     const dev = 0x0070_0001;
     expect(events).toEqual([
-      { role: EventRole.issue, dev, sector: 2 ** 33 + 8, sectors: 8, kind: 'write', isFlush: false, isRead: false, atNs: 507 },
-      { role: EventRole.requestDone, dev, sector: 16, sectors: 24, kind: 'write', isFlush: true, isRead: false, atNs: second },
-      { role: EventRole.issue, dev, sector: 0, sectors: 1, kind: 'discard', isFlush: false, isRead: false, atNs: second + 12 },
-      { role: EventRole.issue, dev, sector: 0, sectors: 1, kind: 'zeroes', isFlush: false, isRead: false, atNs: 700_000_004 },
-      { role: EventRole.issue, dev, sector: 0, sectors: 1, kind: 'zeroes', isFlush: false, isRead: false, atNs: 700_000_004 },
-      { role: EventRole.issue, dev, sector: 0, sectors: 1, kind: 'write', isFlush: false, isRead: true, atNs: 700_000_004 },
+      {
+        role: EventRole.issue,
+        dev,
+        sector: 2 ** 33 + 8,
+        sectors: 8,
+        kind: 'write',
+        isFlush: false,
+        isRead: false,
+        atNs: 507,
+      },
+      {
+        role: EventRole.requestDone,
+        dev,
+        sector: 16,
+        sectors: 24,
+        kind: 'write',
+        isFlush: true,
+        isRead: false,
+        atNs: second,
+      },
+      {
+        role: EventRole.issue,
+        dev,
+        sector: 0,
+        sectors: 1,
+        kind: 'discard',
+        isFlush: false,
+        isRead: false,
+        atNs: second + 12,
+      },
+      {
+        role: EventRole.issue,
+        dev,
+        sector: 0,
+        sectors: 1,
+        kind: 'zeroes',
+        isFlush: false,
+        isRead: false,
+        atNs: 700_000_004,
+      },
+      {
+        role: EventRole.issue,
+        dev,
+        sector: 0,
+        sectors: 1,
+        kind: 'zeroes',
+        isFlush: false,
+        isRead: false,
+        atNs: 700_000_004,
+      },
+      {
+        role: EventRole.issue,
+        dev,
+        sector: 0,
+        sectors: 1,
+        kind: 'write',
+        isFlush: false,
+        isRead: true,
+        atNs: 700_000_004,
+      },
     ]);
   });
 
   it('keeps nanoseconds exact after years of uptime', () => {
     const origin = 400n * 86_400n * 1_000_000_000n;
-    const view = new Page(origin + 1n).event(queue.id, 1, 0, 8, 'W').event(queue.id, 1, 0, 8, 'W').view();
+    const view = new Page(origin + 1n)
+      .event(queue.id, 1, 0, 8, 'W')
+      .event(queue.id, 1, 0, 8, 'W')
+      .view();
     expect(read(view, parser(origin)).events.map((e) => e.atNs)).toEqual([2, 3]);
   });
 
@@ -169,7 +266,11 @@ describe('pages', () => {
     ['a record that is cut off', (p: Page) => p.word(20, 1).view(), 'is cut off'],
     ['a record without length', (p: Page) => p.word(0, 1, 2).view(), 'a record of 2 bytes'],
     ['padding over the end', (p: Page) => p.word(29, 1, 4000).view(), 'padding of 4000 bytes'],
-    ['a block event too short for its fields', (p: Page) => p.word(1, 1, 2097).view(), 'a short record'],
+    [
+      'a block event too short for its fields',
+      (p: Page) => p.word(1, 1, 2097).view(),
+      'a short record',
+    ],
   ])('tells %s', (_name, make, message) => {
     expect(read(make(new Page(ORIGIN).event(queue.id, 1, 0, 8, 'W'))).damage).toContain(message);
   });
@@ -183,10 +284,12 @@ describe('pages', () => {
         bytes = Buffer.alloc(1 + Math.floor(random() * 600));
         for (let k = 0; k < bytes.length; k++) bytes[k] = Math.floor(random() * 256);
         // A plausible length, so that the records are looked at.
-        if (bytes.length > 24) bytes.writeUInt32LE((bytes.length - 16 - Math.floor(random() * 8)) >>> 0, 8);
+        if (bytes.length > 24)
+          bytes.writeUInt32LE((bytes.length - 16 - Math.floor(random() * 8)) >>> 0, 8);
       } else {
         const built = new Page(ORIGIN);
-        for (let k = 0; k < 5; k++) built.event(queue.id, k, k * 8, 8, 'WS', k % 2 === 0 ? 'long' : 'short');
+        for (let k = 0; k < 5; k++)
+          built.event(queue.id, k, k * 8, 8, 'WS', k % 2 === 0 ? 'long' : 'short');
         const view = built.view();
         bytes = Buffer.from(view.buffer, view.byteOffset, 512);
         for (let k = 0; k < 4; k++) {

@@ -93,9 +93,16 @@ describe('nextStep', () => {
     expect(nextStep(apart, policy)).toBeUndefined();
   });
 
-  it('does not touch what lies behind a gap', () => {
+  it('merges on either side of a gap, never over it, and makes no map behind it without a full commit', () => {
     const behind = [10, 11, 12, 13].map((n) => facts(0, n, n));
-    expect(nextStep([facts(0, 1, 1), ...behind], policy)).toBeUndefined();
+    expect(nextStep([facts(0, 1, 1), ...behind], policy)).toMatchObject({
+      kind: 'merge',
+      inputs: behind.map(({ firstSeq }) => ({ firstSeq })),
+    });
+    expect(nextStep([facts(0, 1, 1), ...behind.slice(1)], policy)).toBeUndefined();
+    const large = { ...facts(1, 10, 13), extentCount: 1_000_000 };
+    expect(nextStep([facts(0, 1, 1), large], policy)).toBeUndefined();
+    expect(nextStep([facts(0, 1, 1), { ...large, lastFullFirstSeq: 11 }], policy)).toEqual({ kind: 'full', seq: 13 });
   });
 
   it('makes no segment of more than 2^32 commits', () => {

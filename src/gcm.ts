@@ -1,0 +1,198 @@
+/**
+ * AES-256-GCM (NIST SP 800-38D) with a nonce of 12 bytes and a tag of 16, by the OpenSSL that Node.js itself is linked with:
+ * through koffi where its functions can be reached (every usual build exports them), else through node:crypto. The bytes
+ * are the same; node:crypto takes two and a half times as long for a frame, because it allocates each result.
+ */
+import { createCipheriv, createDecipheriv } from 'node:crypto';
+import { createRequire } from 'node:module';
+
+const KEY_BYTES = 32;
+const NONCE_BYTES = 12;
+const TAG_BYTES = 16;
+
+/** Keeps no state between calls. One instance per thread. Keys are 32 bytes, nonces 12. */
+export interface Gcm {
+  /** Which way it is called, for benchmarks and tests. */
+  readonly implementation: 'openssl' | 'node';
+  /**
+   * Writes the ciphertext of the concatenated `plain` parts and the tag to `out` from `at` and returns their length (plain + 16).
+   * `out` must not overlap `plain`. RangeError if there is no room.
+   */
+  seal(
+    key: Buffer,
+    nonce: Buffer,
+    aad: Buffer,
+    plain: readonly Uint8Array[],
+    out: Buffer,
+    at: number,
+  ): number;
+  /**
+   * The plaintext of `sealed` (ciphertext and tag), or undefined if the tag is wrong or missing. It is written to the start of `into`
+   * where that is given and has room (`into` must not overlap `sealed`, and holds nothing of use after a failure).
+   */
+  open(key: Buffer, nonce: Buffer, aad: Buffer, sealed: Buffer, into?: Buffer): Buffer | undefined;
+}
+
+function check(key: Buffer, nonce: Buffer): void {
+  if (key.length !== KEY_BYTES) throw new RangeError('an AES-256 key is 32 bytes');
+  if (nonce.length !== NONCE_BYTES) throw new RangeError('a GCM nonce is 12 bytes');
+}
+
+/** Native code writes without looking at the end of the buffer. */
+function checkRoom(plain: readonly Uint8Array[], out: Buffer, at: number): void {
+  let need = TAG_BYTES;
+  for (const part of plain) need += part.byteLength;
+  if (at < 0 || out.length - at < need) throw new RangeError('no room for what is sealed');
+}
+
+/** The portable implementation, also used to test the other one against. */
+export function openNodeGcm(): Gcm {
+  return {
+    implementation: 'node',
+    seal(key, nonce, aad, plain, out, at) {
+      check(key, nonce);
+      checkRoom(plain, out, at);
+      const cipher = createCipheriv('aes-256-gcm', key, nonce);
+      cipher.setAAD(aad);
+      let pos = at;
+      for (const part of plain) pos += cipher.update(part).copy(out, pos);
+      cipher.final();
+      pos += cipher.getAuthTag().copy(out, pos);
+      return pos - at;
+    },
+    open(key, nonce, aad, sealed) {
+      check(key, nonce);
+      const end = sealed.length - TAG_BYTES;
+      if (end < 0) return undefined;
+      const decipher = createDecipheriv('aes-256-gcm', key, nonce, { authTagLength: TAG_BYTES });
+      decipher.setAAD(aad);
+      decipher.setAuthTag(sealed.subarray(end));
+      const plain = decipher.update(sealed.subarray(0, end));
+      try {
+        decipher.final();
+      } catch {
+        return undefined; // the tag does not match: the only way that final() fails
+      }
+      return plain;
+    },
+  };
+}
+
+/** An opaque C pointer. */
+type Pointer = unknown;
+type Bytes = Uint8Array | null;
+
+// openssl/evp.h
+const EVP_CTRL_AEAD_GET_TAG = 0x10;
+const EVP_CTRL_AEAD_SET_TAG = 0x11;
+
+function openOpenssl(): Gcm | undefined {
+  try {
+    const koffi = createRequire(import.meta.url)('koffi') as typeof import('koffi');
+    // null is the process itself, and what it is linked with.
+    const lib = koffi.load(null);
+    const newContext = lib.func('void *EVP_CIPHER_CTX_new()') as () => Pointer;
+    const aes256Gcm = lib.func('void *EVP_aes_256_gcm()') as () => Pointer;
+    const init = lib.func(
+      'int EVP_CipherInit_ex(void *ctx, void *cipher, void *engine, const void *key, const void *iv, int enc)',
+    ) as (
+      ctx: Pointer,
+      cipher: Pointer,
+      engine: null,
+      key: Bytes,
+      iv: Bytes,
+      enc: number,
+    ) => number;
+    const update = lib.func(
+      'int EVP_CipherUpdate(void *ctx, void *out, void *outBytes, const void *in, int inBytes)',
+    ) as (ctx: Pointer, out: Bytes, outBytes: Buffer, input: Bytes, inBytes: number) => number;
+    const final = lib.func('int EVP_CipherFinal_ex(void *ctx, void *out, void *outBytes)') as (
+      ctx: Pointer,
+      out: Bytes,
+      outBytes: Buffer,
+    ) => number;
+    const control = lib.func(
+      'int EVP_CIPHER_CTX_ctrl(void *ctx, int type, int bytes, void *data)',
+    ) as (ctx: Pointer, type: number, bytes: number, data: Bytes) => number;
+    const clearErrors = lib.func('void ERR_clear_error()') as () => void;
+
+    // One context of each kind for as long as the thread runs: they belong to nobody who could free them sooner.
+    const sealing = newContext();
+    const opening = newContext();
+    const cipher = aes256Gcm();
+    const outBytes = Buffer.alloc(4);
+    const tag = Buffer.alloc(TAG_BYTES);
+    const must = (result: number): void => {
+      if (result === 1) return;
+      clearErrors();
+      throw new Error('OpenSSL refused to compute AES-256-GCM');
+    };
+    must(init(sealing, cipher, null, null, null, 1));
+    must(init(opening, cipher, null, null, null, 0));
+
+    return {
+      implementation: 'openssl',
+      seal(key, nonce, aad, plain, out, at) {
+        check(key, nonce);
+        checkRoom(plain, out, at);
+        must(init(sealing, null, null, key, nonce, 1));
+        // No call for nothing: without input an update has another meaning.
+        if (aad.length > 0) must(update(sealing, null, outBytes, aad, aad.length));
+        let pos = at;
+        for (const part of plain) {
+          if (part.byteLength === 0) continue;
+          must(update(sealing, out.subarray(pos), outBytes, part, part.byteLength));
+          pos += part.byteLength;
+        }
+        must(final(sealing, tag, outBytes));
+        must(control(sealing, EVP_CTRL_AEAD_GET_TAG, TAG_BYTES, tag));
+        return pos + tag.copy(out, pos) - at;
+      },
+      open(key, nonce, aad, sealed, into) {
+        check(key, nonce);
+        const end = sealed.length - TAG_BYTES;
+        if (end < 0) return undefined;
+        const plain =
+          into !== undefined && into.length >= end
+            ? into.subarray(0, end)
+            : Buffer.allocUnsafe(end);
+        sealed.copy(tag, 0, end);
+        must(init(opening, null, null, key, nonce, 0));
+        must(control(opening, EVP_CTRL_AEAD_SET_TAG, TAG_BYTES, tag));
+        if (aad.length > 0) must(update(opening, null, outBytes, aad, aad.length));
+        if (end > 0) must(update(opening, plain, outBytes, sealed, end));
+        if (final(opening, tag, outBytes) === 1) return plain;
+        clearErrors();
+        plain.fill(0); // nothing that is not authentic gets out
+        return undefined;
+      },
+    };
+  } catch {
+    return undefined; // koffi's binary is not on this machine, or Node.js hides its OpenSSL: the other way is the answer
+  }
+}
+
+/** True if `a` makes and opens what `b` does: a library of another kind must not be trusted with a backup. */
+function agree(a: Gcm, b: Gcm): boolean {
+  const key = Buffer.alloc(KEY_BYTES, 0x5a);
+  const nonce = Buffer.alloc(NONCE_BYTES, 0xc3);
+  const aad = Buffer.from('b2 self-test');
+  const plain = Buffer.alloc(1000, 0x17);
+  const [x, y] = [Buffer.alloc(1016), Buffer.alloc(1016)];
+  a.seal(key, nonce, aad, [plain.subarray(0, 333), plain.subarray(333)], x, 0);
+  b.seal(key, nonce, aad, [plain], y, 0);
+  if (!x.equals(y) || a.open(key, nonce, aad, y)?.equals(plain) !== true) return false;
+  y.writeUInt8(y.readUInt8(500) ^ 1, 500);
+  return a.open(key, nonce, aad, y) === undefined;
+}
+
+let shared: Gcm | undefined;
+
+/** This thread's AES-256-GCM. `B2_GCM=node` forces node:crypto (tests, benchmarks). */
+export function gcm(): Gcm {
+  if (shared !== undefined) return shared;
+  const node = openNodeGcm();
+  const openssl = process.env['B2_GCM'] === 'node' ? undefined : openOpenssl();
+  shared = openssl !== undefined && agree(openssl, node) ? openssl : node;
+  return shared;
+}

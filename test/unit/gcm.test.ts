@@ -1,0 +1,103 @@
+import { createCipheriv, randomBytes } from 'node:crypto';
+import fc from 'fast-check';
+import { describe, expect, test } from 'vitest';
+import { gcm, openNodeGcm, type Gcm } from '../../src/gcm.js';
+
+const implementations: readonly [string, Gcm][] = [
+  ['this thread’s', gcm()],
+  ['node:crypto', openNodeGcm()],
+];
+
+function sealed(g: Gcm, key: Buffer, nonce: Buffer, aad: Buffer, parts: readonly Buffer[]): Buffer {
+  const out = Buffer.alloc(parts.reduce((n, p) => n + p.length, 16) + 7, 0xee);
+  const length = g.seal(key, nonce, aad, parts, out, 3);
+  expect(out.subarray(0, 3)).toEqual(Buffer.alloc(3, 0xee));
+  expect(out.subarray(3 + length)).toEqual(Buffer.alloc(4, 0xee));
+  return out.subarray(3, 3 + length);
+}
+
+test('OpenSSL is reached through koffi here', () => {
+  expect(gcm().implementation).toBe(process.env['B2_GCM'] === 'node' ? 'node' : 'openssl');
+});
+
+describe.each(implementations)('%s AES-256-GCM', (_, g) => {
+  test('computes test case 16 of the GCM specification', () => {
+    const key = Buffer.from(
+      'feffe9928665731c6d6a8f9467308308feffe9928665731c6d6a8f9467308308',
+      'hex',
+    );
+    const nonce = Buffer.from('cafebabefacedbaddecaf888', 'hex');
+    const aad = Buffer.from('feedfacedeadbeeffeedfacedeadbeefabaddad2', 'hex');
+    const plain = Buffer.from(
+      'd9313225f88406e5a55909c5aff5269a86a7a9531534f7da2e4c303d8a318a721c3c0c95956809532fcf0e2449a6b525b16aedf5aa0de657ba637b39',
+      'hex',
+    );
+    expect(sealed(g, key, nonce, aad, [plain]).toString('hex')).toBe(
+      '522dc1f099567d07f47f37a32a84427d643a8cdcbfe5c0c97598a2bd2555d1aa8cb08e48590dbb3da7b08b1056828838c5f61e6393ba7a0abcc9f662' +
+        '76fc6ece0f4e1768cddf8853bb2d551b',
+    );
+  });
+
+  test('makes what node:crypto makes and opens it again, in any parts', () => {
+    fc.assert(
+      fc.property(
+        fc.uint8Array({ minLength: 44, maxLength: 44 }),
+        fc.uint8Array({ maxLength: 80 }),
+        fc.array(fc.uint8Array({ maxLength: 5000 }), { maxLength: 4 }),
+        (secret, aadBytes, list) => {
+          const key = Buffer.from(secret.subarray(0, 32));
+          const nonce = Buffer.from(secret.subarray(32));
+          const aad = Buffer.from(aadBytes);
+          const parts = list.map((part) => Buffer.from(part));
+          const plain = Buffer.concat(parts);
+          const cipher = createCipheriv('aes-256-gcm', key, nonce).setAAD(aad);
+          const expected = Buffer.concat([
+            cipher.update(plain),
+            cipher.final(),
+            cipher.getAuthTag(),
+          ]);
+          expect(sealed(g, key, nonce, aad, parts).equals(expected)).toBe(true);
+          expect(g.open(key, nonce, aad, expected)?.equals(plain)).toBe(true);
+          const into = Buffer.alloc(plain.length + 5, 0xee);
+          expect(g.open(key, nonce, aad, expected, into)?.equals(plain)).toBe(true);
+          expect(into.subarray(plain.length)).toEqual(Buffer.alloc(5, 0xee));
+        },
+      ),
+      { numRuns: 100 },
+    );
+  });
+
+  test('opens nothing of which a bit is not as it was, and goes on working', () => {
+    const [key, nonce, aad, plain] = [
+      randomBytes(32),
+      randomBytes(12),
+      randomBytes(20),
+      randomBytes(100),
+    ];
+    const good = sealed(g, key, nonce, aad, [plain]);
+    for (const target of [key, nonce, aad, good]) {
+      for (let bit = 0; bit < target.length * 8; bit += 7) {
+        const at = bit >> 3;
+        target.writeUInt8(target.readUInt8(at) ^ (1 << (bit & 7)), at);
+        expect(g.open(key, nonce, aad, good)).toBeUndefined();
+        target.writeUInt8(target.readUInt8(at) ^ (1 << (bit & 7)), at);
+      }
+    }
+    expect(g.open(key, nonce, aad, good.subarray(0, 15))).toBeUndefined();
+    expect(g.open(key, nonce, aad, good.subarray(0, 60))).toBeUndefined();
+    expect(g.open(key, nonce, aad, good)?.equals(plain)).toBe(true);
+  });
+
+  test('refuses what does not fit before anything is written', () => {
+    const out = Buffer.alloc(40);
+    const key = Buffer.alloc(32);
+    const nonce = Buffer.alloc(12);
+    const none = Buffer.alloc(0);
+    expect(() => g.seal(key, nonce, none, [Buffer.alloc(25)], out, 0)).toThrow(RangeError);
+    expect(() => g.seal(key, nonce, none, [Buffer.alloc(20)], out, 5)).toThrow(RangeError);
+    expect(() => g.seal(key.subarray(1), nonce, none, [], out, 0)).toThrow(RangeError);
+    expect(() => g.seal(key, nonce.subarray(1), none, [], out, 0)).toThrow(RangeError);
+    expect(() => g.open(key, nonce.subarray(1), none, out)).toThrow(RangeError);
+    expect(out).toEqual(Buffer.alloc(40));
+  });
+});

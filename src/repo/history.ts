@@ -295,6 +295,22 @@ async function readJournalPack(
   packId: string,
   problems: HistoryProblem[],
 ): Promise<JournalPack> {
+  // What does not read right is read once more: a commit taken for damaged would fall off the chain.
+  for (let tries = 1; ; tries++) {
+    const found: HistoryProblem[] = [];
+    const pack = await readJournalPackOnce(repo, volumeId, packId, found);
+    if (found.length > 0 && tries === 1) continue;
+    problems.push(...found);
+    return pack;
+  }
+}
+
+async function readJournalPackOnce(
+  repo: Repository,
+  volumeId: string,
+  packId: string,
+  problems: HistoryProblem[],
+): Promise<JournalPack> {
   // An open pack grows: what was remembered of it is old.
   repo.packs.forget(packId);
   if ((await repo.store.stat(packName(packId))) === undefined) {

@@ -167,7 +167,10 @@ export class OpenPack {
     });
     try {
       const first = Buffer.alloc(PACK_HEADER_BYTES);
-      const n = await reader.read(first, 0);
+      let n = await reader.read(first, 0);
+      // Nobody believes at first sight that there is nothing.
+      if (n < Math.min(PACK_HEADER_BYTES, reader.sizeBytes)) n = await reader.read(first, 0);
+      if (n < Math.min(PACK_HEADER_BYTES, reader.sizeBytes)) throw damaged(`pack ${packId}`, n, 'it ends before its size');
       if (n < PACK_HEADER_BYTES || first.every((b) => b === 0)) {
         // A crash came before its first sync: it holds nothing (FORMAT.md section 5).
         return new OpenPack(

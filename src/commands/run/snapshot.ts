@@ -9,6 +9,7 @@ import type { ByteRange } from '../../devices/device.js';
 import type { Style } from '../../ui/style.js';
 import type { SnapshotInput } from '../snapshot.js';
 import type { CommandContext, Outcome } from '../spec.js';
+import { withCatalogue } from './catalogue.js';
 import { localTime } from './rows.js';
 import { volumeNamed, withRepository } from './session.js';
 
@@ -74,6 +75,16 @@ export function run(context: CommandContext, input: SnapshotInput): Promise<Outc
       storeUrl: repo.store.url,
       signal: context.signal,
       events: context.events,
+    });
+    // What this machine has seen acknowledged: by this verify notices a repository that was put back to an earlier state.
+    await withCatalogue(context, repo, async (catalogue) => {
+      await catalogue?.recordTip({
+        volumeId: r.volume.id,
+        name: r.volume.name,
+        seq: r.point.seq,
+        hash: r.point.hash.toString('hex'),
+        instantNs: r.point.instantNs,
+      });
     });
     if (r.notExact !== undefined) {
       context.events({

@@ -133,7 +133,10 @@ export function ioError(operation: string, path: string, error: unknown): B2Erro
       });
     case 'EACCES':
     case 'EPERM':
-      return new B2Error('io', text, { cause: error, hint: 'Run as root, or check the permissions.' });
+      return new B2Error('io', text, {
+        cause: error,
+        hint: 'Run as root, or check the permissions.',
+      });
     default:
       return new B2Error('io', text, {
         cause: error,

@@ -30,7 +30,14 @@ function openLibrary(): Lz4 | undefined {
     const state = Buffer.alloc(STATE_BYTES);
     const compress = lib.func(
       'int LZ4_compress_fast_extState(void*, const void*, void*, int, int, int)',
-    ) as (s: Buffer, src: Uint8Array, dst: Uint8Array, n: number, cap: number, acc: number) => number;
+    ) as (
+      s: Buffer,
+      src: Uint8Array,
+      dst: Uint8Array,
+      n: number,
+      cap: number,
+      acc: number,
+    ) => number;
     const decompress = lib.func('int LZ4_decompress_safe(const void*, void*, int, int)') as (
       src: Uint8Array,
       dst: Uint8Array,

@@ -11,7 +11,12 @@ import { B2Error, errnoOf, ioError, messageOf } from './errors.js';
 /** A secret as it was found; `source` may be shown. */
 export type FoundSecret =
   | { readonly kind: 'password'; readonly password: string; readonly source: string }
-  | { readonly kind: 'keyFileText'; readonly text: string; readonly path: string; readonly source: string };
+  | {
+      readonly kind: 'keyFileText';
+      readonly text: string;
+      readonly path: string;
+      readonly source: string;
+    };
 
 export interface SecretPlaces {
   readonly passwordFile?: string;
@@ -40,7 +45,10 @@ export function readPasswordFile(path: string, source: string): FoundSecret {
 
 function unreadable(what: string, path: string, error: unknown): B2Error {
   const cause = ioError(`cannot read the ${what}`, path, error);
-  return new B2Error('wrong-key', cause.message, { cause: error, ...(cause.hint === undefined ? {} : { hint: cause.hint }) });
+  return new B2Error('wrong-key', cause.message, {
+    cause: error,
+    ...(cause.hint === undefined ? {} : { hint: cause.hint }),
+  });
 }
 
 /** The text of a key file; refuses one that others may read. */
@@ -48,9 +56,13 @@ export function readKeyFile(path: string, source: string): FoundSecret {
   try {
     const { mode } = statSync(path);
     if ((mode & 0o077) !== 0) {
-      throw new B2Error('wrong-key', `the key file ${path} can be read by others (mode ${(mode & 0o777).toString(8)})`, {
-        hint: `Make it private: chmod 600 ${path}`,
-      });
+      throw new B2Error(
+        'wrong-key',
+        `the key file ${path} can be read by others (mode ${(mode & 0o777).toString(8)})`,
+        {
+          hint: `Make it private: chmod 600 ${path}`,
+        },
+      );
     }
     return { kind: 'keyFileText', text: readFileSync(path, 'utf8'), path, source };
   } catch (error) {
@@ -61,12 +73,24 @@ export function readKeyFile(path: string, source: string): FoundSecret {
 
 function runCommand(command: string): Promise<string> {
   return new Promise((resolve, reject) => {
-    execFile('/bin/sh', ['-c', command], { timeout: 60_000, maxBuffer: 64 * 1024 }, (error, stdout) => {
-      if (error === null) return resolve(stdout);
-      // The text of the error holds the command line and its output; neither goes into a message.
-      const why = typeof error.code === 'number' ? `it ended with code ${error.code}` : 'it did not end within 60 s or could not be started';
-      reject(new B2Error('wrong-key', `the password command failed: ${why}`, { hint: 'Run the command of B2_PASSWORD_COMMAND by hand.' }));
-    });
+    execFile(
+      '/bin/sh',
+      ['-c', command],
+      { timeout: 60_000, maxBuffer: 64 * 1024 },
+      (error, stdout) => {
+        if (error === null) return resolve(stdout);
+        // The text of the error holds the command line and its output; neither goes into a message.
+        const why =
+          typeof error.code === 'number'
+            ? `it ended with code ${error.code}`
+            : 'it did not end within 60 s or could not be started';
+        reject(
+          new B2Error('wrong-key', `the password command failed: ${why}`, {
+            hint: 'Run the command of B2_PASSWORD_COMMAND by hand.',
+          }),
+        );
+      },
+    );
   });
 }
 
@@ -76,7 +100,8 @@ export async function findSecrets(places: SecretPlaces): Promise<FoundSecret[]> 
   if (places.password !== undefined && places.password !== '') {
     found.push({ kind: 'password', password: places.password, source: 'B2_PASSWORD' });
   }
-  if (places.passwordFile !== undefined) found.push(readPasswordFile(places.passwordFile, places.passwordFile));
+  if (places.passwordFile !== undefined)
+    found.push(readPasswordFile(places.passwordFile, places.passwordFile));
   if (places.passwordCommand !== undefined) {
     const password = (await runCommand(places.passwordCommand)).replace(/\r?\n$/, '');
     if (password === '') throw new B2Error('wrong-key', 'the password command printed nothing');

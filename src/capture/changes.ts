@@ -2,7 +2,11 @@
 import type { PlacedExtent } from '../repo/volume-writer.js';
 
 /** The chunk and the block in it where block `at` of an extent lies. */
-function placeOf(e: PlacedExtent, at: number, chunkBlocks: number): { frame: number; skip: number } {
+function placeOf(
+  e: PlacedExtent,
+  at: number,
+  chunkBlocks: number,
+): { frame: number; skip: number } {
   const inRun = e.skip + (at - e.block);
   if (e.skip + e.count <= chunkBlocks) return { frame: e.frame, skip: inRun };
   return { frame: e.frame + Math.floor(inRun / chunkBlocks), skip: inRun % chunkBlocks };
@@ -19,7 +23,12 @@ function samePlace(a: PlacedExtent, b: PlacedExtent, at: number, chunkBlocks: nu
 }
 
 /** Blocks [from, to) of `e` as an extent of their own. */
-export function clipPlaced(e: PlacedExtent, from: number, to: number, chunkBlocks: number): PlacedExtent {
+export function clipPlaced(
+  e: PlacedExtent,
+  from: number,
+  to: number,
+  chunkBlocks: number,
+): PlacedExtent {
   if (from === e.block && to === e.block + e.count) return e;
   if (e.packId === undefined) return { ...e, block: from, count: to - from };
   return { ...e, block: from, count: to - from, ...placeOf(e, from, chunkBlocks) };

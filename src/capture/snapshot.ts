@@ -28,7 +28,12 @@ import {
   writeVolumeMeta,
   type VolumeMeta,
 } from '../repo/volume.js';
-import { CondemnedError, VolumeWriter, type Acknowledged, type PlacedExtent } from '../repo/volume-writer.js';
+import {
+  CondemnedError,
+  VolumeWriter,
+  type Acknowledged,
+  type PlacedExtent,
+} from '../repo/volume-writer.js';
 import { syncFs, syscallsAvailable } from '../syscalls.js';
 import { BLOCK_BYTES, blocksOf } from '../units.js';
 import { changedExtents } from './changes.js';
@@ -103,7 +108,9 @@ async function volumeFor(
       throw new B2Error(
         'refused',
         `volume ${found.name} is written by host ${found.host === '' ? '(unknown)' : found.host}, not by ${options.host}`,
-        { hint: 'Name another volume with --volume, or use --take-over if that host is gone: its b2 will stop.' },
+        {
+          hint: 'Name another volume with --volume, or use --take-over if that host is gone: its b2 will stop.',
+        },
       );
     }
     return { volume: found, isNew: false };
@@ -149,14 +156,22 @@ function timeName(ns: bigint): string {
 }
 
 /** A name that is free: the one that was asked for (kind `exists` if it is taken), or one made of the time. */
-async function freeName(repo: Repository, volume: VolumeMeta, wanted: string | undefined): Promise<string> {
+async function freeName(
+  repo: Repository,
+  volume: VolumeMeta,
+  wanted: string | undefined,
+): Promise<string> {
   const taken = new Set((await listSnapshots(repo, volume.id, () => undefined)).map((s) => s.name));
   if (wanted !== undefined) {
     checkSnapshotName(wanted);
     if (taken.has(wanted)) {
-      throw new B2Error('exists', `volume ${volume.name} has a snapshot named "${wanted}" already`, {
-        hint: 'Choose another name; "b2 snapshots" lists them.',
-      });
+      throw new B2Error(
+        'exists',
+        `volume ${volume.name} has a snapshot named "${wanted}" already`,
+        {
+          hint: 'Choose another name; "b2 snapshots" lists them.',
+        },
+      );
     }
     return wanted;
   }
@@ -170,14 +185,18 @@ async function freeName(repo: Repository, volume: VolumeMeta, wanted: string | u
  * Captures a device. When it resolves the point is acknowledged and named. The point is exact (class `crash`) only if it is
  * certain that nothing was written to the device from the first byte read to the last; else it is `fuzzy`, and `notExact` says why.
  */
-export async function takeSnapshot(repo: Repository, options: SnapshotOptions): Promise<SnapshotResult> {
+export async function takeSnapshot(
+  repo: Repository,
+  options: SnapshotOptions,
+): Promise<SnapshotResult> {
   const { clock } = repo.env;
   const began = clock.monotonicNs();
   if (options.name !== undefined) checkSnapshotName(options.name);
   const device = await openReadDevice(options.device);
   try {
     const { facts } = device;
-    if (facts.sizeBytes === 0) throw new B2Error('refused', `${facts.path} has no bytes: there is nothing to capture`);
+    if (facts.sizeBytes === 0)
+      throw new B2Error('refused', `${facts.path} has no bytes: there is nothing to capture`);
     const { volume, isNew } = await volumeFor(repo, options, facts);
     const name = await freeName(repo, volume, options.name);
     const condemned = new CondemnedPlaces(repo);
@@ -286,7 +305,11 @@ export async function takeSnapshot(repo: Repository, options: SnapshotOptions): 
 }
 
 async function openIndex(repo: Repository, options: SnapshotOptions): Promise<DedupeIndex> {
-  return DedupeIndex.open({ ctx: repo.packContext(), cacheFile: options.dedupeCacheFile, signal: options.signal });
+  return DedupeIndex.open({
+    ctx: repo.packContext(),
+    cacheFile: options.dedupeCacheFile,
+    signal: options.signal,
+  });
 }
 
 async function saveIndex(index: DedupeIndex, options: SnapshotOptions): Promise<void> {
@@ -294,7 +317,10 @@ async function saveIndex(index: DedupeIndex, options: SnapshotOptions): Promise<
     await index.save();
   } catch (error) {
     if (!(error instanceof B2Error)) throw error;
-    options.events({ type: 'detail', message: `the local copy of the chunk index could not be written: ${error.message}` });
+    options.events({
+      type: 'detail',
+      message: `the local copy of the chunk index could not be written: ${error.message}`,
+    });
   }
 }
 
@@ -353,7 +379,11 @@ function runScan(
   }).finally(() => progress.finish());
 }
 
-async function changes(repo: Repository, history: VolumeHistory, scan: ScanResult): Promise<PlacedExtent[]> {
+async function changes(
+  repo: Repository,
+  history: VolumeHistory,
+  scan: ScanResult,
+): Promise<PlacedExtent[]> {
   const chunkBlocks = blocksOf(repo.chunkBytes);
   const list: PlacedExtent[] = [];
   const { tip } = history;
@@ -366,7 +396,12 @@ async function changes(repo: Repository, history: VolumeHistory, scan: ScanResul
   const grown = scan.facts.sizeBytes > oldBytes;
   // Of a device that has grown, the block in which the old end lies is named in any case (FORMAT.md section 8).
   const beforeBlocks = grown ? Math.floor(oldBytes / BLOCK_BYTES) : blocksOf(scan.facts.sizeBytes);
-  for await (const e of changedExtents(scan.placements.extents(), map.scan(0, Math.min(map.blocks, beforeBlocks)), beforeBlocks, chunkBlocks)) {
+  for await (const e of changedExtents(
+    scan.placements.extents(),
+    map.scan(0, Math.min(map.blocks, beforeBlocks)),
+    beforeBlocks,
+    chunkBlocks,
+  )) {
     list.push(e);
   }
   return list;
@@ -408,4 +443,3 @@ function identityChange(volume: VolumeMeta, facts: DeviceFacts): string | undefi
 export function dedupeCacheFile(cacheDir: string, repositoryId: string): string {
   return path.join(cacheDir, repositoryId, 'chunks.idx');
 }
-

@@ -37,12 +37,18 @@ export const initCommand = defineCommand({
   arguments: args,
   options,
   examples: [
-    { command: 'b2 --repo /srv/backup init', text: 'A repository on a local disk; asks for a password.' },
+    {
+      command: 'b2 --repo /srv/backup init',
+      text: 'A repository on a local disk; asks for a password.',
+    },
     {
       command: 'B2_KEY_FILE=/etc/b2/repo.key b2 --repo /srv/backup init',
       text: 'With a key file, which is made if it is not there.',
     },
-    { command: 'b2 --repo /srv/backup init --encryption none', text: 'Without encryption; still checksummed.' },
+    {
+      command: 'b2 --repo /srv/backup init --encryption none',
+      text: 'Without encryption; still checksummed.',
+    },
   ],
   exitCodes: { [ExitCode.noRepository]: 'there is a repository already' },
   load: () => import('./run/init.js'),

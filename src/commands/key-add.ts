@@ -25,8 +25,14 @@ export const keyAddCommand = defineCommand({
   arguments: args,
   options,
   examples: [
-    { command: 'b2 key add --new-key-file /root/escrow.key --label escrow', text: 'A second key, to be kept in a safe.' },
-    { command: 'b2 key add --new-password-file /run/secrets/new', text: 'A new password, from a script.' },
+    {
+      command: 'b2 key add --new-key-file /root/escrow.key --label escrow',
+      text: 'A second key, to be kept in a safe.',
+    },
+    {
+      command: 'b2 key add --new-password-file /run/secrets/new',
+      text: 'A new password, from a script.',
+    },
   ],
   load: () => import('./run/key-add.js'),
 });

@@ -15,7 +15,12 @@ export const keyRemoveCommand = defineCommand({
   ],
   arguments: args,
   options,
-  examples: [{ command: 'b2 key remove 3f9a2c', text: 'That password or key file no longer opens the repository.' }],
+  examples: [
+    {
+      command: 'b2 key remove 3f9a2c',
+      text: 'That password or key file no longer opens the repository.',
+    },
+  ],
   exitCodes: { [ExitCode.notFound]: 'no such key' },
   load: () => import('./run/key-remove.js'),
 });

@@ -13,7 +13,8 @@ const options = {
   foreground: { description: 'stay; SIGINT or SIGTERM unmounts' },
   log: {
     value: 'FILE',
-    description: 'where a mount in the background tells of damage; default: mount.log in the cache directory',
+    description:
+      'where a mount in the background tells of damage; default: mount.log in the cache directory',
     complete: 'file',
   },
 } as const satisfies OptionSpecs;

@@ -8,7 +8,12 @@ const args = {
 const options = {
   since: { value: 'T', description: 'only points from this time on' },
   until: { value: 'T', description: 'only points up to this time' },
-  last: { value: 'N', short: 'n', description: 'only the newest N', parse: (t: string) => parseWhole(t, 1) },
+  last: {
+    value: 'N',
+    short: 'n',
+    description: 'only the newest N',
+    parse: (t: string) => parseWhole(t, 1),
+  },
   all: { description: 'also points that are not exact, and commits that are no point' },
 } as const satisfies OptionSpecs;
 export type PointsInput = Input<typeof args, typeof options>;

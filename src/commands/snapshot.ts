@@ -4,7 +4,8 @@ import { defineCommand, type ArgumentSpecs, type Input, type OptionSpecs } from 
 const args = {
   device: {
     label: 'DEVICE',
-    description: 'a block device, partition or image file; or the name of a volume, for the device it was captured from',
+    description:
+      'a block device, partition or image file; or the name of a volume, for the device it was captured from',
     complete: 'device',
   },
 } as const satisfies ArgumentSpecs;
@@ -12,7 +13,9 @@ const options = {
   name: { value: 'NAME', description: 'name of the snapshot; default: the time' },
   tag: { value: 'TAG', description: 'a tag to find it by; may be given several times', many: true },
   volume: { value: 'VOLUME', description: 'name of the volume; default: HOST/DEVICE' },
-  'skip-unreadable': { description: 'go on where the device cannot be read; the point is not exact then (exit code 3)' },
+  'skip-unreadable': {
+    description: 'go on where the device cannot be read; the point is not exact then (exit code 3)',
+  },
   'take-over': { description: 'write to a volume that another host has written; that host stops' },
 } as const satisfies OptionSpecs;
 export type SnapshotInput = Input<typeof args, typeof options>;
@@ -29,8 +32,14 @@ export const snapshotCommand = defineCommand({
   options,
   examples: [
     { command: 'b2 snapshot /dev/sdb', text: 'Captures the disk to volume HOST/sdb.' },
-    { command: 'b2 snapshot /srv/vm/web.img --name before-upgrade --tag web', text: 'An image file, with a name.' },
-    { command: 'b2 snapshot /dev/vg/root-snap --volume web1/root', text: 'An LVM snapshot, to the volume of its origin.' },
+    {
+      command: 'b2 snapshot /srv/vm/web.img --name before-upgrade --tag web',
+      text: 'An image file, with a name.',
+    },
+    {
+      command: 'b2 snapshot /dev/vg/root-snap --volume web1/root',
+      text: 'An LVM snapshot, to the volume of its origin.',
+    },
   ],
   exitCodes: {
     [ExitCode.partial]: 'the point is not exact, or parts of the device could not be read',

@@ -2,7 +2,11 @@ import { ExitCode } from '../errors.js';
 import { defineCommand, type ArgumentSpecs, type Input, type OptionSpecs } from './spec.js';
 
 const args = {
-  mountpoint: { label: 'MOUNTPOINT', description: 'where "b2 mount" mounted', complete: 'directory' },
+  mountpoint: {
+    label: 'MOUNTPOINT',
+    description: 'where "b2 mount" mounted',
+    complete: 'directory',
+  },
 } as const satisfies ArgumentSpecs;
 const options = {
   lazy: { description: 'also while it is in use: it goes away when the last user has left' },

@@ -61,14 +61,7 @@ export async function deviceStamp(
     return { counters: undefined, writesInFlight: 0 };
   const flights = Number(inflight?.split(/\s+/)[1] ?? '0');
   return {
-    counters: [
-      'disk',
-      bootId,
-      sequence ?? '',
-      facts.sizeBytes,
-      f[6],
-      f[13] ?? '',
-    ].join(' '),
+    counters: ['disk', bootId, sequence ?? '', facts.sizeBytes, f[6], f[13] ?? ''].join(' '),
     writesInFlight: Number.isFinite(flights) ? flights : 1,
   };
 }

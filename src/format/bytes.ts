@@ -34,5 +34,7 @@ export function checkZero(buf: Buffer, from: number, to: number, what: string): 
 
 /** A Buffer over the same memory as `bytes`. */
 export function asBuffer(bytes: Uint8Array): Buffer {
-  return Buffer.isBuffer(bytes) ? bytes : Buffer.from(bytes.buffer, bytes.byteOffset, bytes.byteLength);
+  return Buffer.isBuffer(bytes)
+    ? bytes
+    : Buffer.from(bytes.buffer, bytes.byteOffset, bytes.byteLength);
 }

@@ -1,12 +1,6 @@
 /** Commits (FORMAT.md 5.3): what one capture round adds to a volume. */
 import { checkZero, damaged, readU64, writeU64 } from './bytes.js';
-import {
-  EXTENT_RECORD_BYTES,
-  HOLE,
-  decodeExtent,
-  encodeExtent,
-  type Extent,
-} from './extent.js';
+import { EXTENT_RECORD_BYTES, HOLE, decodeExtent, encodeExtent, type Extent } from './extent.js';
 import { HASH_BYTES } from '../hash.js';
 import { newerVersion } from './pack.js';
 
@@ -137,7 +131,8 @@ export function decodeCommit(b: Buffer, what: string): Commit {
   const factsAt = extentsAt + EXTENT_RECORD_BYTES * n;
   if (factsAt + f !== b.length) throw damaged(what, 140, 'the counts do not fit the length');
   const packIds: string[] = [];
-  for (let i = 0; i < p; i++) packIds.push(b.toString('hex', FIXED_BYTES + 16 * i, FIXED_BYTES + 16 * i + 16));
+  for (let i = 0; i < p; i++)
+    packIds.push(b.toString('hex', FIXED_BYTES + 16 * i, FIXED_BYTES + 16 * i + 16));
   const extentsRefs: ExtentsRef[] = [];
   for (let i = 0; i < x; i++) {
     const at = refsAt + EXTENTS_REF_BYTES * i;
@@ -195,7 +190,8 @@ export function decodeExtentList(b: Buffer, packs: number, what: string): Extent
   let end = 0;
   for (let at = 0; at < b.length; at += EXTENT_RECORD_BYTES) {
     const e = decodeExtent(b, at, what);
-    if (e.pack !== HOLE && e.pack >= packs) throw damaged(what, at, 'a pack outside the pack table');
+    if (e.pack !== HOLE && e.pack >= packs)
+      throw damaged(what, at, 'a pack outside the pack table');
     if (e.block < end) throw damaged(what, at, 'extents overlap or are not in order');
     end = e.block + e.count;
     list.push(e);
@@ -204,6 +200,10 @@ export function decodeExtentList(b: Buffer, packs: number, what: string): Extent
 }
 
 /** The hash by which the next commit names this one. */
-export function chainHash(commit: Commit, body: Buffer, commitHash: (body: Buffer) => Buffer): Buffer {
+export function chainHash(
+  commit: Commit,
+  body: Buffer,
+  commitHash: (body: Buffer) => Buffer,
+): Buffer {
   return (commit.flags & CommitFlag.merged) !== 0 ? commit.mergedHash : commitHash(body);
 }

@@ -58,7 +58,16 @@ export function canonicalConfig(c: Omit<RepositoryConfig, 'mac'>): Buffer {
     k.kind === 'none' ? '' : k.wrapped,
   ]);
   return Buffer.from(
-    JSON.stringify(['b2', CONFIG_VERSION, c.id, c.created, c.encryption, c.chunkBytes, c.packBytes, keys]),
+    JSON.stringify([
+      'b2',
+      CONFIG_VERSION,
+      c.id,
+      c.created,
+      c.encryption,
+      c.chunkBytes,
+      c.packBytes,
+      keys,
+    ]),
     'utf8',
   );
 }
@@ -104,11 +113,18 @@ function checkKeys(o: Record<string, unknown>, known: readonly string[], path: s
 
 function text(o: Record<string, unknown>, key: string, path: string, pattern: RegExp): string {
   const v = o[key];
-  if (typeof v !== 'string' || !pattern.test(v)) throw bad(`${path}${key}`, 'not of the right form');
+  if (typeof v !== 'string' || !pattern.test(v))
+    throw bad(`${path}${key}`, 'not of the right form');
   return v;
 }
 
-function int(o: Record<string, unknown>, key: string, path: string, min: number, max: number): number {
+function int(
+  o: Record<string, unknown>,
+  key: string,
+  path: string,
+  min: number,
+  max: number,
+): number {
   const v = o[key];
   if (typeof v !== 'number' || !Number.isInteger(v) || v < min || v > max) {
     throw bad(`${path}${key}`, `not an integer from ${min} to ${max}`);
@@ -145,7 +161,8 @@ function decodeKey(v: unknown, path: string): ConfigKey {
       const N = int(o, 'N', at, 16_384, 2 ** 24);
       if (2 ** Math.round(Math.log2(N)) !== N) throw bad(`${at}N`, 'not a power of two');
       const r = int(o, 'r', at, 1, 64);
-      if (128 * N * r > MAX_SCRYPT_BYTES) throw bad(`${at}r`, 'scrypt would need more than 1 GiB of memory');
+      if (128 * N * r > MAX_SCRYPT_BYTES)
+        throw bad(`${at}r`, 'scrypt would need more than 1 GiB of memory');
       return {
         ...base(),
         kind,
@@ -158,7 +175,12 @@ function decodeKey(v: unknown, path: string): ConfigKey {
     }
     case 'file':
       checkKeys(o, [...common, 'salt', 'wrapped'], at);
-      return { ...base(), kind, salt: text(o, 'salt', at, BASE64), wrapped: text(o, 'wrapped', at, BASE64) };
+      return {
+        ...base(),
+        kind,
+        salt: text(o, 'salt', at, BASE64),
+        wrapped: text(o, 'wrapped', at, BASE64),
+      };
     case 'none':
       checkKeys(o, [...common, 'master'], at);
       return { ...base(), kind, master: text(o, 'master', at, BASE64) };
@@ -174,19 +196,29 @@ export function decodeConfig(b: Buffer): RepositoryConfig {
   try {
     parsed = parse(b.toString('utf8'), { maxAliasCount: 0 });
   } catch (error) {
-    throw bad('', `it is not YAML (${error instanceof Error ? (error.message.split('\n')[0] ?? '') : 'unknown'})`);
+    throw bad(
+      '',
+      `it is not YAML (${error instanceof Error ? (error.message.split('\n')[0] ?? '') : 'unknown'})`,
+    );
   }
   const o = object(parsed, '');
   if (o['b2'] !== 'repository') throw bad('b2', 'this is not the configuration of a b2 repository');
   const version = int(o, 'version', '', 0, 65_535);
   if (version !== CONFIG_VERSION) throw newerVersion('the repository', version);
-  checkKeys(o, ['b2', 'version', 'id', 'created', 'encryption', 'chunkBytes', 'packBytes', 'keys', 'mac'], '');
+  checkKeys(
+    o,
+    ['b2', 'version', 'id', 'created', 'encryption', 'chunkBytes', 'packBytes', 'keys', 'mac'],
+    '',
+  );
   const encryption = o['encryption'];
-  if (encryption !== 'aes256-gcm' && encryption !== 'none') throw bad('encryption', 'not aes256-gcm or none');
+  if (encryption !== 'aes256-gcm' && encryption !== 'none')
+    throw bad('encryption', 'not aes256-gcm or none');
   const chunkBytes = int(o, 'chunkBytes', '', 1, 2 ** 30);
-  if (!CHUNK_SIZES.includes(chunkBytes)) throw bad('chunkBytes', `not one of ${CHUNK_SIZES.join(', ')}`);
+  if (!CHUNK_SIZES.includes(chunkBytes))
+    throw bad('chunkBytes', `not one of ${CHUNK_SIZES.join(', ')}`);
   const list = o['keys'];
-  if (!Array.isArray(list) || list.length === 0) throw bad('keys', 'not a list with at least one key');
+  if (!Array.isArray(list) || list.length === 0)
+    throw bad('keys', 'not a list with at least one key');
   const keys = list.map((k: unknown, i) => decodeKey(k, `keys[${i}]`));
   if (keys.some((k) => (k.kind === 'none') !== (encryption === 'none'))) {
     throw bad('keys', 'a kind of key that does not fit the encryption');

@@ -47,7 +47,11 @@ export function decodeExtent(buf: Buffer, offset: number, what: string): Extent 
   const sub = buf.readUInt16LE(offset + 24);
   const skip = buf.readUInt16LE(offset + 26);
   if (count < 1 || (block % STRIPE_BLOCKS) + count > STRIPE_BLOCKS) {
-    throw damaged(what, offset, `extent of ${count} blocks at block ${block} crosses a stripe or is empty`);
+    throw damaged(
+      what,
+      offset,
+      `extent of ${count} blocks at block ${block} crosses a stripe or is empty`,
+    );
   }
   if (pack === HOLE && (frame | sub | skip) !== 0) {
     throw damaged(what, offset, 'a hole with a place');

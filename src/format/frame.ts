@@ -52,7 +52,8 @@ export function encodeFrameHeader(h: FrameHeader, into: Buffer, offset: number):
 
 /** Decodes and validates a header; `what` names the pack and frame in errors (kind `damaged`). */
 export function decodeFrameHeader(buf: Buffer, offset: number, what: string): FrameHeader {
-  if (buf.length < offset + FRAME_HEADER_BYTES) throw damaged(what, offset, 'the frame header is cut off');
+  if (buf.length < offset + FRAME_HEADER_BYTES)
+    throw damaged(what, offset, 'the frame header is cut off');
   if (buf.readUInt32LE(offset) !== FRAME_MAGIC) throw damaged(what, offset, 'no frame starts here');
   if (buf.readUInt32LE(offset + 28) !== crc32(buf.subarray(offset, offset + 28))) {
     throw damaged(what, offset, 'the checksum of the frame header is wrong');
@@ -91,7 +92,12 @@ export interface ChunkEntry {
   readonly lengthBytes: number;
 }
 
-export function encodeChunkEntry(id: Uint8Array, lengthBytes: number, into: Buffer, offset: number): void {
+export function encodeChunkEntry(
+  id: Uint8Array,
+  lengthBytes: number,
+  into: Buffer,
+  offset: number,
+): void {
   into.set(id, offset);
   into.writeUInt32LE(lengthBytes, offset + 32);
 }
@@ -106,6 +112,7 @@ export function decodeChunkEntries(head: Buffer, header: FrameHeader, what: stri
     entries.push({ id: head.subarray(at, at + 32), lengthBytes });
     sum += lengthBytes;
   }
-  if (sum !== header.plainBytes) throw damaged(what, 0, 'the chunk lengths do not add up to the frame');
+  if (sum !== header.plainBytes)
+    throw damaged(what, 0, 'the chunk lengths do not add up to the frame');
   return entries;
 }

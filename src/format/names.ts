@@ -56,7 +56,8 @@ export function parseLostName(
   if (m === null) return undefined;
   const firstSeq = Number.parseInt(m[2] ?? '', 16);
   const lastSeq = Number.parseInt(m[3] ?? '', 16);
-  if (!Number.isSafeInteger(firstSeq) || !Number.isSafeInteger(lastSeq) || firstSeq > lastSeq) return undefined;
+  if (!Number.isSafeInteger(firstSeq) || !Number.isSafeInteger(lastSeq) || firstSeq > lastSeq)
+    return undefined;
   return { volumeId: m[1] ?? '', firstSeq, lastSeq };
 }
 
@@ -73,7 +74,8 @@ export function segmentName(s: SegmentName): string {
   return `volumes/${s.volumeId}/manifest/${level}-${hex(s.firstSeq, 16)}-${hex(s.lastSeq, 16)}`;
 }
 
-const SEGMENT = /^volumes\/([0-9a-f]{32})\/manifest\/(full|[0-9a-f]{2})-([0-9a-f]{16})-([0-9a-f]{16})$/;
+const SEGMENT =
+  /^volumes\/([0-9a-f]{32})\/manifest\/(full|[0-9a-f]{2})-([0-9a-f]{16})-([0-9a-f]{16})$/;
 
 /** Undefined if `name` is not a segment's. */
 export function parseSegmentName(name: string): SegmentName | undefined {
@@ -81,7 +83,8 @@ export function parseSegmentName(name: string): SegmentName | undefined {
   if (m === null) return undefined;
   const firstSeq = Number.parseInt(m[3] ?? '', 16);
   const lastSeq = Number.parseInt(m[4] ?? '', 16);
-  if (!Number.isSafeInteger(firstSeq) || !Number.isSafeInteger(lastSeq) || firstSeq > lastSeq) return undefined;
+  if (!Number.isSafeInteger(firstSeq) || !Number.isSafeInteger(lastSeq) || firstSeq > lastSeq)
+    return undefined;
   return {
     volumeId: m[1] ?? '',
     level: m[2] === 'full' ? undefined : Number.parseInt(m[2] ?? '', 16),

@@ -31,10 +31,13 @@ export function encodeObject(
   keys: KeyRing,
 ): Buffer {
   const json = Buffer.from(
-    JSON.stringify(payload, (_key, value: unknown) => (typeof value === 'bigint' ? String(value) : value)),
+    JSON.stringify(payload, (_key, value: unknown) =>
+      typeof value === 'bigint' ? String(value) : value,
+    ),
     'utf8',
   );
-  if (json.length > MAX_OBJECT_BYTES) throw new RangeError(`${name}: payload of ${json.length} bytes`);
+  if (json.length > MAX_OBJECT_BYTES)
+    throw new RangeError(`${name}: payload of ${json.length} bytes`);
   const header = Buffer.alloc(HEADER_BYTES);
   MAGIC.copy(header, 0);
   header.writeUInt16LE(VERSION, 8);
@@ -51,18 +54,29 @@ export function encodeObject(
 }
 
 /** The payload of object `name`; kind `damaged` if anything about it is wrong or it stands under another name. */
-export function decodeObject(kind: ObjectKind, name: string, b: Buffer, keys: KeyRing): Record<string, unknown> {
+export function decodeObject(
+  kind: ObjectKind,
+  name: string,
+  b: Buffer,
+  keys: KeyRing,
+): Record<string, unknown> {
   if (b.length < HEADER_BYTES + SEAL_BYTES) throw damaged(name, 0, 'the object is cut off');
   if (!b.subarray(0, 8).equals(MAGIC)) throw damaged(name, 0, 'this is not an object of b2');
-  if (b.readUInt32LE(44) !== crc32(b.subarray(0, 44))) throw damaged(name, 0, 'the checksum of the header is wrong');
+  if (b.readUInt32LE(44) !== crc32(b.subarray(0, 44)))
+    throw damaged(name, 0, 'the checksum of the header is wrong');
   const version = b.readUInt16LE(8);
   if (version !== VERSION) throw newerVersion(name, version);
   checkZero(b, 36, 44, name);
-  if (b.readUInt32LE(12) !== kind) throw damaged(name, 12, `an object of kind ${b.readUInt32LE(12)}, not ${kind}`);
-  if (b.readUInt32LE(32) !== b.length - HEADER_BYTES - SEAL_BYTES) throw damaged(name, 32, 'the length is wrong');
+  if (b.readUInt32LE(12) !== kind)
+    throw damaged(name, 12, `an object of kind ${b.readUInt32LE(12)}, not ${kind}`);
+  if (b.readUInt32LE(32) !== b.length - HEADER_BYTES - SEAL_BYTES)
+    throw damaged(name, 32, 'the length is wrong');
   const aad = Buffer.concat([b.subarray(0, HEADER_BYTES), Buffer.from(name, 'utf8')]);
-  const json = keys.objectSealer(Buffer.from(b.subarray(16, 32))).open(ZERO_NONCE, aad, b.subarray(HEADER_BYTES));
-  if (json === undefined) throw damaged(name, HEADER_BYTES, 'the seal does not open (damaged, or moved here)');
+  const json = keys
+    .objectSealer(Buffer.from(b.subarray(16, 32)))
+    .open(ZERO_NONCE, aad, b.subarray(HEADER_BYTES));
+  if (json === undefined)
+    throw damaged(name, HEADER_BYTES, 'the seal does not open (damaged, or moved here)');
   let value: unknown;
   try {
     value = JSON.parse(json.toString('utf8'));

@@ -46,7 +46,10 @@ export function encodePackHeader(h: PackHeader): Buffer {
 }
 
 /** Refuses a newer version (kind `unsupported`), a broken header or one of another repository (kind `damaged`). */
-export function decodePackHeader(b: Buffer, expect: { packId: string; repositoryId: string }): PackHeader {
+export function decodePackHeader(
+  b: Buffer,
+  expect: { packId: string; repositoryId: string },
+): PackHeader {
   const what = `pack ${expect.packId}`;
   if (b.length < PACK_HEADER_BYTES) throw damaged(what, 0, 'the header is cut off');
   if (!b.subarray(0, 8).equals(PACK_MAGIC)) throw damaged(what, 0, 'this is not a pack');
@@ -58,7 +61,8 @@ export function decodePackHeader(b: Buffer, expect: { packId: string; repository
   checkZero(b, 56, 60, what);
   const packId = b.toString('hex', 16, 32);
   const repositoryId = b.toString('hex', 32, 48);
-  if (packId !== expect.packId) throw damaged(what, 16, `it holds pack ${packId}: files were exchanged`);
+  if (packId !== expect.packId)
+    throw damaged(what, 16, `it holds pack ${packId}: files were exchanged`);
   if (repositoryId !== expect.repositoryId) {
     throw damaged(what, 32, `it belongs to another repository (${repositoryId})`);
   }
@@ -72,9 +76,13 @@ export function decodePackHeader(b: Buffer, expect: { packId: string; repository
 }
 
 export function newerVersion(what: string, version: number): B2Error {
-  return new B2Error('unsupported', `${what} has format version ${version}; this b2 reads version 1`, {
-    hint: 'Use the b2 version that wrote it, or a newer one.',
-  });
+  return new B2Error(
+    'unsupported',
+    `${what} has format version ${version}; this b2 reads version 1`,
+    {
+      hint: 'Use the b2 version that wrote it, or a newer one.',
+    },
+  );
 }
 
 /** One frame in a footer. */
@@ -105,7 +113,9 @@ export function encodeFooter(
   keys: KeyRing,
 ): Buffer {
   const chunks = footer.lengths.length;
-  const body = Buffer.alloc(8 + footer.frames.length * FOOTER_ENTRY_BYTES + chunks * CHUNK_ENTRY_BYTES);
+  const body = Buffer.alloc(
+    8 + footer.frames.length * FOOTER_ENTRY_BYTES + chunks * CHUNK_ENTRY_BYTES,
+  );
   body.writeUInt32LE(footer.frames.length, 0);
   body.writeUInt32LE(chunks, 4);
   let at = 8;
@@ -124,7 +134,9 @@ export function encodeFooter(
     body.writeUInt32LE(footer.lengths[i] ?? 0, at + 32);
     at += CHUNK_ENTRY_BYTES;
   }
-  const out = Buffer.alloc(FRAME_HEADER_BYTES + SALT_BYTES + body.length + SEAL_BYTES + PACK_TRAILER_BYTES);
+  const out = Buffer.alloc(
+    FRAME_HEADER_BYTES + SALT_BYTES + body.length + SEAL_BYTES + PACK_TRAILER_BYTES,
+  );
   encodeFrameHeader(
     {
       type: FrameType.footer,
@@ -153,12 +165,16 @@ export function encodeFooter(
 }
 
 /** Where the footer lies, from the last 16 bytes of a pack of `packBytes`; undefined if the pack is not sealed. */
-export function decodeTrailer(b: Buffer, packBytes: number): { offset: number; lengthBytes: number } | undefined {
+export function decodeTrailer(
+  b: Buffer,
+  packBytes: number,
+): { offset: number; lengthBytes: number } | undefined {
   if (b.length !== PACK_TRAILER_BYTES || b.readUInt32LE(0) !== TRAILER_MAGIC) return undefined;
   if (b.readUInt32LE(12) !== crc32(b.subarray(0, 12))) return undefined;
   const offset = b.readUInt32LE(4);
   const lengthBytes = b.readUInt32LE(8);
-  if (offset < PACK_HEADER_BYTES || offset + lengthBytes + PACK_TRAILER_BYTES !== packBytes) return undefined;
+  if (offset < PACK_HEADER_BYTES || offset + lengthBytes + PACK_TRAILER_BYTES !== packBytes)
+    return undefined;
   return { offset, lengthBytes };
 }
 
@@ -166,7 +182,8 @@ export function decodeTrailer(b: Buffer, packBytes: number): { offset: number; l
 export function decodeFooter(b: Buffer, packId: string, keys: KeyRing): PackFooter {
   const what = `pack ${packId}: footer`;
   const header = decodeFrameHeader(b, 0, what);
-  if (header.type !== FrameType.footer || header.compression !== 0) throw damaged(what, 0, 'not a footer');
+  if (header.type !== FrameType.footer || header.compression !== 0)
+    throw damaged(what, 0, 'not a footer');
   const start = FRAME_HEADER_BYTES + SALT_BYTES;
   if (header.storedBytes !== b.length - FRAME_HEADER_BYTES || b.length < start + SEAL_BYTES) {
     throw damaged(what, 0, 'the footer has another length than its trailer says');
@@ -177,7 +194,10 @@ export function decodeFooter(b: Buffer, packId: string, keys: KeyRing): PackFoot
   if (body === undefined) throw damaged(what, 0, 'its seal does not open');
   const n = body.readUInt32LE(0);
   const m = body.readUInt32LE(4);
-  if (body.length !== 8 + n * FOOTER_ENTRY_BYTES + m * CHUNK_ENTRY_BYTES || body.length !== header.plainBytes) {
+  if (
+    body.length !== 8 + n * FOOTER_ENTRY_BYTES + m * CHUNK_ENTRY_BYTES ||
+    body.length !== header.plainBytes
+  ) {
     throw damaged(what, 0, 'its counts do not fit its length');
   }
   const frames: FooterFrame[] = [];
@@ -189,7 +209,8 @@ export function decodeFooter(b: Buffer, packId: string, keys: KeyRing): PackFoot
     const type = body[at + 16];
     const compression = body[at + 17];
     if (type !== 1 && type !== 2 && type !== 3) throw damaged(what, at, `frame of type ${type}`);
-    if (compression !== 0 && compression !== 1) throw damaged(what, at, `compression ${compression}`);
+    if (compression !== 0 && compression !== 1)
+      throw damaged(what, at, `compression ${compression}`);
     if (number <= before) throw damaged(what, at, 'frame numbers do not ascend');
     before = number;
     const frame: FooterFrame = {

@@ -9,7 +9,13 @@ import { readFile, realpath, stat } from 'node:fs/promises';
 import { basename, dirname, join, resolve } from 'node:path';
 
 import { B2Error, errnoOf, ioError, messageOf } from '../errors.js';
-import { mountReadOnly, receiveDescriptor, setNonBlocking, socketPair, unmountPath } from './native.js';
+import {
+  mountReadOnly,
+  receiveDescriptor,
+  setNonBlocking,
+  socketPair,
+  unmountPath,
+} from './native.js';
 
 /** As the kernel lists our mounts. */
 export const MOUNT_TYPE = 'fuse.b2';
@@ -33,8 +39,17 @@ export function parseMountInfo(text: string): readonly MountInfo[] {
     const [, , device, , raw] = fields;
     const type = fields[dash + 1];
     if (dash < 0 || device === undefined || raw === undefined || type === undefined) return [];
-    const mountpoint = raw.replace(/\\([0-7]{3})/g, (_, code: string) => String.fromCharCode(parseInt(code, 8)));
-    return [{ device, mountpoint: Buffer.from(mountpoint, 'latin1').toString('utf8'), rawMountpoint: raw, type }];
+    const mountpoint = raw.replace(/\\([0-7]{3})/g, (_, code: string) =>
+      String.fromCharCode(parseInt(code, 8)),
+    );
+    return [
+      {
+        device,
+        mountpoint: Buffer.from(mountpoint, 'latin1').toString('utf8'),
+        rawMountpoint: raw,
+        type,
+      },
+    ];
   });
 }
 
@@ -80,7 +95,8 @@ export async function attach(path: string): Promise<Attached> {
   const fuseFd = isRoot() ? await attachAsRoot(mountpoint) : await attachAsUser(mountpoint);
   try {
     const info = await mountedAt(mountpoint);
-    if (info?.type !== MOUNT_TYPE) throw new B2Error('failed', `${mountpoint}: mounted, but not in the list of mounts`);
+    if (info?.type !== MOUNT_TYPE)
+      throw new B2Error('failed', `${mountpoint}: mounted, but not in the list of mounts`);
     return { fuseFd, mountpoint, device: info.device, watchdog: startWatchdog(info) };
   } catch (error) {
     // Ends the connection; what is left of the mount is taken away as after a crash.
@@ -93,14 +109,19 @@ export async function attach(path: string): Promise<Attached> {
 async function checkMountpoint(path: string): Promise<string> {
   const existing = await mountedAt(await canonical(path).catch(() => resolve(path)));
   if (existing?.type === MOUNT_TYPE) {
-    throw new B2Error('refused', `${path}: a b2 mount is there already`, { hint: `"b2 umount ${path}" takes it down.` });
+    throw new B2Error('refused', `${path}: a b2 mount is there already`, {
+      hint: `"b2 umount ${path}" takes it down.`,
+    });
   }
   try {
     const real = await realpath(path);
     if ((await stat(real)).isDirectory()) return real;
   } catch (error) {
     throw errnoOf(error) === 'ENOENT'
-      ? new B2Error('not-found', `there is no directory ${path} to mount at`, { cause: error, hint: `mkdir -p ${path}` })
+      ? new B2Error('not-found', `there is no directory ${path} to mount at`, {
+          cause: error,
+          hint: `mkdir -p ${path}`,
+        })
       : ioError('mount at', path, error);
   }
   throw new B2Error('refused', `cannot mount at ${path}: it is no directory`);
@@ -135,14 +156,27 @@ async function attachAsRoot(mountpoint: string): Promise<number> {
 async function attachAsUser(mountpoint: string): Promise<number> {
   const [ours, theirs] = socketPair();
   try {
-    const done = await runFusermount(['-o', `ro,nosuid,nodev,noatime,default_permissions,fsname=b2,subtype=${SUBTYPE}`, '--', mountpoint], theirs);
+    const done = await runFusermount(
+      [
+        '-o',
+        `ro,nosuid,nodev,noatime,default_permissions,fsname=b2,subtype=${SUBTYPE}`,
+        '--',
+        mountpoint,
+      ],
+      theirs,
+    );
     if (done.code !== 0) {
-      throw new B2Error('io', `cannot mount at ${mountpoint}: ${done.stderr || `fusermount3 ended with ${done.code}`}`, {
-        hint: 'The directory must be yours and /dev/fuse must be there; root needs no fusermount3.',
-      });
+      throw new B2Error(
+        'io',
+        `cannot mount at ${mountpoint}: ${done.stderr || `fusermount3 ended with ${done.code}`}`,
+        {
+          hint: 'The directory must be yours and /dev/fuse must be there; root needs no fusermount3.',
+        },
+      );
     }
     const fd = receiveDescriptor(ours);
-    if (fd === undefined) throw new B2Error('io', `cannot mount at ${mountpoint}: fusermount3 sent no descriptor`);
+    if (fd === undefined)
+      throw new B2Error('io', `cannot mount at ${mountpoint}: fusermount3 sent no descriptor`);
     setNonBlocking(fd);
     return fd;
   } finally {
@@ -151,10 +185,17 @@ async function attachAsUser(mountpoint: string): Promise<number> {
   }
 }
 
-async function runFusermount(args: readonly string[], socketFd?: number): Promise<{ readonly code: number | null; readonly stderr: string }> {
+async function runFusermount(
+  args: readonly string[],
+  socketFd?: number,
+): Promise<{ readonly code: number | null; readonly stderr: string }> {
   const child = spawn('fusermount3', [...args], {
     stdio: ['ignore', 'ignore', 'pipe', socketFd ?? 'ignore'],
-    env: { PATH: SEARCH_PATH, LC_ALL: 'C', ...(socketFd === undefined ? {} : { _FUSE_COMMFD: '3' }) },
+    env: {
+      PATH: SEARCH_PATH,
+      LC_ALL: 'C',
+      ...(socketFd === undefined ? {} : { _FUSE_COMMFD: '3' }),
+    },
     cwd: '/',
   });
   let stderr = '';
@@ -218,7 +259,9 @@ export async function unmountByUser(path: string, lazy: boolean): Promise<string
   }
   if (info === undefined) throw new B2Error('not-found', `nothing is mounted at ${path}`);
   if (info.type !== MOUNT_TYPE) {
-    throw new B2Error('refused', `${path} is no b2 mount but ${info.type}`, { hint: 'Use umount for it.' });
+    throw new B2Error('refused', `${path} is no b2 mount but ${info.type}`, {
+      hint: 'Use umount for it.',
+    });
   }
   try {
     await unmountNow(mountpoint, lazy);

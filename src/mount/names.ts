@@ -63,12 +63,16 @@ export function seqOfPointName(name: string): number | undefined {
  */
 export function fileName(name: string, tag: string): string {
   const escaped = name
-    .replace(/[\u0000-\u001f\u007f%:/]/g, (c) => `%${c.charCodeAt(0).toString(16).toUpperCase().padStart(2, '0')}`)
+    .replace(
+      /[\u0000-\u001f\u007f%:/]/g,
+      (c) => `%${c.charCodeAt(0).toString(16).toUpperCase().padStart(2, '0')}`,
+    )
     .replace(/^\.{1,2}$/, (dots) => dots.replaceAll('.', '%2E'));
   if (escaped !== '' && Buffer.byteLength(escaped) <= MAX_NAME_BYTES) return escaped;
   const ending = `~${tag}`;
   let cut = escaped;
-  while (Buffer.byteLength(cut) + Buffer.byteLength(ending) > MAX_NAME_BYTES) cut = [...cut].slice(0, -1).join('');
+  while (Buffer.byteLength(cut) + Buffer.byteLength(ending) > MAX_NAME_BYTES)
+    cut = [...cut].slice(0, -1).join('');
   return cut + ending;
 }
 
@@ -76,7 +80,9 @@ export function fileName(name: string, tag: string): string {
 const RESERVED: ReadonlySet<string> = new Set(['latest', 'snapshots', 'points']);
 
 /** Path of each volume in the tree, parts from the top: `host/sda` is two. Volumes that would share one get `~ID` behind it. */
-export function volumePaths(volumes: readonly { readonly id: string; readonly name: string }[]): readonly (readonly string[])[] {
+export function volumePaths(
+  volumes: readonly { readonly id: string; readonly name: string }[],
+): readonly (readonly string[])[] {
   const taken = new Set<string>();
   return volumes.map(({ id, name }) => {
     const tag = id.slice(0, 8);

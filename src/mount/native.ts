@@ -14,7 +14,9 @@ interface Libc {
   readonly socketpair: (domain: number, type: number, protocol: number, fds: Uint8Array) => number;
   readonly recvmsg: (fd: number, message: object, flags: number) => number;
   readonly fcntl: (fd: number, command: number, type: 'int', argument: number) => number;
-  readonly mount: Asynchronous<[source: string, target: string, type: string, flags: number, data: string]>;
+  readonly mount: Asynchronous<
+    [source: string, target: string, type: string, flags: number, data: string]
+  >;
   readonly umount2: Asynchronous<[target: string, flags: number]>;
 }
 
@@ -44,8 +46,14 @@ function libc(): Libc {
       poll: lib.func('int poll(void *fds, unsigned long count, int timeout)') as Libc['poll'],
       read: lib.func('int64_t read(int fd, void *into, size_t length)') as Libc['read'],
       pipe2: lib.func('int pipe2(void *fds, int flags)') as Libc['pipe2'],
-      socketpair: lib.func('int socketpair(int domain, int type, int protocol, void *fds)') as Libc['socketpair'],
-      recvmsg: lib.func('recvmsg', 'int64_t', ['int', koffi.inout(koffi.pointer(msghdr)), 'int']) as Libc['recvmsg'],
+      socketpair: lib.func(
+        'int socketpair(int domain, int type, int protocol, void *fds)',
+      ) as Libc['socketpair'],
+      recvmsg: lib.func('recvmsg', 'int64_t', [
+        'int',
+        koffi.inout(koffi.pointer(msghdr)),
+        'int',
+      ]) as Libc['recvmsg'],
       fcntl: lib.func('int fcntl(int fd, int command, ...)') as Libc['fcntl'],
       mount: lib.func(
         'int mount(const char *source, const char *target, const char *type, unsigned long flags, const char *data)',
@@ -54,10 +62,14 @@ function libc(): Libc {
     };
     return loaded;
   } catch (error) {
-    throw new B2Error('unsupported', `cannot load the system call library koffi: ${messageOf(error)}`, {
-      cause: error,
-      hint: 'Reinstall b2 with its dependencies (npm ci); koffi has builds for all usual Linux machines.',
-    });
+    throw new B2Error(
+      'unsupported',
+      `cannot load the system call library koffi: ${messageOf(error)}`,
+      {
+        cause: error,
+        hint: 'Reinstall b2 with its dependencies (npm ci); koffi has builds for all usual Linux machines.',
+      },
+    );
   }
 }
 
@@ -66,10 +78,15 @@ function systemError(syscall: string, errno: number): Error {
   return Object.assign(new Error(`${code}: ${text}, ${syscall}`), { code, errno: -errno, syscall });
 }
 
-function call<Args extends readonly unknown[]>(name: string, native: Asynchronous<Args>, ...args: Args): Promise<void> {
+function call<Args extends readonly unknown[]>(
+  name: string,
+  native: Asynchronous<Args>,
+  ...args: Args
+): Promise<void> {
   return new Promise((resolve, reject) => {
     native.async(...args, (error, result) => {
-      if (error !== null && error !== undefined) reject(error instanceof Error ? error : new Error(messageOf(error)));
+      if (error !== null && error !== undefined)
+        reject(error instanceof Error ? error : new Error(messageOf(error)));
       else if (result < 0) reject(systemError(name, libc().errno()));
       else resolve();
     });
@@ -100,7 +117,12 @@ const MSG_CMSG_CLOEXEC = 0x4000_0000;
 const POLLIN = 1;
 
 /** mount(2), read-only, nosuid, nodev, noatime. */
-export function mountReadOnly(source: string, target: string, type: string, data: string): Promise<void> {
+export function mountReadOnly(
+  source: string,
+  target: string,
+  type: string,
+  data: string,
+): Promise<void> {
   const flags = MS_RDONLY | MS_NOSUID | MS_NODEV | MS_NOATIME;
   return call('mount', libc().mount, source, target, type, flags, data);
 }
@@ -120,7 +142,10 @@ export function wakePipe(): { readonly readFd: number; readonly writeFd: number 
 /** A pair of connected sockets that no child inherits unless it is handed one. */
 export function socketPair(): readonly [number, number] {
   const fds = new Int32Array(2);
-  checked('socketpair', libc().socketpair(AF_UNIX, SOCK_STREAM | O_CLOEXEC, 0, new Uint8Array(fds.buffer)));
+  checked(
+    'socketpair',
+    libc().socketpair(AF_UNIX, SOCK_STREAM | O_CLOEXEC, 0, new Uint8Array(fds.buffer)),
+  );
   return [fds[0] ?? -1, fds[1] ?? -1];
 }
 

@@ -91,15 +91,34 @@ export interface Header {
 
 /** What the kernel asks. `errno` of `refused` is what to answer. */
 export type Request =
-  | { readonly op: 'init'; readonly major: number; readonly minor: number; readonly maxReadahead: number; readonly flags: number }
+  | {
+      readonly op: 'init';
+      readonly major: number;
+      readonly minor: number;
+      readonly maxReadahead: number;
+      readonly flags: number;
+    }
   | { readonly op: 'lookup'; readonly name: string }
-  | { readonly op: 'forget'; readonly items: readonly { readonly node: number; readonly count: number }[] }
+  | {
+      readonly op: 'forget';
+      readonly items: readonly { readonly node: number; readonly count: number }[];
+    }
   | { readonly op: 'getattr' }
   | { readonly op: 'open'; readonly writing: boolean }
   | { readonly op: 'opendir' }
-  | { readonly op: 'read' | 'readdir' | 'readdirplus'; readonly handle: number; readonly offset: number; readonly length: number }
+  | {
+      readonly op: 'read' | 'readdir' | 'readdirplus';
+      readonly handle: number;
+      readonly offset: number;
+      readonly length: number;
+    }
   | { readonly op: 'release' | 'releasedir'; readonly handle: number }
-  | { readonly op: 'lseek'; readonly handle: number; readonly offset: number; readonly whence: number }
+  | {
+      readonly op: 'lseek';
+      readonly handle: number;
+      readonly offset: number;
+      readonly whence: number;
+    }
   | { readonly op: 'statfs' | 'nothing' | 'interrupt' | 'destroy' }
   | { readonly op: 'refused'; readonly errno: Errno };
 
@@ -124,7 +143,8 @@ const DO_READDIRPLUS = 1 << 13;
 const READDIRPLUS_AUTO = 1 << 14;
 const PARALLEL_DIROPS = 1 << 18;
 const MAX_PAGES = 1 << 22;
-const WANTED = ASYNC_READ | BIG_WRITES | DO_READDIRPLUS | READDIRPLUS_AUTO | PARALLEL_DIROPS | MAX_PAGES;
+const WANTED =
+  ASYNC_READ | BIG_WRITES | DO_READDIRPLUS | READDIRPLUS_AUTO | PARALLEL_DIROPS | MAX_PAGES;
 
 /** Flags of an open file: keep what the page cache has of it; of a directory: its list may be cached. */
 export const OPEN_KEEP_CACHE = 1 << 1;
@@ -215,7 +235,11 @@ export function parseRequest(header: Header, bytes: Buffer): Request {
       // More than was agreed on in INIT: not from the kernel that we talked to.
       if (length > MAX_READ_BYTES) return refused(Errno.EINVAL);
       const op =
-        header.opcode === Opcode.read ? 'read' : header.opcode === Opcode.readdir ? 'readdir' : 'readdirplus';
+        header.opcode === Opcode.read
+          ? 'read'
+          : header.opcode === Opcode.readdir
+            ? 'readdir'
+            : 'readdirplus';
       return { op, handle: number64(bytes, body), offset: number64(bytes, body + 8), length };
     }
     case Opcode.release:
@@ -310,7 +334,11 @@ function writeAttributes(into: Buffer, at: number, a: Attributes): void {
   into.writeUInt32LE(0, at + 84);
 }
 
-function writeValidity(into: Buffer, at: number, ms: number): { seconds: bigint; nanoseconds: number } {
+function writeValidity(
+  into: Buffer,
+  at: number,
+  ms: number,
+): { seconds: bigint; nanoseconds: number } {
   const seconds = BigInt(Math.floor(ms / 1000));
   into.writeBigUInt64LE(seconds, at);
   return { seconds, nanoseconds: (ms % 1000) * 1_000_000 };

@@ -52,7 +52,11 @@ function serve(start: ReaderStart, post: (message: ReaderMessage) => void): void
     }
     if (isGone) return post({ type: 'end', why: 'unmounted' });
     // What is not taken stays in the kernel, and whoever asked waits there: memory here is bounded.
-    for (let now = Atomics.load(pending, 0); now >= start.maxPending; now = Atomics.load(pending, 0)) {
+    for (
+      let now = Atomics.load(pending, 0);
+      now >= start.maxPending;
+      now = Atomics.load(pending, 0)
+    ) {
       Atomics.wait(pending, 0, now, 1000);
     }
     if (count < BATCH) {

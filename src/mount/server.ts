@@ -56,7 +56,10 @@ export async function serveMount(options: ServeMountOptions): Promise<Mounted> {
   late.abort();
   if (!isGreeted) {
     await server.close();
-    throw new B2Error('unsupported', `${attached.mountpoint}: the kernel did not begin to talk FUSE 7.23 or newer`);
+    throw new B2Error(
+      'unsupported',
+      `${attached.mountpoint}: the kernel did not begin to talk FUSE 7.23 or newer`,
+    );
   }
   readFurtherAhead(attached.device);
   // Not earlier: with the first look at it the volumes are listed.
@@ -138,8 +141,12 @@ class MountServer implements Mounted {
     } catch (error) {
       const code = errnoOf(error);
       // ENOENT: who asked was interrupted. ENODEV and ENOTCONN: unmounted.
-      if (code === 'ENOENT' || code === 'ENODEV' || code === 'ENOTCONN' || code === 'EBADF') return false;
-      this.#events({ type: 'warning', message: `the kernel did not take an answer: ${messageOf(error)}` });
+      if (code === 'ENOENT' || code === 'ENODEV' || code === 'ENOTCONN' || code === 'EBADF')
+        return false;
+      this.#events({
+        type: 'warning',
+        message: `the kernel did not take an answer: ${messageOf(error)}`,
+      });
       return false;
     }
   }
@@ -155,7 +162,11 @@ class MountServer implements Mounted {
       await new Promise<void>((resolve, reject) => {
         this.#worker.on('message', (message: ReaderMessage) => {
           if (message.type === 'end') return resolve();
-          const all = Buffer.from(message.bytes.buffer, message.bytes.byteOffset, message.bytes.byteLength);
+          const all = Buffer.from(
+            message.bytes.buffer,
+            message.bytes.byteOffset,
+            message.bytes.byteLength,
+          );
           for (let at = 0; at + 4 <= all.length;) {
             const length = all.readUInt32LE(at);
             const handled = this.session.handle(all.subarray(at, at + length)).finally(() => {
@@ -168,7 +179,12 @@ class MountServer implements Mounted {
         });
         this.#worker.on('error', reject);
         this.#worker.on('exit', (code) => {
-          reject(new B2Error('failed', `the thread that reads the kernel's requests ended (exit ${code})`));
+          reject(
+            new B2Error(
+              'failed',
+              `the thread that reads the kernel's requests ended (exit ${code})`,
+            ),
+          );
         });
       });
     } finally {
@@ -198,9 +214,15 @@ class MountServer implements Mounted {
       try {
         const how = await detach(this.#attached.device);
         if (how === 'detached') {
-          this.#events({ type: 'warning', message: `${this.mountpoint} was in use: files that are open in it cannot be read any more` });
+          this.#events({
+            type: 'warning',
+            message: `${this.mountpoint} was in use: files that are open in it cannot be read any more`,
+          });
         } else if (how === 'covered') {
-          this.#events({ type: 'warning', message: `${this.mountpoint}: something else is mounted over it; what is below stays until that is unmounted` });
+          this.#events({
+            type: 'warning',
+            message: `${this.mountpoint}: something else is mounted over it; what is below stays until that is unmounted`,
+          });
         }
       } catch (error) {
         this.#events({ type: 'warning', message: messageOf(error) });

@@ -94,7 +94,13 @@ export class MountSession {
 
   constructor(options: SessionOptions) {
     this.#options = options;
-    const root: KnownNode = { id: ROOT_NODE, node: options.root, parent: ROOT_NODE, mapKey: '', lookups: 1 };
+    const root: KnownNode = {
+      id: ROOT_NODE,
+      node: options.root,
+      parent: ROOT_NODE,
+      mapKey: '',
+      lookups: 1,
+    };
     this.#nodes.set(ROOT_NODE, root);
     this.ready = new Promise((resolve) => {
       this.#onReady = resolve;
@@ -102,7 +108,12 @@ export class MountSession {
   }
 
   /** For tests: what is held. */
-  get held(): { readonly nodes: number; readonly files: number; readonly directories: number; readonly readBytes: number } {
+  get held(): {
+    readonly nodes: number;
+    readonly files: number;
+    readonly directories: number;
+    readonly readBytes: number;
+  } {
     return {
       nodes: this.#nodes.size,
       files: this.#files.size,
@@ -207,7 +218,13 @@ export class MountSession {
         const directory = this.#directories.get(request.handle);
         if (directory === undefined) throw new Refusal(Errno.EBADF);
         const mine = directory.turn.then(() =>
-          this.#readDirectory(unique, directory, request.offset, request.length, request.op === 'readdirplus'),
+          this.#readDirectory(
+            unique,
+            directory,
+            request.offset,
+            request.length,
+            request.op === 'readdirplus',
+          ),
         );
         directory.turn = mine.catch(() => undefined);
         return mine;
@@ -231,7 +248,11 @@ export class MountSession {
         const file = this.#files.get(request.handle);
         if (file === undefined) throw new Refusal(Errno.EBADF);
         const what =
-          request.whence === Whence.data ? 'data' : request.whence === Whence.hole ? 'hole' : undefined;
+          request.whence === Whence.data
+            ? 'data'
+            : request.whence === Whence.hole
+              ? 'hole'
+              : undefined;
         if (what === undefined) throw new Refusal(Errno.EINVAL);
         if (request.offset >= file.sizeBytes) throw new Refusal(Errno.ENXIO);
         const found = await file.seek(request.offset, what);
@@ -283,7 +304,9 @@ export class MountSession {
     this.#ids.delete(known.mapKey);
   }
 
-  async #attributes(known: KnownNode): Promise<{ readonly attributes: Attributes; readonly valid: number }> {
+  async #attributes(
+    known: KnownNode,
+  ): Promise<{ readonly attributes: Attributes; readonly valid: number }> {
     const { uid, gid } = this.#options;
     const { node, id } = known;
     const common = { node: id, mtimeNs: node.mtimeNs, uid, gid };
@@ -328,7 +351,10 @@ export class MountSession {
     let isSent = false;
     try {
       const { attributes, valid } = await this.#attributes(known);
-      isSent = this.#send(unique, entryReply(attributes, { entryMs: validityOf(entry), attributesMs: valid }));
+      isSent = this.#send(
+        unique,
+        entryReply(attributes, { entryMs: validityOf(entry), attributesMs: valid }),
+      );
     } finally {
       if (!isSent) this.#forget(known.id, 1);
     }

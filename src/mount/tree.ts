@@ -19,7 +19,17 @@ import { choosePoint } from '../repo/point.js';
 import type { Repository } from '../repo/repository.js';
 import { listVolumes, type VolumeMeta } from '../repo/volume.js';
 import type { When } from '../when.js';
-import { dayName, dayOf, daySpan, fileName, hourSpan, pointName, seqOfPointName, volumePaths, type Span } from './names.js';
+import {
+  dayName,
+  dayOf,
+  daySpan,
+  fileName,
+  hourSpan,
+  pointName,
+  seqOfPointName,
+  volumePaths,
+  type Span,
+} from './names.js';
 import { VolumeView, type HistoryUse } from './volume-view.js';
 
 /** A directory. `key` tells apart what the same path shows at different times. */
@@ -159,7 +169,10 @@ export class MountTree {
       try {
         const use = await view.history();
         try {
-          chosen.push({ volume: meta, commit: (await choosePoint(use.history, meta, at, warn)).commit });
+          chosen.push({
+            volume: meta,
+            commit: (await choosePoint(use.history, meta, at, warn)).commit,
+          });
         } finally {
           await use.release();
         }
@@ -169,7 +182,8 @@ export class MountTree {
         failure ??= error;
       }
     }
-    if (chosen.length === 0) throw failure ?? new B2Error('not-found', 'the repository holds no volume yet');
+    if (chosen.length === 0)
+      throw failure ?? new B2Error('not-found', 'the repository holds no volume yet');
     this.#chosen = chosen;
   }
 
@@ -215,12 +229,16 @@ export class MountTree {
   #top(meta: VolumeMeta): TreeDirectory {
     const view = this.#view(meta);
     const chosen = this.#chosen?.find((c) => c.volume.id === meta.id);
-    return chosen === undefined ? this.#volumeDirectory(view) : this.#pointDirectory(view, chosen.commit);
+    return chosen === undefined
+      ? this.#volumeDirectory(view)
+      : this.#pointDirectory(view, chosen.commit);
   }
 
   /** Volumes whose path starts with `prefix`; a volume that ends there and others below it share the directory. */
   #volumesDirectory(prefix: readonly string[]): TreeDirectory {
-    const below = async (): Promise<Map<string, { own: VolumeMeta | undefined; hasMore: boolean }>> => {
+    const below = async (): Promise<
+      Map<string, { own: VolumeMeta | undefined; hasMore: boolean }>
+    > => {
       const volumes = await this.volumes();
       const paths = volumePaths(volumes);
       const found = new Map<string, { own: VolumeMeta | undefined; hasMore: boolean }>();
@@ -265,7 +283,9 @@ export class MountTree {
     const lookup = async (name: string): Promise<TreeEntry | undefined> => {
       if (name === 'latest') {
         const commit = await view.latest();
-        return commit === undefined ? undefined : { node: this.#pointDirectory(view, commit), isVolatile: true };
+        return commit === undefined
+          ? undefined
+          : { node: this.#pointDirectory(view, commit), isVolatile: true };
       }
       const node = name === 'snapshots' ? snapshots : name === 'points' ? points : undefined;
       return node === undefined ? undefined : { node, isVolatile: false };
@@ -291,7 +311,8 @@ export class MountTree {
       lookup: async (name) => {
         const all = await view.snapshots();
         const snapshot =
-          all.find((s) => fileName(s.name, `${s.seq}`) === name) ?? all.find((s) => s.name === name);
+          all.find((s) => fileName(s.name, `${s.seq}`) === name) ??
+          all.find((s) => s.name === name);
         if (snapshot === undefined) return undefined;
         const use = await view.history();
         try {
@@ -304,13 +325,17 @@ export class MountTree {
         }
       },
       list: async function* () {
-        for (const s of await view.snapshots()) yield { name: fileName(s.name, `${s.seq}`), kind: 'directory' };
+        for (const s of await view.snapshots())
+          yield { name: fileName(s.name, `${s.seq}`), kind: 'directory' };
       },
     };
   }
 
   #pointsDirectory(view: VolumeView): TreeDirectory {
-    const entry = (span: Span): TreeEntry => ({ node: this.#dayDirectory(view, span), isVolatile: false });
+    const entry = (span: Span): TreeEntry => ({
+      node: this.#dayDirectory(view, span),
+      isVolatile: false,
+    });
     return {
       kind: 'directory',
       key: `points:${view.meta.id}`,
@@ -340,7 +365,10 @@ export class MountTree {
   }
 
   #dayDirectory(view: VolumeView, day: Span): TreeDirectory {
-    const entry = (span: Span): TreeEntry => ({ node: this.#hourDirectory(view, span), isVolatile: false });
+    const entry = (span: Span): TreeEntry => ({
+      node: this.#hourDirectory(view, span),
+      isVolatile: false,
+    });
     return {
       kind: 'directory',
       key: `day:${view.meta.id}:${day.fromNs}`,
@@ -366,7 +394,10 @@ export class MountTree {
   }
 
   #hourDirectory(view: VolumeView, hour: Span): TreeDirectory {
-    const entry = (point: Point): TreeEntry => ({ node: this.#pointDirectory(view, point), isVolatile: false });
+    const entry = (point: Point): TreeEntry => ({
+      node: this.#pointDirectory(view, point),
+      isVolatile: false,
+    });
     return {
       kind: 'directory',
       key: `hour:${view.meta.id}:${hour.fromNs}`,
@@ -376,7 +407,9 @@ export class MountTree {
         const commit = seq === undefined ? undefined : await view.point(seq);
         if (commit === undefined || commit.pointClass < PointClass.crash) return undefined;
         const isHere = commit.instantNs >= hour.fromNs && commit.instantNs <= hour.toNs;
-        return isHere && pointName(commit.instantNs, commit.seq) === name ? entry(commit) : undefined;
+        return isHere && pointName(commit.instantNs, commit.seq) === name
+          ? entry(commit)
+          : undefined;
       },
       list: async function* () {
         const use = await view.history();
@@ -394,9 +427,16 @@ export class MountTree {
   }
 
   #pointDirectory(view: VolumeView, commit: Point): TreeDirectory {
-    const point: Point = { seq: commit.seq, instantNs: commit.instantNs, sizeBytes: commit.sizeBytes };
+    const point: Point = {
+      seq: commit.seq,
+      instantNs: commit.instantNs,
+      sizeBytes: commit.sizeBytes,
+    };
     const disk: Part = { name: 'disk.img', offset: 0, sizeBytes: point.sizeBytes };
-    const entry = (part: Part): TreeEntry => ({ node: this.#file(view, point, part), isVolatile: false });
+    const entry = (part: Part): TreeEntry => ({
+      node: this.#file(view, point, part),
+      isVolatile: false,
+    });
     return {
       kind: 'directory',
       key: `point:${view.meta.id}:${point.seq}`,
@@ -409,7 +449,8 @@ export class MountTree {
       },
       list: async function* (this: MountTree) {
         yield { name: disk.name, kind: 'file' } as const;
-        for (const part of await this.#partitions(view, point)) yield { name: part.name, kind: 'file' } as const;
+        for (const part of await this.#partitions(view, point))
+          yield { name: part.name, kind: 'file' } as const;
       }.bind(this),
     };
   }
@@ -446,7 +487,9 @@ export class MountTree {
     const use = await view.open(point.seq);
     try {
       const { image } = use;
-      const table = await readPartitionTable(readableImage(image, `${view.meta.name} #${point.seq}`));
+      const table = await readPartitionTable(
+        readableImage(image, `${view.meta.name} #${point.seq}`),
+      );
       return (table?.facts.partitions ?? [])
         .filter((p) => p.kind !== 'extended' && p.offsetBytes < image.sizeBytes && p.sizeBytes > 0)
         .map((p) => ({
@@ -558,13 +601,19 @@ async function hasPoint(view: VolumeView, span: Span): Promise<boolean> {
 }
 
 async function hasPointIn(use: HistoryUse, span: Span): Promise<boolean> {
-  for await (const _ of use.timeline.list({ sinceNs: span.fromNs, untilNs: span.toNs })) return true;
+  for await (const _ of use.timeline.list({ sinceNs: span.fromNs, untilNs: span.toNs }))
+    return true;
   return false;
 }
 
-async function seekIn(image: Image, part: Part, offset: number, what: 'data' | 'hole'): Promise<number | undefined> {
+async function seekIn(
+  image: Image,
+  part: Part,
+  offset: number,
+  what: 'data' | 'hole',
+): Promise<number | undefined> {
   const end = part.offset + part.sizeBytes;
-  for (let at = part.offset + offset; at < end; ) {
+  for (let at = part.offset + offset; at < end;) {
     const [run] = await image.extents(at, end - at, 1);
     if (run === undefined) break;
     if (run.hole === (what === 'hole')) return at - part.offset;

@@ -149,7 +149,8 @@ export class VolumeView {
   }
 
   async #refresh(): Promise<SharedHistory> {
-    if (this.#isClosed) throw new B2Error('failed', `the mount of volume ${this.meta.name} is being taken down`);
+    if (this.#isClosed)
+      throw new B2Error('failed', `the mount of volume ${this.meta.name} is being taken down`);
     // Taken before the history is read: what comes in between makes the next call read it again.
     const mark = await this.#mark();
     const before = this.#current;
@@ -168,7 +169,9 @@ export class VolumeView {
     const parts: string[] = [];
     for await (const { name } of repo.store.list(`volumes/${meta.id}/journal`)) {
       const pack = name.split('/').at(-1) ?? '';
-      const size = /^[0-9a-f]{32}$/.test(pack) ? (await repo.store.stat(packName(pack)))?.sizeBytes : undefined;
+      const size = /^[0-9a-f]{32}$/.test(pack)
+        ? (await repo.store.stat(packName(pack)))?.sizeBytes
+        : undefined;
       parts.push(`${name}=${size ?? ''}`);
     }
     for await (const { name } of repo.store.list(`volumes/${meta.id}/manifest`)) parts.push(name);

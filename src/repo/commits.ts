@@ -75,7 +75,8 @@ export async function readCommits(
         const one = await readCommit(cache, keys, pack, frame.number, volumeId);
         if (one !== undefined) list.push(one);
       } catch (error) {
-        if (onDamage === undefined || !(error instanceof B2Error) || error.kind !== 'damaged') throw error;
+        if (onDamage === undefined || !(error instanceof B2Error) || error.kind !== 'damaged')
+          throw error;
         onDamage(error, frame.number);
       }
     }
@@ -100,14 +101,18 @@ export async function readCommit(
   for (const ref of commit.extentsRefs) {
     const from = commit.packIds[ref.pack];
     if (from === undefined) throw damaged(what, 0, 'a reference outside the pack table');
-    const open = from === pack.packId ? await pack.readFrame(ref.frame) : await cache.use(from, (p) => p.readFrame(ref.frame));
+    const open =
+      from === pack.packId
+        ? await pack.readFrame(ref.frame)
+        : await cache.use(from, (p) => p.readFrame(ref.frame));
     const part = frameWhat(from, ref.frame);
     if (open.header.type !== FrameType.extents) throw damaged(part, 0, 'not a frame of extents');
     if (!keys.commitHash(open.body).equals(ref.hash)) {
       throw damaged(part, 0, `its extents are not those that the commit in ${what} names`);
     }
     const records = decodeExtentList(open.body, commit.packIds.length, part);
-    if (records.length !== ref.records) throw damaged(part, 0, 'another number of extents than the commit says');
+    if (records.length !== ref.records)
+      throw damaged(part, 0, 'another number of extents than the commit says');
     for (const e of records) extents.push(e);
   }
   for (const e of commit.extents) extents.push(e);
@@ -169,12 +174,25 @@ export function buildChain(found: readonly ReadCommit[], base: ChainEnd | undefi
     if (known === undefined || c.firstSeq < known.firstSeq) byHash.set(key, c);
     if (base !== undefined && c.seq === base.seq && c.hash.equals(base.hash)) continue;
     const end: ChainEnd = { seq: c.seq, hash: c.hash, epoch: c.commit.epoch };
-    if (tip !== undefined && end.epoch === tip.epoch && end.seq === tip.seq && !end.hash.equals(tip.hash)) {
-      throw new B2Error('damaged', `two different commits ${c.seq} of epoch ${end.epoch} exist (one in pack ${c.packId})`, {
-        hint: 'Two writers shared one epoch, which cannot happen by itself. Keep a copy of the repository and report it.',
-      });
+    if (
+      tip !== undefined &&
+      end.epoch === tip.epoch &&
+      end.seq === tip.seq &&
+      !end.hash.equals(tip.hash)
+    ) {
+      throw new B2Error(
+        'damaged',
+        `two different commits ${c.seq} of epoch ${end.epoch} exist (one in pack ${c.packId})`,
+        {
+          hint: 'Two writers shared one epoch, which cannot happen by itself. Keep a copy of the repository and report it.',
+        },
+      );
     }
-    if (tip === undefined || end.epoch > tip.epoch || (end.epoch === tip.epoch && end.seq > tip.seq)) {
+    if (
+      tip === undefined ||
+      end.epoch > tip.epoch ||
+      (end.epoch === tip.epoch && end.seq > tip.seq)
+    ) {
       tip = end;
       tipCommit = c;
     }
@@ -201,7 +219,10 @@ export function buildChain(found: readonly ReadCommit[], base: ChainEnd | undefi
   commits.reverse();
   const onChain = new Set(commits);
   const stray = found.filter(
-    (c) => !onChain.has(c) && byHash.get(c.hash.toString('hex')) === c && !(base !== undefined && c.seq <= base.seq),
+    (c) =>
+      !onChain.has(c) &&
+      byHash.get(c.hash.toString('hex')) === c &&
+      !(base !== undefined && c.seq <= base.seq),
   );
   return { commits, tip, stray, gap };
 }

@@ -41,11 +41,13 @@ export async function readCondemned(repo: Repository, name: string): Promise<Con
   if (right) {
     for (const [pack, list] of Object.entries(frames as object)) {
       const value: unknown = list;
-      if (!isId(pack) || !Array.isArray(value) || !value.every((n) => Number.isSafeInteger(n))) right = false;
+      if (!isId(pack) || !Array.isArray(value) || !value.every((n) => Number.isSafeInteger(n)))
+        right = false;
       else map.set(pack, value as number[]);
     }
   }
-  if (!right) throw new B2Error('damaged', `${name}: its payload is not that of a condemned object`);
+  if (!right)
+    throw new B2Error('damaged', `${name}: its payload is not that of a condemned object`);
   return {
     id: id as string,
     createdNs: BigInt(created as string),

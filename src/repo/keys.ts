@@ -44,7 +44,10 @@ export function parseKeyFile(text: string, path: string): Uint8Array {
   return Buffer.from(m[1] ?? '', 'hex');
 }
 
-function kekFromPassword(password: string, key: Pick<ScryptKey, 'salt' | 'N' | 'r' | 'p'>): Promise<Buffer> {
+function kekFromPassword(
+  password: string,
+  key: Pick<ScryptKey, 'salt' | 'N' | 'r' | 'p'>,
+): Promise<Buffer> {
   const memory = 128 * key.N * key.r; // decodeConfig has checked the format's limits
   return new Promise((resolve, reject) => {
     scrypt(
@@ -62,7 +65,13 @@ function kekFromPassword(password: string, key: Pick<ScryptKey, 'salt' | 'N' | '
 
 function kekFromFile(material: Uint8Array, salt: string): Buffer {
   return Buffer.from(
-    hkdfSync('sha256', material, Buffer.from(salt, 'base64'), Buffer.from('b2 key file v1', 'ascii'), 32),
+    hkdfSync(
+      'sha256',
+      material,
+      Buffer.from(salt, 'base64'),
+      Buffer.from('b2 key file v1', 'ascii'),
+      32,
+    ),
   );
 }
 
@@ -74,14 +83,30 @@ function wrapAad(repositoryId: string, keyId: string): Buffer {
   ]);
 }
 
-function wrap(kek: Buffer, master: Uint8Array, repositoryId: string, keyId: string, random: Random): string {
+function wrap(
+  kek: Buffer,
+  master: Uint8Array,
+  repositoryId: string,
+  keyId: string,
+  random: Random,
+): string {
   const nonce = Buffer.from(random(12));
   const cipher = createCipheriv('aes-256-gcm', kek, nonce);
   cipher.setAAD(wrapAad(repositoryId, keyId));
-  return Buffer.concat([nonce, cipher.update(master), cipher.final(), cipher.getAuthTag()]).toString('base64');
+  return Buffer.concat([
+    nonce,
+    cipher.update(master),
+    cipher.final(),
+    cipher.getAuthTag(),
+  ]).toString('base64');
 }
 
-function unwrap(kek: Buffer, wrapped: string, repositoryId: string, keyId: string): Buffer | undefined {
+function unwrap(
+  kek: Buffer,
+  wrapped: string,
+  repositoryId: string,
+  keyId: string,
+): Buffer | undefined {
   const b = Buffer.from(wrapped, 'base64');
   if (b.length !== 12 + MASTER_KEY_BYTES + 16) return undefined;
   const decipher = createDecipheriv('aes-256-gcm', kek, b.subarray(0, 12), { authTagLength: 16 });
@@ -101,7 +126,12 @@ export async function makeKey(
   master: Uint8Array,
   repositoryId: string,
   secret: Secret,
-  about: { readonly label: string; readonly created: string; readonly random: Random; readonly cost?: ScryptCost },
+  about: {
+    readonly label: string;
+    readonly created: string;
+    readonly random: Random;
+    readonly cost?: ScryptCost;
+  },
 ): Promise<ConfigKey> {
   const { random } = about;
   const id = Buffer.from(random(8)).toString('hex');
@@ -110,10 +140,19 @@ export async function makeKey(
   if (secret.kind === 'password') {
     const cost = about.cost ?? DEFAULT_SCRYPT;
     const kek = await kekFromPassword(secret.password, { salt, ...cost });
-    return { ...common, kind: 'scrypt', ...cost, wrapped: wrap(kek, master, repositoryId, id, random) };
+    return {
+      ...common,
+      kind: 'scrypt',
+      ...cost,
+      wrapped: wrap(kek, master, repositoryId, id, random),
+    };
   }
   const kek = kekFromFile(secret.material, salt);
-  return { ...common, kind: 'file', wrapped: wrap(kek, master, repositoryId, id, random) } satisfies FileKey;
+  return {
+    ...common,
+    kind: 'file',
+    wrapped: wrap(kek, master, repositoryId, id, random),
+  } satisfies FileKey;
 }
 
 /** Which key a secret opened, and what was in it. */
@@ -126,15 +165,22 @@ export interface Unlocked {
  * Opens the repository of `config` with the first of `secrets` that fits, and checks the configuration's MAC. Kind
  * `wrong-key` if none fits, `damaged` if the MAC is wrong.
  */
-export async function unlock(config: RepositoryConfig, secrets: readonly Secret[]): Promise<Unlocked> {
+export async function unlock(
+  config: RepositoryConfig,
+  secrets: readonly Secret[],
+): Promise<Unlocked> {
   const found = await findMaster(config, secrets);
   const ring = keyRing(found.master, config.encryption !== 'none');
   const mac = Buffer.from(config.mac, 'base64');
   const right = ring.configMac(canonicalConfig(config));
   if (mac.length !== right.length || !timingSafeEqual(mac, right)) {
-    throw new B2Error('damaged', 'config: its authentication code is wrong: somebody or something has changed it', {
-      hint: 'Put back "config" from "config.copy", or from a backup of the repository.',
-    });
+    throw new B2Error(
+      'damaged',
+      'config: its authentication code is wrong: somebody or something has changed it',
+      {
+        hint: 'Put back "config" from "config.copy", or from a backup of the repository.',
+      },
+    );
   }
   return found;
 }
@@ -144,28 +190,41 @@ async function findMaster(config: RepositoryConfig, secrets: readonly Secret[]):
     if (key.kind === 'none') return { master: Buffer.from(key.master, 'base64'), keyId: key.id };
   }
   if (secrets.length === 0) {
-    throw new B2Error('wrong-key', `repository ${config.id} is encrypted and no password or key file was given`, {
-      hint: 'Set B2_PASSWORD_FILE, B2_PASSWORD_COMMAND, B2_KEY_FILE or B2_PASSWORD, or run on a terminal to be asked.',
-    });
+    throw new B2Error(
+      'wrong-key',
+      `repository ${config.id} is encrypted and no password or key file was given`,
+      {
+        hint: 'Set B2_PASSWORD_FILE, B2_PASSWORD_COMMAND, B2_KEY_FILE or B2_PASSWORD, or run on a terminal to be asked.',
+      },
+    );
   }
   for (const secret of secrets) {
     for (const key of config.keys) {
       let kek: Buffer | undefined;
-      if (secret.kind === 'password' && key.kind === 'scrypt') kek = await kekFromPassword(secret.password, key);
-      if (secret.kind === 'keyFile' && key.kind === 'file') kek = kekFromFile(secret.material, key.salt);
+      if (secret.kind === 'password' && key.kind === 'scrypt')
+        kek = await kekFromPassword(secret.password, key);
+      if (secret.kind === 'keyFile' && key.kind === 'file')
+        kek = kekFromFile(secret.material, key.salt);
       if (kek === undefined || key.kind === 'none') continue;
       const master = unwrap(kek, key.wrapped, config.id, key.id);
       if (master !== undefined) return { master, keyId: key.id };
     }
   }
   const tried = secrets.map((s) => s.source).join(', ');
-  throw new B2Error('wrong-key', `no key of repository ${config.id} is opened by what was given (${tried})`, {
-    hint: 'Check the password or key file; "b2 key list" with a working one shows which keys there are.',
-  });
+  throw new B2Error(
+    'wrong-key',
+    `no key of repository ${config.id} is opened by what was given (${tried})`,
+    {
+      hint: 'Check the password or key file; "b2 key list" with a working one shows which keys there are.',
+    },
+  );
 }
 
 /** `config` with a fresh MAC. */
-export function withMac(config: Omit<RepositoryConfig, 'mac'>, master: Uint8Array): RepositoryConfig {
+export function withMac(
+  config: Omit<RepositoryConfig, 'mac'>,
+  master: Uint8Array,
+): RepositoryConfig {
   const ring = keyRing(master, config.encryption !== 'none');
   return { ...config, mac: ring.configMac(canonicalConfig(config)).toString('base64') };
 }

@@ -47,7 +47,11 @@ export async function listSegments(repo: Repository, volumeId: string): Promise<
  * Merges what is due. Safe beside readers and beside itself; a crash at any point leaves a manifest that reads the same. With a damaged
  * segment nothing more is merged: that is for verify to tell and for repair to mend, and no reason to fail a capture.
  */
-export async function maintainVolume(repo: Repository, volumeId: string, signal?: AbortSignal): Promise<MaintenanceDone> {
+export async function maintainVolume(
+  repo: Repository,
+  volumeId: string,
+  signal?: AbortSignal,
+): Promise<MaintenanceDone> {
   try {
     return await maintainManifest(
       segmentContext(repo, volumeId),

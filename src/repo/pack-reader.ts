@@ -78,12 +78,17 @@ export function openFrameBytes(
   bytes.copy(aad, 16, 0, FRAME_HEADER_BYTES);
   const end = FRAME_HEADER_BYTES + header.storedBytes;
   if (bytes.length < end) throw damaged(what, bytes.length, 'the frame is cut off');
-  const plain = sealer.open(numberNonce(header.number), aad, bytes.subarray(FRAME_HEADER_BYTES, end));
+  const plain = sealer.open(
+    numberNonce(header.number),
+    aad,
+    bytes.subarray(FRAME_HEADER_BYTES, end),
+  );
   if (plain === undefined) throw damaged(what, 0, 'the seal does not open');
   const head = plain.subarray(0, header.headBytes);
   const stored = plain.subarray(header.headBytes);
   if (header.compression === 0) {
-    if (stored.length !== header.plainBytes) throw damaged(what, 0, 'the body has another length than the header says');
+    if (stored.length !== header.plainBytes)
+      throw damaged(what, 0, 'the body has another length than the header says');
     if (into === undefined) return { header, head, body: stored };
     stored.copy(into);
     return { header, head, body: into };
@@ -147,7 +152,12 @@ export class OpenPack {
 
   /** Bytes of memory that the footer takes, about. */
   get memoryBytes(): number {
-    return this.footer.frames.length * 80 + this.footer.ids.length + this.footer.lengths.byteLength + 4096;
+    return (
+      this.footer.frames.length * 80 +
+      this.footer.ids.length +
+      this.footer.lengths.byteLength +
+      4096
+    );
   }
 
   /**
@@ -170,18 +180,32 @@ export class OpenPack {
       let n = await reader.read(first, 0);
       // Nobody believes at first sight that there is nothing.
       if (n < Math.min(PACK_HEADER_BYTES, reader.sizeBytes)) n = await reader.read(first, 0);
-      if (n < Math.min(PACK_HEADER_BYTES, reader.sizeBytes)) throw damaged(`pack ${packId}`, n, 'it ends before its size');
+      if (n < Math.min(PACK_HEADER_BYTES, reader.sizeBytes))
+        throw damaged(`pack ${packId}`, n, 'it ends before its size');
       if (n < PACK_HEADER_BYTES || first.every((b) => b === 0)) {
         // A crash came before its first sync: it holds nothing (FORMAT.md section 5).
         return new OpenPack(
           ctx,
           reader,
-          { packId, repositoryId: ctx.repositoryId, encrypted: ctx.keys.encrypted, generation: 0, createdNs: 0n },
-          { sealed: false, validBytes: 0, footer: { frames: [], ids: Buffer.alloc(0), lengths: new Uint32Array(0) } },
+          {
+            packId,
+            repositoryId: ctx.repositoryId,
+            encrypted: ctx.keys.encrypted,
+            generation: 0,
+            createdNs: 0n,
+          },
+          {
+            sealed: false,
+            validBytes: 0,
+            footer: { frames: [], ids: Buffer.alloc(0), lengths: new Uint32Array(0) },
+          },
           ctx.keys.packSealer(packId),
         );
       }
-      const header = decodePackHeader(first.subarray(0, n), { packId, repositoryId: ctx.repositoryId });
+      const header = decodePackHeader(first.subarray(0, n), {
+        packId,
+        repositoryId: ctx.repositoryId,
+      });
       if (header.encrypted !== ctx.keys.encrypted) {
         throw damaged(`pack ${packId}`, 10, 'its encryption is not that of the repository');
       }
@@ -293,7 +317,9 @@ async function readForward(
   const have = async (bytes: number): Promise<boolean> => {
     if (at + bytes <= base + window.length) return true;
     // No more than there is: opening a small pack must not cost 4 MiB.
-    const next = Buffer.allocUnsafe(Math.max(bytes, Math.min(FORWARD_BYTES, reader.sizeBytes - at)));
+    const next = Buffer.allocUnsafe(
+      Math.max(bytes, Math.min(FORWARD_BYTES, reader.sizeBytes - at)),
+    );
     const n = await reader.read(next, at);
     window = next.subarray(0, n);
     base = at;
@@ -313,14 +339,22 @@ async function readForward(
     if (!(await have(total))) return false;
     if (header.type === FrameType.footer) {
       at += total;
-      if ((await have(PACK_TRAILER_BYTES)) && window.subarray(at - base, at - base + 4).equals(TRAILER_MAGIC)) {
+      if (
+        (await have(PACK_TRAILER_BYTES)) &&
+        window.subarray(at - base, at - base + 4).equals(TRAILER_MAGIC)
+      ) {
         at += PACK_TRAILER_BYTES;
       }
       return true;
     }
     if (header.number <= last) return false;
     try {
-      const open = openFrameBytes(ctx, sealer, packId, window.subarray(at - base, at - base + total));
+      const open = openFrameBytes(
+        ctx,
+        sealer,
+        packId,
+        window.subarray(at - base, at - base + total),
+      );
       if (header.type === FrameType.chunks) {
         for (const e of decodeChunkEntries(open.head, header, `pack ${packId}`)) {
           ids.push(Buffer.from(e.id));
@@ -376,7 +410,10 @@ export class PackCache {
   private readonly maxOpen: number;
   private readonly maxChunkBytes: number;
   private readonly packs = new Map<string, CacheEntry>();
-  private readonly chunks = new Map<string, { readonly value: Promise<FrameChunks>; bytes: number }>();
+  private readonly chunks = new Map<
+    string,
+    { readonly value: Promise<FrameChunks>; bytes: number }
+  >();
   private chunkBytes = 0;
 
   constructor(ctx: PackReadContext, limits: { maxOpen?: number; maxChunkBytes?: number } = {}) {

@@ -73,12 +73,20 @@ function giveSlab(slab: Buffer): void {
 const DIRECT_BYTES = 256 * 1024;
 
 /** Appends bytes [from, end) of the slab; what is aligned of them in a piece of its own, which can go around the page cache. */
-async function appendParts(appender: Appender, slab: Buffer, from: number, end: number): Promise<void> {
+async function appendParts(
+  appender: Appender,
+  slab: Buffer,
+  from: number,
+  end: number,
+): Promise<void> {
   const first = roundUp(from, ALIGN);
   const last = roundDown(end, ALIGN);
-  if (last - first < DIRECT_BYTES || (first === from && last === end)) return appender.append(slab.subarray(from, end));
+  if (last - first < DIRECT_BYTES || (first === from && last === end))
+    return appender.append(slab.subarray(from, end));
   const parts = [slab.subarray(from, first), slab.subarray(first, last), slab.subarray(last, end)];
-  const done = await Promise.allSettled(parts.filter((part) => part.length > 0).map((part) => appender.append(part)));
+  const done = await Promise.allSettled(
+    parts.filter((part) => part.length > 0).map((part) => appender.append(part)),
+  );
   // Only now is nobody reading the slab any more.
   for (const part of done) if (part.status === 'rejected') throw part.reason;
 }
@@ -183,13 +191,16 @@ export class PackWriter {
     this.noteChunk(id, chunk.length);
     // Head and compressed body lie one behind the other: one call of the cipher instead of two.
     const parts =
-      packed > 0 ? [scratch.subarray(0, CHUNK_ENTRY_BYTES + packed)] : [scratch.subarray(0, CHUNK_ENTRY_BYTES), chunk];
+      packed > 0
+        ? [scratch.subarray(0, CHUNK_ENTRY_BYTES + packed)]
+        : [scratch.subarray(0, CHUNK_ENTRY_BYTES), chunk];
     return this.addFrame(FrameType.chunks, packed > 0, 1, chunk.length, CHUNK_ENTRY_BYTES, parts);
   }
 
   /** Adds several chunks in one frame, compressed together. Returns the frame number; chunk i has sub i. */
   addChunks(list: readonly { readonly bytes: Buffer; readonly id: Buffer }[]): number {
-    if (list.length < 1 || list.length > MAX_FRAME_CHUNKS) throw new RangeError(`${list.length} chunks in a frame`);
+    if (list.length < 1 || list.length > MAX_FRAME_CHUNKS)
+      throw new RangeError(`${list.length} chunks in a frame`);
     const head = Buffer.allocUnsafe(list.length * CHUNK_ENTRY_BYTES);
     list.forEach((c, i) => {
       encodeChunkEntry(c.id, c.bytes.length, head, i * CHUNK_ENTRY_BYTES);
@@ -197,7 +208,10 @@ export class PackWriter {
     const plain = Buffer.concat(list.map((c) => c.bytes));
     const { packed, body } = this.compressed(plain);
     for (const c of list) this.noteChunk(c.id, c.bytes.length);
-    return this.addFrame(FrameType.chunks, packed, list.length, plain.length, head.length, [head, body]);
+    return this.addFrame(FrameType.chunks, packed, list.length, plain.length, head.length, [
+      head,
+      body,
+    ]);
   }
 
   /** Adds the plain body of an extents frame; at most MAX_FRAME_EXTENTS records. */
@@ -259,13 +273,7 @@ export class PackWriter {
     const at = this.fill;
     encodeFrameHeader(header, this.slab, at);
     this.slab.copy(this.aad, 16, at, at + FRAME_HEADER_BYTES);
-    this.sealer.sealInto(
-      numberNonce(number),
-      this.aad,
-      parts,
-      this.slab,
-      at + FRAME_HEADER_BYTES,
-    );
+    this.sealer.sealInto(numberNonce(number), this.aad, parts, this.slab, at + FRAME_HEADER_BYTES);
     this.frames.push({
       number,
       offset: this.base + at,

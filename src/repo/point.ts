@@ -39,8 +39,10 @@ export async function choosePoint(
       const found = await timeline.before(when.ns, PointClass.crash);
       if (found === undefined) {
         const first = await timeline.first();
-        if ((await timeline.latest(PointClass.crash)) === undefined) throw await noExactPoint(timeline, volume);
-        const since = first === undefined ? '' : `; its history begins at ${formatTimeLocal(first.instantNs)}`;
+        if ((await timeline.latest(PointClass.crash)) === undefined)
+          throw await noExactPoint(timeline, volume);
+        const since =
+          first === undefined ? '' : `; its history begins at ${formatTimeLocal(first.instantNs)}`;
         throw new B2Error(
           'not-found',
           `volume ${volume.name} has no exact point at or before ${formatTimeLocal(when.ns)}${since}`,
@@ -64,17 +66,27 @@ export async function choosePoint(
       return { commit, snapshot: undefined };
     }
     case 'name': {
-      const snapshot = (await listSnapshots(history.repo, volume.id, warn)).find((s) => s.name === when.name);
+      const snapshot = (await listSnapshots(history.repo, volume.id, warn)).find(
+        (s) => s.name === when.name,
+      );
       if (snapshot === undefined) {
-        throw new B2Error('not-found', `"${when.name}" is neither a time nor a snapshot of volume ${volume.name}`, {
-          hint: 'Times are ISO 8601 (2026-11-22T15:04), "5m ago", "latest" or a point id (#12); "b2 snapshots" lists the names.',
-        });
+        throw new B2Error(
+          'not-found',
+          `"${when.name}" is neither a time nor a snapshot of volume ${volume.name}`,
+          {
+            hint: 'Times are ISO 8601 (2026-11-22T15:04), "5m ago", "latest" or a point id (#12); "b2 snapshots" lists the names.',
+          },
+        );
       }
       const commit = await timeline.bySeq(snapshot.seq);
       if (commit === undefined || commit.hash.toString('hex') !== snapshot.hash) {
-        throw new B2Error('damaged', `snapshot "${snapshot.name}" of volume ${volume.name} names point #${snapshot.seq}, which is not in the history`, {
-          hint: 'Run "b2 verify" and "b2 repair".',
-        });
+        throw new B2Error(
+          'damaged',
+          `snapshot "${snapshot.name}" of volume ${volume.name} names point #${snapshot.seq}, which is not in the history`,
+          {
+            hint: 'Run "b2 verify" and "b2 repair".',
+          },
+        );
       }
       return { commit, snapshot };
     }
@@ -88,14 +100,22 @@ async function noExactPoint(timeline: Timeline, volume: VolumeMeta): Promise<B2E
       hint: 'A capture must finish first.',
     });
   }
-  return new B2Error('not-found', `volume ${volume.name} has no exact point, only ${className(fuzzy.pointClass)} ones`, {
-    hint: `Such a point may be inconsistent. To use it all the same, name it: --at "#${fuzzy.seq}".`,
-  });
+  return new B2Error(
+    'not-found',
+    `volume ${volume.name} has no exact point, only ${className(fuzzy.pointClass)} ones`,
+    {
+      hint: `Such a point may be inconsistent. To use it all the same, name it: --at "#${fuzzy.seq}".`,
+    },
+  );
 }
 
 /** The block map of a commit. The history must stay open as long as it is used. */
 export function openBlockMap(history: VolumeHistory, seq: number): Promise<BlockMap> {
-  return BlockMap.open({ deltas: history.sources, fulls: history.fulls }, seq, blocksOf(history.repo.chunkBytes));
+  return BlockMap.open(
+    { deltas: history.sources, fulls: history.fulls },
+    seq,
+    blocksOf(history.repo.chunkBytes),
+  );
 }
 
 /** The image of a volume at a commit. Closing it closes nothing else; the history must stay open as long as it is used. */

@@ -58,14 +58,16 @@ export class RepositoryImage implements Image {
       length < 0 ||
       offset + length > this.sizeBytes
     ) {
-      throw new RangeError(`[${offset}, +${length}) is not within the image of ${this.sizeBytes} bytes`);
+      throw new RangeError(
+        `[${offset}, +${length}) is not within the image of ${this.sizeBytes} bytes`,
+      );
     }
   }
 
   async read(into: Uint8Array, offset: number): Promise<void> {
     this.check(offset, into.byteLength);
     const end = offset + into.byteLength;
-    for (let at = offset; at < end; ) {
+    for (let at = offset; at < end;) {
       const stop = Math.min(end, roundDown(at, BLOCK_BYTES) + RESOLVE_BLOCKS * BLOCK_BYTES);
       await this.readPart(into.subarray(at - offset, stop - offset), at);
       at = stop;
@@ -109,12 +111,19 @@ export class RepositoryImage implements Image {
     const chunkBytes = this.options.chunkBytes;
     // Byte position counted from the start of the first chunk.
     const base = e.block * BLOCK_BYTES - e.skip * BLOCK_BYTES;
-    for (let at = from; at < to; ) {
+    for (let at = from; at < to;) {
       const inRun = at - base;
       const chunk = run ? Math.floor(inRun / chunkBytes) : 0;
       const inChunk = run ? inRun % chunkBytes : inRun;
       const length = run ? Math.min(to - at, chunkBytes - inChunk) : to - at;
-      pieces.push({ packId, frame: e.frame + chunk, sub: e.sub, from: inChunk, at: at - offset, length });
+      pieces.push({
+        packId,
+        frame: e.frame + chunk,
+        sub: e.sub,
+        from: inChunk,
+        at: at - offset,
+        length,
+      });
       at += length;
     }
   }
@@ -129,19 +138,29 @@ export class RepositoryImage implements Image {
     const have = Math.max(0, Math.min(p.length, entry.lengthBytes - p.from));
     // Only the chunk that ends the device is short, and only within its last block.
     if (p.length - have >= BLOCK_BYTES) {
-      throw new B2Error('damaged', `pack ${p.packId}, frame ${p.frame}: chunk ${p.sub} is shorter than the manifest says`);
+      throw new B2Error(
+        'damaged',
+        `pack ${p.packId}, frame ${p.frame}: chunk ${p.sub} is shorter than the manifest says`,
+      );
     }
     into.set(body.subarray(start + p.from, start + p.from + have), p.at);
     into.fill(0, p.at + have, p.at + p.length);
   }
 
-  async extents(offset: number, length: number, limit = Number.POSITIVE_INFINITY): Promise<readonly ImageExtent[]> {
+  async extents(
+    offset: number,
+    length: number,
+    limit = Number.POSITIVE_INFINITY,
+  ): Promise<readonly ImageExtent[]> {
     this.check(offset, length);
     const list: { offset: number; length: number; hole: boolean }[] = [];
     const end = offset + length;
-    for (let at = offset; at < end; ) {
+    for (let at = offset; at < end;) {
       const stop = Math.min(end, roundUp(at + 1, BLOCK_BYTES) + RESOLVE_BLOCKS * BLOCK_BYTES);
-      const extents = await this.options.resolver.resolve(Math.floor(at / BLOCK_BYTES), blocksOf(stop));
+      const extents = await this.options.resolver.resolve(
+        Math.floor(at / BLOCK_BYTES),
+        blocksOf(stop),
+      );
       for (const e of extents) {
         const from = Math.max(at, e.block * BLOCK_BYTES);
         const to = Math.min(stop, (e.block + e.count) * BLOCK_BYTES);

@@ -270,11 +270,16 @@ export class Repository implements AsyncDisposable {
           hint: '"b2 key list" shows them.',
         });
       }
-      if (found.length > 1) throw new B2Error('usage', `${found.length} keys start with ${idPrefix}`);
+      if (found.length > 1)
+        throw new B2Error('usage', `${found.length} keys start with ${idPrefix}`);
       if (keys.length === 1) {
-        throw new B2Error('refused', `${key.id} is the only key: without it nothing could be read any more`, {
-          hint: 'Add another one first ("b2 key add").',
-        });
+        throw new B2Error(
+          'refused',
+          `${key.id} is the only key: without it nothing could be read any more`,
+          {
+            hint: 'Add another one first ("b2 key add").',
+          },
+        );
       }
       removed = key;
       return keys.filter((k) => k !== key);
@@ -289,11 +294,17 @@ export class Repository implements AsyncDisposable {
     }
   }
 
-  private async changeKeys(change: (keys: readonly ConfigKey[]) => readonly ConfigKey[]): Promise<void> {
-    await using lease = await acquireLease(this.store, 'keys', { ...this.env, purpose: 'key change' });
+  private async changeKeys(
+    change: (keys: readonly ConfigKey[]) => readonly ConfigKey[],
+  ): Promise<void> {
+    await using lease = await acquireLease(this.store, 'keys', {
+      ...this.env,
+      purpose: 'key change',
+    });
     // What is there now, not what was there when we opened: another machine may have changed it.
     const now = decodeConfig(await this.readConfig());
-    if (now.id !== this.id) throw new B2Error('damaged', `${this.store.url}: config belongs to repository ${now.id}`);
+    if (now.id !== this.id)
+      throw new B2Error('damaged', `${this.store.url}: config belongs to repository ${now.id}`);
     const { mac: _mac, ...rest } = now;
     const next = withMac({ ...rest, keys: change(now.keys) }, this.master);
     const bytes = encodeConfig(next);

@@ -43,13 +43,16 @@ function numberOf(o: Record<string, unknown>, key: string, name: string): number
 }
 
 function recordOf(v: unknown): Record<string, unknown> {
-  return typeof v === 'object' && v !== null && !Array.isArray(v) ? (v as Record<string, unknown>) : {};
+  return typeof v === 'object' && v !== null && !Array.isArray(v)
+    ? (v as Record<string, unknown>)
+    : {};
 }
 
 export async function readVolumeMeta(repo: Repository, id: string): Promise<VolumeMeta> {
   const name = volumeMetaName(id);
   const o = await repo.getObject(ObjectKind.volumeMeta, name);
-  if (textOf(o, 'id', name) !== id) throw new B2Error('damaged', `${name} belongs to another volume`);
+  if (textOf(o, 'id', name) !== id)
+    throw new B2Error('damaged', `${name} belongs to another volume`);
   return {
     id,
     name: textOf(o, 'name', name),
@@ -85,21 +88,28 @@ export async function listVolumeIds(repo: Repository): Promise<{ id: string; has
     if (!/^[0-9a-f]{32}$/.test(id)) continue;
     found.set(id, (found.get(id) ?? false) || META.test(name));
   }
-  return [...found].map(([id, hasMeta]) => ({ id, hasMeta })).sort((a, b) => (a.id < b.id ? -1 : 1));
+  return [...found]
+    .map(([id, hasMeta]) => ({ id, hasMeta }))
+    .sort((a, b) => (a.id < b.id ? -1 : 1));
 }
 
 /**
  * Every volume, by name. A volume whose meta object is missing or damaged is listed as `lost-ID`, so that its points can still
  * be reached; `warn` hears why.
  */
-export async function listVolumes(repo: Repository, warn: (text: string) => void): Promise<VolumeMeta[]> {
+export async function listVolumes(
+  repo: Repository,
+  warn: (text: string) => void,
+): Promise<VolumeMeta[]> {
   const metas: VolumeMeta[] = [];
   for (const { id } of await listVolumeIds(repo)) {
     try {
       metas.push(await readVolumeMeta(repo, id));
     } catch (error) {
       if (!isKind(error, 'not-found', 'damaged')) throw error;
-      warn(`volume ${id}: its meta object cannot be used (${error.message}); "b2 repair" makes a new one`);
+      warn(
+        `volume ${id}: its meta object cannot be used (${error.message}); "b2 repair" makes a new one`,
+      );
       metas.push({
         id,
         name: `lost-${id}`,

@@ -66,7 +66,9 @@ export async function findLiveness(repo: Repository, signal?: AbortSignal): Prom
       const [loss] = await unnotedLoss(history);
       const problem =
         history.problems[0]?.error.message ??
-        (loss === undefined ? undefined : `commits ${loss.firstSeq} to ${loss.lastSeq} are missing`);
+        (loss === undefined
+          ? undefined
+          : `commits ${loss.firstSeq} to ${loss.lastSeq} are missing`);
       if (history.chain.gap !== undefined || problem !== undefined) {
         throw new B2Error(
           'refused',
@@ -86,7 +88,11 @@ export async function findLiveness(repo: Repository, signal?: AbortSignal): Prom
 }
 
 /** Adds everything that a segment names to `live`. */
-export async function markSource(source: SegmentSource, live: Liveness, chunkBlocks: number): Promise<void> {
+export async function markSource(
+  source: SegmentSource,
+  live: Liveness,
+  chunkBlocks: number,
+): Promise<void> {
   const ids: string[] = [];
   for (let p = 0; p < source.index.packCount; p++) ids.push(await source.packId(p));
   for (let i = 0; i < source.index.extents.length; i++) {
@@ -96,8 +102,16 @@ export async function markSource(source: SegmentSource, live: Liveness, chunkBlo
       if (pack === HOLE) continue;
       const frame = page.frame(r);
       const id = ids[pack];
-      if (id === undefined) throw new B2Error('damaged', `${source.name}: a record names pack ${pack} of ${ids.length}`);
-      live.chunks.add(id, frame, frame + Math.floor((page.skip(r) + page.count(r) - 1) / chunkBlocks));
+      if (id === undefined)
+        throw new B2Error(
+          'damaged',
+          `${source.name}: a record names pack ${pack} of ${ids.length}`,
+        );
+      live.chunks.add(
+        id,
+        frame,
+        frame + Math.floor((page.skip(r) + page.count(r) - 1) / chunkBlocks),
+      );
     }
   }
   for (let i = 0; i < source.index.commits.length; i++) {

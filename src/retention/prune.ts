@@ -18,7 +18,12 @@ import {
   type FooterFrame,
   type PackFooter,
 } from '../format/pack.js';
-import { CONDEMNED_KEPT_NS, CondemnedPlaces, putCondemned, type Condemned } from '../repo/condemned.js';
+import {
+  CONDEMNED_KEPT_NS,
+  CondemnedPlaces,
+  putCondemned,
+  type Condemned,
+} from '../repo/condemned.js';
 import { acquireLease, type Lease } from '../repo/lease.js';
 import { maintainVolume } from '../repo/maintenance.js';
 import { OpenPack, openFrameBytes, verifiedChunks } from '../repo/pack-reader.js';
@@ -86,7 +91,11 @@ export async function prune(repo: Repository, options: PruneOptions = {}): Promi
   return await pruneHeld(repo, options, lease);
 }
 
-async function pruneHeld(repo: Repository, options: PruneOptions, lease: Lease | undefined): Promise<PruneResult> {
+async function pruneHeld(
+  repo: Repository,
+  options: PruneOptions,
+  lease: Lease | undefined,
+): Promise<PruneResult> {
   const { signal } = options;
   const graceNs = BigInt(Math.round(options.graceMs ?? DEFAULT_GRACE_MS)) * NS_PER_MS;
   const events = options.events ?? ignoreEvents;
@@ -187,12 +196,18 @@ async function findDead(
     } catch (error) {
       if (isKind(error, 'not-found')) continue;
       if (!isKind(error, 'damaged')) throw error;
-      events({ type: 'warning', message: `${error.message}: left as it is`, hint: 'Run "b2 verify".' });
+      events({
+        type: 'warning',
+        message: `${error.message}: left as it is`,
+        hint: 'Run "b2 verify".',
+      });
       continue;
     }
     try {
       if (!pack.sealed) continue; // somebody may be writing it
-      const dead = deadFrames(pack.footer, packId, live).filter((f) => !condemned.has(packId, f.number));
+      const dead = deadFrames(pack.footer, packId, live).filter(
+        (f) => !condemned.has(packId, f.number),
+      );
       const bytes = bytesOf(dead);
       if (bytes === 0) continue;
       if (pack.header.createdNs < beforeNs && bytes >= COMPACT_SHARE * sizeBytes) {
@@ -238,7 +253,11 @@ async function compact(
   } catch (error) {
     if (isKind(error, 'not-found')) return 0;
     if (!isKind(error, 'damaged')) throw error;
-    events({ type: 'warning', message: `${error.message}: not compacted`, hint: 'Run "b2 verify".' });
+    events({
+      type: 'warning',
+      message: `${error.message}: not compacted`,
+      hint: 'Run "b2 verify".',
+    });
     return 0;
   }
   try {
@@ -250,7 +269,9 @@ async function compact(
     );
     if (dead.size === 0) return 0;
     const sealer = ctx.keys.packSealer(packId);
-    const parts: Buffer[] = [encodePackHeader({ ...pack.header, generation: pack.header.generation + 1 })];
+    const parts: Buffer[] = [
+      encodePackHeader({ ...pack.header, generation: pack.header.generation + 1 }),
+    ];
     const frames: FooterFrame[] = [];
     const ids: Buffer[] = [];
     const lengths: number[] = [];
@@ -270,7 +291,11 @@ async function compact(
       for (let i = first; i < chunk; i++) lengths.push(pack.footer.lengths[i] ?? 0);
       at += bytes.length;
     }
-    const footer: PackFooter = { frames, ids: Buffer.concat(ids), lengths: Uint32Array.from(lengths) };
+    const footer: PackFooter = {
+      frames,
+      ids: Buffer.concat(ids),
+      lengths: Uint32Array.from(lengths),
+    };
     parts.push(encodeFooter(footer, packId, at, repo.newSalt(), ctx.keys));
     const whole = Buffer.concat(parts);
     const before = await repo.store.stat(packName(packId));
@@ -280,7 +305,11 @@ async function compact(
     return Math.max(0, (before?.sizeBytes ?? whole.length) - whole.length);
   } catch (error) {
     if (!isKind(error, 'damaged')) throw error;
-    events({ type: 'warning', message: `${error.message}: the pack is not compacted`, hint: 'Run "b2 verify".' });
+    events({
+      type: 'warning',
+      message: `${error.message}: the pack is not compacted`,
+      hint: 'Run "b2 verify".',
+    });
     return 0;
   } finally {
     await pack.close();

@@ -30,7 +30,9 @@ export function seeded(seed: number): () => number {
 }
 
 /** An environment whose clock and randomness are the test's. */
-export function testEnvironment(random: () => number): Environment & { readonly clock: SteppedClock } {
+export function testEnvironment(
+  random: () => number,
+): Environment & { readonly clock: SteppedClock } {
   return {
     clock: new SteppedClock(),
     random: (n) => Uint8Array.from({ length: n }, () => Math.floor(random() * 256)),
@@ -103,7 +105,8 @@ export class ModelVolume {
 
   /** Grows or shrinks the device; what is gained reads as zeros. */
   resize(sizeBytes: number): void {
-    if (sizeBytes > this.data.length && this.data.length % BLOCK !== 0) this.oldEnd = Math.floor(this.data.length / BLOCK);
+    if (sizeBytes > this.data.length && this.data.length % BLOCK !== 0)
+      this.oldEnd = Math.floor(this.data.length / BLOCK);
     const next = Buffer.alloc(sizeBytes);
     this.data.copy(next, 0, 0, Math.min(sizeBytes, this.data.length));
     this.data = next;
@@ -119,12 +122,20 @@ export class ModelVolume {
     const shared: { bytes: Buffer; id: Buffer; block: number; count: number }[] = [];
     const zero = Buffer.alloc(CHUNK_BYTES);
     const perChunk = CHUNK_BYTES / BLOCK;
-    for (let i = 0; i < blocks.length; ) {
+    for (let i = 0; i < blocks.length;) {
       const block = blocks[i] ?? 0;
       let count = 1;
-      while (count < perChunk && blocks[i + count] === block + count && (block + count) % perChunk !== 0) count++;
+      while (
+        count < perChunk &&
+        blocks[i + count] === block + count &&
+        (block + count) % perChunk !== 0
+      )
+        count++;
       i += count;
-      const bytes = this.data.subarray(block * BLOCK, Math.min(this.data.length, (block + count) * BLOCK));
+      const bytes = this.data.subarray(
+        block * BLOCK,
+        Math.min(this.data.length, (block + count) * BLOCK),
+      );
       if (bytes.equals(zero.subarray(0, bytes.length))) {
         extents.push({ block, count, packId: undefined, frame: 0, sub: 0, skip: 0 });
         continue;
@@ -158,7 +169,11 @@ export class ModelVolume {
       storedBytes: 0,
       facts: {},
     });
-    this.acknowledged.push({ seq: point.seq, sizeBytes: this.data.length, digest: digestOf(this.data) });
+    this.acknowledged.push({
+      seq: point.seq,
+      sizeBytes: this.data.length,
+      digest: digestOf(this.data),
+    });
     await this.clock.advanceMs(1000);
   }
 }
@@ -188,7 +203,11 @@ export async function newModel(
   return { repo, model: new ModelVolume(volumeId, options.sizeBytes, random, env.clock), writer };
 }
 
-export const PASSWORD = { kind: 'password', password: 'correct horse', source: 'the test' } as const;
+export const PASSWORD = {
+  kind: 'password',
+  password: 'correct horse',
+  source: 'the test',
+} as const;
 /** The least that the format allows: tests open repositories hundreds of times. */
 export const CHEAP = { N: 16_384, r: 1, p: 1 } as const;
 
@@ -198,7 +217,8 @@ export async function checkPoint(repo: Repository, volumeId: string, e: Expected
   try {
     history.refuseGap();
     const image = await openImage(history, testMeta(volumeId, e.sizeBytes), e.seq);
-    if (image.sizeBytes !== e.sizeBytes) throw new Error(`point ${e.seq}: size ${image.sizeBytes}, not ${e.sizeBytes}`);
+    if (image.sizeBytes !== e.sizeBytes)
+      throw new Error(`point ${e.seq}: size ${image.sizeBytes}, not ${e.sizeBytes}`);
     const all = Buffer.alloc(e.sizeBytes, 0xee);
     await image.read(all, 0);
     if (digestOf(all) !== e.digest) throw new Error(`point ${e.seq} does not restore bit for bit`);

@@ -13,7 +13,16 @@ import { Timeline } from '../../src/repo/timeline.js';
 import { addSnapshot, writeVolumeMeta } from '../../src/repo/volume.js';
 import { VolumeWriter } from '../../src/repo/volume-writer.js';
 import { prune } from '../../src/retention/prune.js';
-import { CHUNK_BYTES, ModelVolume, checkPoint, digestOf, seeded, testEnvironment, testMeta, type Expected } from './model-volume.js';
+import {
+  CHUNK_BYTES,
+  ModelVolume,
+  checkPoint,
+  digestOf,
+  seeded,
+  testEnvironment,
+  testMeta,
+  type Expected,
+} from './model-volume.js';
 import type { SteppedClock } from './stepped-clock.js';
 import { MemoryStore } from './store-memory.js';
 
@@ -22,8 +31,16 @@ export const DEVICE_BYTES = 64 * 1024;
 export const VOLUME = 'ab'.repeat(16);
 const HOUR_MS = 3_600_000;
 /** Key files: quick to open, unlike passwords. */
-export const FIRST: Secret = { kind: 'keyFile', material: Buffer.alloc(32, 1), source: 'the first key file' };
-export const SECOND: Secret = { kind: 'keyFile', material: Buffer.alloc(32, 2), source: 'the second key file' };
+export const FIRST: Secret = {
+  kind: 'keyFile',
+  material: Buffer.alloc(32, 1),
+  source: 'the first key file',
+};
+export const SECOND: Secret = {
+  kind: 'keyFile',
+  material: Buffer.alloc(32, 2),
+  source: 'the second key file',
+};
 
 /** A state between two steps. */
 export interface Checkpoint {
@@ -44,7 +61,12 @@ export class World {
   private readonly dirty = new Set<number>();
   private opened: Repository | undefined;
 
-  private constructor(store: Store, from: Checkpoint | undefined, encrypted: boolean, seed: number) {
+  private constructor(
+    store: Store,
+    from: Checkpoint | undefined,
+    encrypted: boolean,
+    seed: number,
+  ) {
     this.store = store;
     this.encrypted = encrypted;
     this.random = seeded(seed);
@@ -58,7 +80,12 @@ export class World {
   }
 
   /** `from` is what `store` holds; undefined: it is empty. */
-  static async start(store: Store, from: Checkpoint | undefined, encrypted: boolean, seed: number): Promise<World> {
+  static async start(
+    store: Store,
+    from: Checkpoint | undefined,
+    encrypted: boolean,
+    seed: number,
+  ): Promise<World> {
     const world = new World(store, from, encrypted, seed);
     if (from !== undefined) await world.env.clock.advanceMs(from.atMs);
     return world;
@@ -67,7 +94,11 @@ export class World {
   /** The repository, opened once; made if there is none. */
   async repository(): Promise<Repository> {
     if (this.opened !== undefined) return this.opened;
-    this.opened = await Repository.open(this.store, this.encrypted ? [FIRST, SECOND] : [], this.env);
+    this.opened = await Repository.open(
+      this.store,
+      this.encrypted ? [FIRST, SECOND] : [],
+      this.env,
+    );
     return this.opened;
   }
 
@@ -77,7 +108,12 @@ export class World {
       chunkBytes: CHUNK_BYTES,
       packBytes: 1024 * 1024,
     } as const;
-    this.opened = await Repository.init(this.store, parameters, this.encrypted ? FIRST : undefined, this.env);
+    this.opened = await Repository.init(
+      this.store,
+      parameters,
+      this.encrypted ? FIRST : undefined,
+      this.env,
+    );
     await writeVolumeMeta(this.opened, testMeta(VOLUME, DEVICE_BYTES));
   }
 
@@ -87,8 +123,14 @@ export class World {
     for (const b of model.mutate(most)) dirty.add(b);
     const blocks = Math.ceil(model.data.length / BLOCK);
     const full = model.acknowledged.length === 0;
-    const wanted = full ? Array.from({ length: blocks }, (_, i) => i) : [...dirty].filter((b) => b < blocks);
-    await model.capture(writer, wanted.sort((a, b) => a - b), full);
+    const wanted = full
+      ? Array.from({ length: blocks }, (_, i) => i)
+      : [...dirty].filter((b) => b < blocks);
+    await model.capture(
+      writer,
+      wanted.sort((a, b) => a - b),
+      full,
+    );
     dirty.clear();
   }
 
@@ -242,18 +284,27 @@ export const STEPS: readonly Step[] = [
 export async function playSteps(
   options: { readonly canAppend: boolean; readonly encrypted: boolean },
   seed: number,
-): Promise<{ readonly steps: readonly Step[]; readonly before: readonly (Checkpoint | undefined)[] }> {
+): Promise<{
+  readonly steps: readonly Step[];
+  readonly before: readonly (Checkpoint | undefined)[];
+}> {
   const steps = STEPS.filter((s) => options.encrypted || s.keys !== true);
   const before: (Checkpoint | undefined)[] = [undefined];
   let atMs = 0;
   for (const [i, step] of steps.entries()) {
     const from = before[i];
-    const store = from?.store.clone() ?? new MemoryStore({ canAppend: options.canAppend, record: false });
+    const store =
+      from?.store.clone() ?? new MemoryStore({ canAppend: options.canAppend, record: false });
     const world = await World.start(store, from, options.encrypted, seed + i);
     const startNs = world.env.clock.monotonicNs();
     await step.run(world);
     atMs += Number((world.env.clock.monotonicNs() - startNs) / 1_000_000n) + 1000;
-    before.push({ store, data: world.model.data, acknowledged: [...world.model.acknowledged], atMs });
+    before.push({
+      store,
+      data: world.model.data,
+      acknowledged: [...world.model.acknowledged],
+      atMs,
+    });
   }
   return { steps, before };
 }
@@ -272,7 +323,8 @@ export async function checkAll(
   const history = await VolumeHistory.open(repo, volumeId);
   try {
     const problem = history.problems[0];
-    if (problem !== undefined) throw new Error(`problem with ${problem.object}`, { cause: problem.error });
+    if (problem !== undefined)
+      throw new Error(`problem with ${problem.object}`, { cause: problem.error });
     history.refuseGap();
     const expected = new Map(acknowledged.map((e) => [e.seq, e]));
     for await (const c of new Timeline(history.sources).list({ minClass: PointClass.none })) {
@@ -286,7 +338,8 @@ export async function checkAll(
       expected.delete(c.seq);
     }
     const [lost] = expected.keys();
-    if (lost !== undefined) throw new Error(`acknowledged point ${lost} is gone (the newest is ${history.tip?.seq})`);
+    if (lost !== undefined)
+      throw new Error(`acknowledged point ${lost} is gone (the newest is ${history.tip?.seq})`);
     return acknowledged.length;
   } finally {
     await history.close();

@@ -27,7 +27,12 @@ describe('secrets', () => {
       { kind: 'password', password: SECRET, source: 'B2_PASSWORD' },
       { kind: 'password', password: 'from file', source: join(dir.path, 'pw') },
       { kind: 'password', password: 'from command', source: 'the password command' },
-      { kind: 'keyFileText', text: 'b2-key-v1 x\n', path: join(dir.path, 'key'), source: join(dir.path, 'key') },
+      {
+        kind: 'keyFileText',
+        text: 'b2-key-v1 x\n',
+        path: join(dir.path, 'key'),
+        source: join(dir.path, 'key'),
+      },
     ]);
   });
 
@@ -40,17 +45,26 @@ describe('secrets', () => {
     expect(await findSecrets(all)).toEqual([
       { kind: 'password', password: 'credential', source: 'the systemd credential b2-password' },
     ]);
-    expect(await findSecrets({ ...all, credentialsDirectory: join(dir.path, 'none') })).toMatchObject([
-      { kind: 'keyFileText', path: defaultKeyFile },
+    expect(
+      await findSecrets({ ...all, credentialsDirectory: join(dir.path, 'none') }),
+    ).toMatchObject([{ kind: 'keyFileText', path: defaultKeyFile }]);
+    expect(
+      await findSecrets({
+        credentialsDirectory: join(dir.path, 'none'),
+        defaultKeyFile: join(dir.path, 'none'),
+      }),
+    ).toEqual([]);
+    expect(await findSecrets({ ...all, password: SECRET })).toMatchObject([
+      { source: 'B2_PASSWORD' },
     ]);
-    expect(await findSecrets({ credentialsDirectory: join(dir.path, 'none'), defaultKeyFile: join(dir.path, 'none') })).toEqual([]);
-    expect(await findSecrets({ ...all, password: SECRET })).toMatchObject([{ source: 'B2_PASSWORD' }]);
   });
 
   it('that cannot be had are told without telling what they are', async () => {
     expect(() => readPasswordFile(join(dir.path, 'missing'), 'x')).toThrowError(/missing/);
     expect(() => readPasswordFile(file('empty', '\n'), 'x')).toThrowError(/empty/);
-    expect(() => readKeyFile(file('open', `b2-key-v1 ${SECRET}`, 0o644), 'x')).toThrowError(/can be read by others.*644/);
+    expect(() => readKeyFile(file('open', `b2-key-v1 ${SECRET}`, 0o644), 'x')).toThrowError(
+      /can be read by others.*644/,
+    );
     for (const command of [`echo ${SECRET}; exit 3`, 'true', `${SECRET}-no-such-command`]) {
       const error = await findSecrets({ passwordCommand: command }).catch((e: unknown) => e);
       expect(error).toMatchObject({ kind: 'wrong-key', code: 12 });

@@ -27,7 +27,10 @@ describe('parseWhen', () => {
 
   it('takes a time without zone as local', () => {
     const ms = new Date(2026, 10, 22, 15, 4).getTime();
-    expect(parseWhen('2026-11-22T15:04', NOW)).toEqual({ kind: 'instant', ns: BigInt(ms) * 1_000_000n });
+    expect(parseWhen('2026-11-22T15:04', NOW)).toEqual({
+      kind: 'instant',
+      ns: BigInt(ms) * 1_000_000n,
+    });
     const day = new Date(2026, 10, 22).getTime();
     expect(parseWhen('2026-11-22', NOW)).toEqual({ kind: 'instant', ns: BigInt(day) * 1_000_000n });
   });
@@ -39,7 +42,12 @@ describe('parseWhen', () => {
     expect(parseWhen('5 apples ago', NOW)).toEqual({ kind: 'name', name: '5 apples ago' });
   });
 
-  it.each(['2026-02-29', '2026-13-01', '2026-01-01T24:00', '1969-12-31T23:59:59Z', ''])('refuses %j', (text) => {
-    expect(() => parseWhen(text, NOW)).toThrowError(expect.objectContaining({ kind: 'usage', code: 2 }));
-  });
+  it.each(['2026-02-29', '2026-13-01', '2026-01-01T24:00', '1969-12-31T23:59:59Z', ''])(
+    'refuses %j',
+    (text) => {
+      expect(() => parseWhen(text, NOW)).toThrowError(
+        expect.objectContaining({ kind: 'usage', code: 2 }),
+      );
+    },
+  );
 });

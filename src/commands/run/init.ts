@@ -25,10 +25,16 @@ export interface InitResult {
 }
 
 /** Makes the key file that the settings name, if it is not there. Returns its path if it did. */
-export async function makeKeyFile(context: CommandContext, path: string): Promise<string | undefined> {
+export async function makeKeyFile(
+  context: CommandContext,
+  path: string,
+): Promise<string | undefined> {
   if (existsSync(path)) return undefined;
   await mkdirDurable(dirname(path));
-  await writeFileDurable(path, Buffer.from(keyFileText(context.random(32)), 'ascii'), { mode: 0o600, ifAbsent: true });
+  await writeFileDurable(path, Buffer.from(keyFileText(context.random(32)), 'ascii'), {
+    mode: 0o600,
+    ifAbsent: true,
+  });
   return path;
 }
 
@@ -38,9 +44,13 @@ async function firstSecret(context: CommandContext): Promise<Secret> {
   if (first !== undefined) return secretOf(first);
   const password = await askPassword('New password of the repository: ');
   if (password === undefined) {
-    throw new B2Error('wrong-key', 'an encrypted repository needs a password or a key file, and there is no terminal to ask at', {
-      hint: 'Set B2_PASSWORD_FILE, or B2_KEY_FILE (made if it does not exist), or use --encryption none.',
-    });
+    throw new B2Error(
+      'wrong-key',
+      'an encrypted repository needs a password or a key file, and there is no terminal to ask at',
+      {
+        hint: 'Set B2_PASSWORD_FILE, or B2_KEY_FILE (made if it does not exist), or use --encryption none.',
+      },
+    );
   }
   if (password === '') throw new B2Error('usage', 'the password is empty');
   if ((await askPassword('The same again: ')) !== password) {
@@ -54,7 +64,10 @@ export async function run(context: CommandContext, input: InitInput): Promise<Ou
   const chunkBytes = options['chunk-size'];
   const packBytes = options['pack-size'];
   if (!CHUNK_SIZES.includes(chunkBytes)) {
-    throw new B2Error('usage', `--chunk-size ${chunkBytes} is not one of 16K, 32K, 64K, 128K, 256K`);
+    throw new B2Error(
+      'usage',
+      `--chunk-size ${chunkBytes} is not one of 16K, 32K, 64K, 128K, 256K`,
+    );
   }
   if (packBytes < MIN_PACK_BYTES || packBytes > MAX_CONFIG_PACK_BYTES) {
     throw new B2Error('usage', `--pack-size ${packBytes} is not within 1M to 256M`);
@@ -97,9 +110,15 @@ export function text(data: InitResult, style: Style): string {
   ];
   if (data.keyFile !== undefined) {
     lines.push(`its key is in ${data.keyFile}`);
-    lines.push(style.yellow(`Copy ${data.keyFile} to another machine now: without it the backup cannot be read.`));
+    lines.push(
+      style.yellow(
+        `Copy ${data.keyFile} to another machine now: without it the backup cannot be read.`,
+      ),
+    );
   } else if (data.encryption !== 'none') {
-    lines.push(style.yellow('Keep the password somewhere else too: without it the backup cannot be read.'));
+    lines.push(
+      style.yellow('Keep the password somewhere else too: without it the backup cannot be read.'),
+    );
   }
   return lines.join('\n');
 }

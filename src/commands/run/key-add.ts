@@ -60,6 +60,7 @@ export function run(context: CommandContext, input: KeyAddInput): Promise<Outcom
 }
 
 export function text(data: KeyAddResult, style: Style): string {
-  const made = data.keyFile === undefined ? '' : ` (made ${data.keyFile}: keep a copy of it elsewhere)`;
+  const made =
+    data.keyFile === undefined ? '' : ` (made ${data.keyFile}: keep a copy of it elsewhere)`;
   return `${style.green('added')} key ${data.id}, a ${data.kind}${made}`;
 }

@@ -17,7 +17,10 @@ export interface KeyListResult {
   readonly keys: readonly KeyRow[];
 }
 
-export function run(context: CommandContext, _input: KeyListInput): Promise<Outcome<KeyListResult>> {
+export function run(
+  context: CommandContext,
+  _input: KeyListInput,
+): Promise<Outcome<KeyListResult>> {
   return withRepository(context, (repo) =>
     Promise.resolve({
       data: {

@@ -9,7 +9,10 @@ export interface KeyRemoveResult {
   readonly left: number;
 }
 
-export function run(context: CommandContext, input: KeyRemoveInput): Promise<Outcome<KeyRemoveResult>> {
+export function run(
+  context: CommandContext,
+  input: KeyRemoveInput,
+): Promise<Outcome<KeyRemoveResult>> {
   return withRepository(context, async (repo) => {
     const key = await repo.removeKey(input.arguments.id);
     return { data: { id: key.id, label: key.label, left: repo.config.keys.length } };

@@ -42,12 +42,21 @@ interface Order {
 /** Set for the process in the background, which gets the same command line. */
 const BACKGROUND = 'B2_MOUNT_BACKGROUND';
 
-export async function run(context: CommandContext, input: MountInput): Promise<Outcome<MountAnswer | undefined>> {
-  if (context.env[BACKGROUND] === '1' && process.send !== undefined) return serveInBackground(context, input);
+export async function run(
+  context: CommandContext,
+  input: MountInput,
+): Promise<Outcome<MountAnswer | undefined>> {
+  if (context.env[BACKGROUND] === '1' && process.send !== undefined)
+    return serveInBackground(context, input);
   if (!input.options.foreground) return { data: await startInBackground(context, input) };
   const answer = await serve(context, input, context.events, (mounted) => {
-    const chosen = (mounted.points ?? []).map((p) => `, ${p.volume} at ${p.time} (#${p.seq})`).join('');
-    context.output.line({ type: 'mounted', ...mounted }, `mounted at ${mounted.mountpoint}${chosen}`);
+    const chosen = (mounted.points ?? [])
+      .map((p) => `, ${p.volume} at ${p.time} (#${p.seq})`)
+      .join('');
+    context.output.line(
+      { type: 'mounted', ...mounted },
+      `mounted at ${mounted.mountpoint}${chosen}`,
+    );
   });
   return { data: answer };
 }
@@ -64,10 +73,16 @@ function serve(
   const at = options.at === undefined ? undefined : parseWhen(options.at, clock.nowNs());
   return withRepository(context, async (repo) => {
     const warn = (message: string): void => events({ type: 'warning', message });
-    const volume = options.volume === undefined ? undefined : await volumeNamed(context, repo, options.volume);
+    const volume =
+      options.volume === undefined ? undefined : await volumeNamed(context, repo, options.volume);
     const tree = await openMountTree({ repo, clock, volume, at, warn });
     try {
-      const mounted = await serveMount({ tree, mountpoint: input.arguments.mountpoint, events, clock });
+      const mounted = await serveMount({
+        tree,
+        mountpoint: input.arguments.mountpoint,
+        events,
+        clock,
+      });
       const stop = (): void => {
         mounted.close().catch(() => undefined); // `ended` tells
       };
@@ -78,7 +93,9 @@ function serve(
           ...(volume === undefined ? {} : { volume: volume.name }),
           ...(tree.chosen === undefined
             ? {}
-            : { points: tree.chosen.map((c) => ({ volume: c.volume.name, ...pointRow(c.commit) })) }),
+            : {
+                points: tree.chosen.map((c) => ({ volume: c.volume.name, ...pointRow(c.commit) })),
+              }),
         };
         onMounted(answer);
         if (signal.aborted) stop();
@@ -96,7 +113,10 @@ function serve(
 }
 
 /** Nobody reads stdout; stderr is the log file. */
-async function serveInBackground(context: CommandContext, input: MountInput): Promise<Outcome<undefined>> {
+async function serveInBackground(
+  context: CommandContext,
+  input: MountInput,
+): Promise<Outcome<undefined>> {
   const tell = (report: Report): Promise<void> =>
     new Promise((resolve) => {
       // Where the starter has been killed meanwhile nobody listens; the mount stays.
@@ -127,7 +147,9 @@ async function serveInBackground(context: CommandContext, input: MountInput): Pr
 function firstOrder(): Promise<Order> {
   return new Promise((resolve, reject) => {
     process.once('message', (order: Order) => resolve(order));
-    process.once('disconnect', () => reject(new B2Error('interrupted', 'the command that started the mount has ended')));
+    process.once('disconnect', () =>
+      reject(new B2Error('interrupted', 'the command that started the mount has ended')),
+    );
   });
 }
 
@@ -138,7 +160,8 @@ async function startInBackground(context: CommandContext, input: MountInput): Pr
     try {
       return { ...(await launch(context, logFile, password)), logFile };
     } catch (error) {
-      const isUnasked = password === undefined && error instanceof B2Error && error.kind === 'wrong-key';
+      const isUnasked =
+        password === undefined && error instanceof B2Error && error.kind === 'wrong-key';
       // The background has no terminal: what has to be typed is asked here.
       if (!isUnasked || (await findSecrets(secretPlaces(context))).length > 0) throw error;
       password = await askPassword(`Password of ${context.settings.repository.url}: `);
@@ -147,7 +170,11 @@ async function startInBackground(context: CommandContext, input: MountInput): Pr
   }
 }
 
-async function launch(context: CommandContext, logFile: string, password: string | undefined): Promise<MountAnswer> {
+async function launch(
+  context: CommandContext,
+  logFile: string,
+  password: string | undefined,
+): Promise<MountAnswer> {
   const { signal } = context;
   let logFd: number;
   try {

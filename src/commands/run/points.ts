@@ -68,5 +68,10 @@ export function run(context: CommandContext, input: PointsInput): Promise<Outcom
 }
 
 export function text(data: PointsResult, style: Style): string {
-  return table<PointRow>(POINT_COLUMNS, data.points, style, `no points of ${data.volume} in that time`);
+  return table<PointRow>(
+    POINT_COLUMNS,
+    data.points,
+    style,
+    `no points of ${data.volume} in that time`,
+  );
 }

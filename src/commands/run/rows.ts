@@ -42,7 +42,9 @@ export function pointRow(c: CommitRecord, snapshots: readonly string[] = []): Po
 export function localTime(rfc3339: string): string {
   const m = /^(.*?)(?:\.(\d+))?Z$/.exec(rfc3339);
   const ms = Date.parse(`${m?.[1] ?? ''}Z`);
-  return formatTimeLocal(BigInt(ms) * 1_000_000n + BigInt((m?.[2] ?? '').padEnd(9, '0').slice(0, 9)));
+  return formatTimeLocal(
+    BigInt(ms) * 1_000_000n + BigInt((m?.[2] ?? '').padEnd(9, '0').slice(0, 9)),
+  );
 }
 
 export const POINT_COLUMNS: readonly Column<PointRow>[] = [

@@ -45,20 +45,31 @@ async function deviceOf(
   try {
     const volume = await volumeNamed(context, repo, text);
     if (volume.host !== hostname()) {
-      throw new B2Error('refused', `volume ${volume.name} is captured by host ${volume.host}, not by this one`, {
-        hint: `Run the command there, or name the device.`,
-      });
+      throw new B2Error(
+        'refused',
+        `volume ${volume.name} is captured by host ${volume.host}, not by this one`,
+        {
+          hint: `Run the command there, or name the device.`,
+        },
+      );
     }
     return { device: volume.device, volume: volume.name };
   } catch (error) {
     if (!isKind(error, 'not-found')) throw error;
-    throw new B2Error('not-found', `there is no device or file ${text}, and no volume of that name`, {
-      hint: 'lsblk lists the block devices of this machine, "b2 volumes" the volumes.',
-    });
+    throw new B2Error(
+      'not-found',
+      `there is no device or file ${text}, and no volume of that name`,
+      {
+        hint: 'lsblk lists the block devices of this machine, "b2 volumes" the volumes.',
+      },
+    );
   }
 }
 
-export function run(context: CommandContext, input: SnapshotInput): Promise<Outcome<SnapshotAnswer>> {
+export function run(
+  context: CommandContext,
+  input: SnapshotInput,
+): Promise<Outcome<SnapshotAnswer>> {
   return withRepository(context, async (repo) => {
     const { options } = input;
     const { device, volume } = await deviceOf(context, repo, input.arguments.device);
@@ -121,7 +132,8 @@ export function run(context: CommandContext, input: SnapshotInput): Promise<Outc
 
 export function text(a: SnapshotAnswer, style: Style): string {
   const rate = a.elapsedSeconds > 0 ? `, ${formatRate(a.sizeBytes / a.elapsedSeconds)}` : '';
-  const state = a.notExact === undefined ? style.green('captured') : style.yellow('captured, not exact');
+  const state =
+    a.notExact === undefined ? style.green('captured') : style.yellow('captured, not exact');
   return [
     `${state} ${a.volume} as "${a.name}": point ${a.id}, class ${a.class}, ${localTime(a.time)}`,
     `${formatBytes(a.sizeBytes)} in ${formatDuration(a.elapsedSeconds)}${rate}: ${formatBytes(a.changedBytes)} changed, ${formatBytes(a.newBytes)} new, ${formatBytes(a.storedBytes)} stored`,

@@ -22,14 +22,19 @@ export interface SnapshotsResult {
   readonly snapshots: readonly SnapshotRow[];
 }
 
-export function run(context: CommandContext, input: SnapshotsInput): Promise<Outcome<SnapshotsResult>> {
+export function run(
+  context: CommandContext,
+  input: SnapshotsInput,
+): Promise<Outcome<SnapshotsResult>> {
   return withRepository(context, async (repo) => {
     const all = await volumesOf(context, repo);
     const { volume, tag } = input.options;
     const wanted = volume === undefined ? all : [findVolume(all, volume)];
     const snapshots: SnapshotRow[] = [];
     for (const v of wanted) {
-      const list = await listSnapshots(repo, v.id, (message) => context.events({ type: 'warning', message }));
+      const list = await listSnapshots(repo, v.id, (message) =>
+        context.events({ type: 'warning', message }),
+      );
       for (const s of list) {
         if (!tag.every((t) => s.tags.includes(t))) continue;
         snapshots.push({

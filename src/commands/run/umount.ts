@@ -7,8 +7,13 @@ export interface UmountAnswer {
   readonly mountpoint: string;
 }
 
-export async function run(_context: CommandContext, input: UmountInput): Promise<Outcome<UmountAnswer>> {
-  return { data: { mountpoint: await unmountByUser(input.arguments.mountpoint, input.options.lazy) } };
+export async function run(
+  _context: CommandContext,
+  input: UmountInput,
+): Promise<Outcome<UmountAnswer>> {
+  return {
+    data: { mountpoint: await unmountByUser(input.arguments.mountpoint, input.options.lazy) },
+  };
 }
 
 export function text(data: UmountAnswer, _style: Style): string {

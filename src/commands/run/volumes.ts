@@ -55,7 +55,9 @@ export async function volumeRow(repo: Repository, v: VolumeMeta): Promise<Volume
       commits,
       exactPoints,
       ...(first === undefined ? {} : { oldest: formatTimeNs(first.instantNs) }),
-      ...(last === undefined ? {} : { newest: formatTimeNs(last.instantNs), newestId: `#${last.seq}` }),
+      ...(last === undefined
+        ? {}
+        : { newest: formatTimeNs(last.instantNs), newestId: `#${last.seq}` }),
     };
   } catch (error) {
     if (!isKind(error, 'damaged')) throw error;
@@ -65,13 +67,20 @@ export async function volumeRow(repo: Repository, v: VolumeMeta): Promise<Volume
   }
 }
 
-export function run(context: CommandContext, _input: VolumesInput): Promise<Outcome<VolumesResult>> {
+export function run(
+  context: CommandContext,
+  _input: VolumesInput,
+): Promise<Outcome<VolumesResult>> {
   return withRepository(context, async (repo) => {
     const volumes: VolumeRow[] = [];
     for (const v of await volumesOf(context, repo)) {
       const row = await volumeRow(repo, v);
       if (row.problem !== undefined) {
-        context.events({ type: 'warning', message: `volume ${v.name}: ${row.problem}`, hint: 'Run "b2 verify".' });
+        context.events({
+          type: 'warning',
+          message: `volume ${v.name}: ${row.problem}`,
+          hint: 'Run "b2 verify".',
+        });
       }
       volumes.push(row);
     }
@@ -85,10 +94,15 @@ export function text(data: VolumesResult, style: Style): string {
       { title: 'VOLUME', cell: (v) => v.name },
       { title: 'ID', cell: (v) => v.id.slice(0, 8) },
       { title: 'SIZE', align: 'right', cell: (v) => formatBytes(v.sizeBytes) },
-      { title: 'POINTS', align: 'right', cell: (v) => (v.problem === undefined ? formatCount(v.exactPoints) : '?') },
+      {
+        title: 'POINTS',
+        align: 'right',
+        cell: (v) => (v.problem === undefined ? formatCount(v.exactPoints) : '?'),
+      },
       {
         title: 'NEWEST',
-        cell: (v) => (v.problem !== undefined ? 'DAMAGED' : v.newest === undefined ? '-' : localTime(v.newest)),
+        cell: (v) =>
+          v.problem !== undefined ? 'DAMAGED' : v.newest === undefined ? '-' : localTime(v.newest),
         paint: (t, v, s) => (v.problem === undefined ? t : s.red(t)),
       },
       { title: 'DEVICE', cell: (v) => v.device },

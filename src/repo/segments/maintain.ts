@@ -62,7 +62,9 @@ export function nextStep(
   const last = runs.at(-1) ?? [];
   const from = last[0]?.firstSeq ?? 1;
   const whole =
-    runs.length === 1 || last.some((s) => s.lastFullFirstSeq >= from) || fullMaps.some((m) => m.lastSeq >= from);
+    runs.length === 1 ||
+    last.some((s) => s.lastFullFirstSeq >= from) ||
+    fullMaps.some((m) => m.lastSeq >= from);
   return whole ? nextFull(last, fullMaps, facts, policy) : undefined;
 }
 

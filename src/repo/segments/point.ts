@@ -27,7 +27,11 @@ export function chainWindows(deltas: readonly SegmentSource[]): SourceWindow[] {
   let upto = 0;
   for (const source of deltas) {
     if (source.lastSeq <= upto) continue;
-    windows.push({ source, afterSeq: Math.max(upto, source.firstSeq - 1), uptoSeq: source.lastSeq });
+    windows.push({
+      source,
+      afterSeq: Math.max(upto, source.firstSeq - 1),
+      uptoSeq: source.lastSeq,
+    });
     upto = source.lastSeq;
   }
   return windows;

@@ -69,7 +69,10 @@ function openDescriptors(): number {
 
 /** Children of this process that still run. */
 function children(): readonly string[] {
-  return readFileSync(`/proc/self/task/${process.pid}/children`, 'utf8').trim().split(' ').filter(Boolean);
+  return readFileSync(`/proc/self/task/${process.pid}/children`, 'utf8')
+    .trim()
+    .split(' ')
+    .filter(Boolean);
 }
 
 const needs = requires({ root: true, paths: ['/dev/fuse'] });
@@ -121,7 +124,13 @@ needs.describe('a mount', () => {
       await file.close();
     }
     // Another process: Node's recursive readdir calls stat in this thread, which must answer it.
-    const { stdout } = await run('find', [dir.join('m', 'host', 'sda', 'points'), '-mindepth', '3', '-maxdepth', '3']);
+    const { stdout } = await run('find', [
+      dir.join('m', 'host', 'sda', 'points'),
+      '-mindepth',
+      '3',
+      '-maxdepth',
+      '3',
+    ]);
     expect(stdout.trim().split('\n')).toHaveLength(model.acknowledged.length);
   });
 
@@ -154,7 +163,9 @@ needs.describe('a mount', () => {
     expect(failed).toBeGreaterThan(0);
     expect(failed).toBeLessThan(SIZE / 4096);
     const ids = packs.map((name) => name.split('/').at(-1) ?? name);
-    expect(events.some((e) => e.type === 'warning' && ids.some((id) => e.message.includes(id)))).toBe(true);
+    expect(
+      events.some((e) => e.type === 'warning' && ids.some((id) => e.message.includes(id))),
+    ).toBe(true);
   });
 
   it('ends by umount of somebody, and by close although it is in use', async () => {
@@ -167,7 +178,9 @@ needs.describe('a mount', () => {
     try {
       await second.close();
       expect(mountsBelow(dir.path)).toEqual([]);
-      await expect(file.read(Buffer.alloc(10), 0, 10, SIZE - 10)).rejects.toMatchObject({ code: 'ENOTCONN' });
+      await expect(file.read(Buffer.alloc(10), 0, 10, SIZE - 10)).rejects.toMatchObject({
+        code: 'ENOTCONN',
+      });
     } finally {
       // Closed it is, but nobody is there to be told.
       await expect(file.close()).rejects.toMatchObject({ code: 'ENOTCONN' });
@@ -188,7 +201,12 @@ needs.describe('a mount', () => {
   it('leaves nothing: 50 times no mount, descriptor, thread or process', async () => {
     const cycle = async (byUmount: boolean): Promise<void> => {
       const tree = await openMountTree({ repo, clock: systemClock, warn: () => undefined });
-      const mounted = await serveMount({ tree, mountpoint: dir.join('m'), events: () => undefined, clock: systemClock });
+      const mounted = await serveMount({
+        tree,
+        mountpoint: dir.join('m'),
+        events: () => undefined,
+        clock: systemClock,
+      });
       await stat(dir.join(...LATEST));
       if (byUmount) await run('umount', [dir.join('m')]);
       else await mounted.close();

@@ -53,30 +53,40 @@ function places(list: readonly PlacedExtent[]): Map<number, string> {
   return map;
 }
 
-async function* batches(list: readonly PlacedExtent[], size: number): AsyncGenerator<readonly PlacedExtent[]> {
+async function* batches(
+  list: readonly PlacedExtent[],
+  size: number,
+): AsyncGenerator<readonly PlacedExtent[]> {
   for (let i = 0; i < list.length; i += size) yield list.slice(i, i + size);
 }
 
 describe('changedExtents', () => {
   it('gives exactly the blocks that differ, at their new places', async () => {
     await fc.assert(
-      fc.asyncProperty(layout(40), layout(40), fc.integer({ min: 0, max: 40 }), fc.integer({ min: 1, max: 5 }), async (before, now, cut, size) => {
-        const changed: PlacedExtent[] = [];
-        const known = before.filter((e) => e.block < cut);
-        for await (const e of changedExtents(now, batches(known, size), cut, CHUNK)) changed.push(e);
-        const old = places(before);
-        const fresh = places(now);
-        const got = places(changed);
-        let end = 0;
-        for (const e of changed) {
-          expect(e.block).toBeGreaterThanOrEqual(end);
-          end = e.block + e.count;
-        }
-        for (let b = 0; b < 40; b++) {
-          const same = b < cut && old.get(b) === fresh.get(b);
-          expect(got.get(b)).toBe(same ? undefined : fresh.get(b));
-        }
-      }),
+      fc.asyncProperty(
+        layout(40),
+        layout(40),
+        fc.integer({ min: 0, max: 40 }),
+        fc.integer({ min: 1, max: 5 }),
+        async (before, now, cut, size) => {
+          const changed: PlacedExtent[] = [];
+          const known = before.filter((e) => e.block < cut);
+          for await (const e of changedExtents(now, batches(known, size), cut, CHUNK))
+            changed.push(e);
+          const old = places(before);
+          const fresh = places(now);
+          const got = places(changed);
+          let end = 0;
+          for (const e of changed) {
+            expect(e.block).toBeGreaterThanOrEqual(end);
+            end = e.block + e.count;
+          }
+          for (let b = 0; b < 40; b++) {
+            const same = b < cut && old.get(b) === fresh.get(b);
+            expect(got.get(b)).toBe(same ? undefined : fresh.get(b));
+          }
+        },
+      ),
     );
   });
 

@@ -25,7 +25,11 @@ import {
   encodeExtents,
   type Extent,
 } from '../../../src/format/extent.js';
-import { decodeFrameHeader, encodeFrameHeader, type FrameHeader } from '../../../src/format/frame.js';
+import {
+  decodeFrameHeader,
+  encodeFrameHeader,
+  type FrameHeader,
+} from '../../../src/format/frame.js';
 import { packIdOf, packName, parseSegmentName, segmentName } from '../../../src/format/names.js';
 import { ObjectKind, decodeObject, encodeObject } from '../../../src/format/object.js';
 import {
@@ -44,13 +48,20 @@ const REPO = 'cd'.repeat(16);
 const damaged = expect.objectContaining({ name: 'B2Error', kind: 'damaged' });
 
 /** Decoding every truncation, and every flip of one bit, must fail with kind `damaged` (or another B2Error for the version). */
-function everyChangeIsFound(bytes: Buffer, decode: (b: Buffer) => unknown, isHarmless: (at: number) => boolean = () => false): void {
-  for (let n = 0; n < bytes.length; n++) expect(() => decode(bytes.subarray(0, n)), `cut to ${n}`).toThrowError();
+function everyChangeIsFound(
+  bytes: Buffer,
+  decode: (b: Buffer) => unknown,
+  isHarmless: (at: number) => boolean = () => false,
+): void {
+  for (let n = 0; n < bytes.length; n++)
+    expect(() => decode(bytes.subarray(0, n)), `cut to ${n}`).toThrowError();
   for (let at = 0; at < bytes.length; at++) {
     if (isHarmless(at)) continue;
     const bad = Buffer.from(bytes);
     bad[at] = (bad[at] ?? 0) ^ (1 << (at % 8));
-    expect(() => decode(bad), `flip in byte ${at}`).toThrowError(expect.objectContaining({ name: 'B2Error' }));
+    expect(() => decode(bad), `flip in byte ${at}`).toThrowError(
+      expect.objectContaining({ name: 'B2Error' }),
+    );
   }
 }
 
@@ -95,7 +106,9 @@ describe('extent records', () => {
 
   it('have these bytes', () => {
     const e = { block: 0x1_0000_0002, count: 3, seq: 4, pack: 5, frame: 6, sub: 7, skip: 8 };
-    expect(encodeExtents([e]).toString('hex')).toBe('02000000010000000300000004000000050000000600000007000800');
+    expect(encodeExtents([e]).toString('hex')).toBe(
+      '02000000010000000300000004000000050000000600000007000800',
+    );
   });
 
   it('do not cross a stripe, either way', () => {
@@ -110,9 +123,13 @@ describe('extent records', () => {
 
   it('are refused with a place in a hole, out of order, or with a pack that is not in the table', () => {
     const hole = { block: 0, count: 1, seq: 0, pack: HOLE, frame: 0, sub: 0, skip: 0 };
-    expect(() => decodeExtent(encodeExtents([{ ...hole, frame: 1 }]), 0, 'x')).toThrowError(damaged);
+    expect(() => decodeExtent(encodeExtents([{ ...hole, frame: 1 }]), 0, 'x')).toThrowError(
+      damaged,
+    );
     expect(() => decodeExtentList(encodeExtents([hole, hole]), 0, 'x')).toThrowError(damaged);
-    expect(() => decodeExtentList(encodeExtents([{ ...hole, pack: 1 }]), 1, 'x')).toThrowError(damaged);
+    expect(() => decodeExtentList(encodeExtents([{ ...hole, pack: 1 }]), 1, 'x')).toThrowError(
+      damaged,
+    );
     expect(() => decodeExtentList(encodeExtents([hole]).subarray(1), 1, 'x')).toThrowError(damaged);
   });
 
@@ -154,7 +171,9 @@ describe('seals', () => {
     expect(sealer.open(numberNonce(8), aad, sealed)).toBeUndefined();
     expect(sealer.open(numberNonce(7), Buffer.from('aae'), sealed)).toBeUndefined();
     expect(sealer.open(ZERO_NONCE, aad, Buffer.alloc(5))).toBeUndefined();
-    expect(keyRing(Buffer.alloc(32, 2), keys.encrypted).packSealer(ID).open(numberNonce(7), aad, sealed)).toBeUndefined();
+    expect(
+      keyRing(Buffer.alloc(32, 2), keys.encrypted).packSealer(ID).open(numberNonce(7), aad, sealed),
+    ).toBeUndefined();
     for (let at = 0; at < sealed.length; at++) {
       const bad = Buffer.from(sealed);
       bad[at] = (bad[at] ?? 0) ^ 1;
@@ -176,7 +195,9 @@ describe('frame headers', () => {
   it('have these bytes and find every change', () => {
     const b = Buffer.alloc(32);
     encodeFrameHeader(header, b, 0);
-    expect(b.toString('hex')).toBe('4232465201010200' + '09000000e803000000200000' + '4800000000000000' + b.toString('hex', 28));
+    expect(b.toString('hex')).toBe(
+      '4232465201010200' + '09000000e803000000200000' + '4800000000000000' + b.toString('hex', 28),
+    );
     expect(decodeFrameHeader(b, 0, 'x')).toEqual(header);
     everyChangeIsFound(b, (x) => decodeFrameHeader(x, 0, 'x'));
   });
@@ -202,15 +223,35 @@ describe('pack header, footer and trailer', () => {
     const b = encodePackHeader(header);
     expect(decodePackHeader(b, header)).toEqual(header);
     everyChangeIsFound(b, (x) => decodePackHeader(x, header));
-    expect(() => decodePackHeader(b, { packId: REPO, repositoryId: REPO })).toThrowError(/exchanged/);
-    expect(() => decodePackHeader(b, { packId: ID, repositoryId: ID })).toThrowError(/another repository/);
+    expect(() => decodePackHeader(b, { packId: REPO, repositoryId: REPO })).toThrowError(
+      /exchanged/,
+    );
+    expect(() => decodePackHeader(b, { packId: ID, repositoryId: ID })).toThrowError(
+      /another repository/,
+    );
   });
 
   it.each(KEYS)('the footer goes round and finds every change (encrypted $encrypted)', (keys) => {
     const footer: PackFooter = {
       frames: [
-        { number: 0, offset: 64, storedBytes: 100, plainBytes: 4096, type: 1, compression: 1, count: 2 },
-        { number: 4, offset: 196, storedBytes: 300, plainBytes: 200, type: 3, compression: 0, count: 0 },
+        {
+          number: 0,
+          offset: 64,
+          storedBytes: 100,
+          plainBytes: 4096,
+          type: 1,
+          compression: 1,
+          count: 2,
+        },
+        {
+          number: 4,
+          offset: 196,
+          storedBytes: 300,
+          plainBytes: 200,
+          type: 3,
+          compression: 0,
+          count: 0,
+        },
       ],
       ids: Buffer.alloc(64, 7),
       lengths: Uint32Array.from([1000, 3096]),
@@ -263,10 +304,13 @@ describe('commits', () => {
   });
   it('refuse every truncation, other versions and impossible numbers', () => {
     const b = encodeCommit(commit);
-    for (let n = 0; n < b.length; n++) expect(() => decodeCommit(b.subarray(0, n), 'x')).toThrowError(damaged);
+    for (let n = 0; n < b.length; n++)
+      expect(() => decodeCommit(b.subarray(0, n), 'x')).toThrowError(damaged);
     const version = Buffer.from(b);
     version.writeUInt16LE(2, 0);
-    expect(() => decodeCommit(version, 'x')).toThrowError(expect.objectContaining({ kind: 'unsupported' }));
+    expect(() => decodeCommit(version, 'x')).toThrowError(
+      expect.objectContaining({ kind: 'unsupported' }),
+    );
     for (const bad of [
       { ...commit, seq: 0, firstSeq: 0 },
       { ...commit, firstSeq: 6 },
@@ -282,13 +326,22 @@ describe('commits', () => {
 });
 
 describe('sealed objects', () => {
-  it.each(KEYS)('open under their own name only, and find every change (encrypted $encrypted)', (keys) => {
-    const b = encodeObject(ObjectKind.snapshot, 'a/b', { n: 12n, s: 'x' }, Buffer.alloc(16, 4), keys);
-    expect(decodeObject(ObjectKind.snapshot, 'a/b', b, keys)).toEqual({ n: '12', s: 'x' });
-    expect(() => decodeObject(ObjectKind.snapshot, 'a/c', b, keys)).toThrowError(damaged);
-    expect(() => decodeObject(ObjectKind.epoch, 'a/b', b, keys)).toThrowError(damaged);
-    everyChangeIsFound(b, (x) => decodeObject(ObjectKind.snapshot, 'a/b', x, keys));
-  });
+  it.each(KEYS)(
+    'open under their own name only, and find every change (encrypted $encrypted)',
+    (keys) => {
+      const b = encodeObject(
+        ObjectKind.snapshot,
+        'a/b',
+        { n: 12n, s: 'x' },
+        Buffer.alloc(16, 4),
+        keys,
+      );
+      expect(decodeObject(ObjectKind.snapshot, 'a/b', b, keys)).toEqual({ n: '12', s: 'x' });
+      expect(() => decodeObject(ObjectKind.snapshot, 'a/c', b, keys)).toThrowError(damaged);
+      expect(() => decodeObject(ObjectKind.epoch, 'a/b', b, keys)).toThrowError(damaged);
+      everyChangeIsFound(b, (x) => decodeObject(ObjectKind.snapshot, 'a/b', x, keys));
+    },
+  );
 });
 
 describe('names', () => {
@@ -303,8 +356,12 @@ describe('names', () => {
     ]) {
       expect(parseSegmentName(segmentName(s))).toEqual(s);
     }
-    expect(parseSegmentName(`volumes/${ID}/manifest/00-0000000000000002-0000000000000001`)).toBeUndefined();
-    expect(parseSegmentName(`volumes/${ID}/manifest/00-ffffffffffffffff-ffffffffffffffff`)).toBeUndefined();
+    expect(
+      parseSegmentName(`volumes/${ID}/manifest/00-0000000000000002-0000000000000001`),
+    ).toBeUndefined();
+    expect(
+      parseSegmentName(`volumes/${ID}/manifest/00-ffffffffffffffff-ffffffffffffffff`),
+    ).toBeUndefined();
   });
 });
 
@@ -316,20 +373,42 @@ describe('config', () => {
     chunkBytes: 65_536,
     packBytes: 33_554_432,
     keys: [
-      { id: '0123456789abcdef', label: 'a: "b" #c', created: '2026-11-22T15:00:00.000Z', kind: 'scrypt', salt: 'AAAA', N: 16_384, r: 8, p: 1, wrapped: 'BBBB' },
-      { id: '1234567812345678', label: '', created: '2026-11-22T15:00:00.000Z', kind: 'file', salt: 'AAAA', wrapped: 'BBBB' },
+      {
+        id: '0123456789abcdef',
+        label: 'a: "b" #c',
+        created: '2026-11-22T15:00:00.000Z',
+        kind: 'scrypt',
+        salt: 'AAAA',
+        N: 16_384,
+        r: 8,
+        p: 1,
+        wrapped: 'BBBB',
+      },
+      {
+        id: '1234567812345678',
+        label: '',
+        created: '2026-11-22T15:00:00.000Z',
+        kind: 'file',
+        salt: 'AAAA',
+        wrapped: 'BBBB',
+      },
     ],
     mac: 'CCCC',
   };
   it('goes round, also with ids that look like numbers', () => {
-    const numeric = { ...config, id: '1'.repeat(32), keys: config.keys.map((k) => ({ ...k, id: '12345678901234e5' })) };
+    const numeric = {
+      ...config,
+      id: '1'.repeat(32),
+      keys: config.keys.map((k) => ({ ...k, id: '12345678901234e5' })),
+    };
     expect(decodeConfig(encodeConfig(config))).toEqual(config);
     expect(decodeConfig(encodeConfig(numeric))).toEqual(numeric);
   });
   it('covers every field by the MAC', () => {
     const base = canonicalConfig(config).toString();
     const [first, second] = config.keys;
-    if (first === undefined || second === undefined || first.kind !== 'scrypt') throw new Error('the test is wrong');
+    if (first === undefined || second === undefined || first.kind !== 'scrypt')
+      throw new Error('the test is wrong');
     for (const changed of [
       { ...config, id: REPO },
       { ...config, created: 'x' },
@@ -349,7 +428,9 @@ describe('config', () => {
     ['unknown: 1\n', /unknown: unknown key/],
     ['keys: []\n', /keys|duplicate|unique/i],
   ])('refuses more: %j', (more, message) => {
-    expect(() => decodeConfig(Buffer.concat([encodeConfig(config), Buffer.from(more)]))).toThrowError(message);
+    expect(() =>
+      decodeConfig(Buffer.concat([encodeConfig(config), Buffer.from(more)])),
+    ).toThrowError(message);
   });
   it.each([
     ['chunkBytes: 65536', 'chunkBytes: 65537', /chunkBytes/],

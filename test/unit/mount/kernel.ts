@@ -1,10 +1,20 @@
 /** The kernel's side of FUSE as far as tests need it: builds requests, keeps the replies. */
 import type { EventSink } from '../../../src/events.js';
-import { IN_HEADER_BYTES, Opcode, OUT_HEADER_BYTES, ROOT_NODE } from '../../../src/mount/protocol.js';
+import {
+  IN_HEADER_BYTES,
+  Opcode,
+  OUT_HEADER_BYTES,
+  ROOT_NODE,
+} from '../../../src/mount/protocol.js';
 import { MountSession } from '../../../src/mount/session.js';
 import type { TreeDirectory } from '../../../src/mount/tree.js';
 
-export function request(opcode: number, node: number, unique: bigint, body: Uint8Array = new Uint8Array(0)): Buffer {
+export function request(
+  opcode: number,
+  node: number,
+  unique: bigint,
+  body: Uint8Array = new Uint8Array(0),
+): Buffer {
   const bytes = Buffer.alloc(IN_HEADER_BYTES + body.byteLength);
   bytes.writeUInt32LE(bytes.length, 0);
   bytes.writeUInt32LE(opcode, 4);
@@ -34,7 +44,11 @@ export class TestKernel {
   readonly broken: string[] = [];
   #unique = 1n;
 
-  constructor(root: TreeDirectory, events: EventSink = () => undefined, takes: () => boolean = () => true) {
+  constructor(
+    root: TreeDirectory,
+    events: EventSink = () => undefined,
+    takes: () => boolean = () => true,
+  ) {
     this.session = new MountSession({
       root,
       totalBytes: () => Promise.resolve(1024 * 1024),
@@ -42,8 +56,10 @@ export class TestKernel {
         const unique = header.readBigUInt64LE(8);
         const length = OUT_HEADER_BYTES + (payload?.byteLength ?? 0);
         const errno = 0 - header.readInt32LE(4);
-        if (header.readUInt32LE(0) !== length || header.length !== OUT_HEADER_BYTES) this.broken.push('length');
-        if (errno !== 0 && (payload !== undefined || errno < 0 || errno > 511)) this.broken.push(`errno ${errno}`);
+        if (header.readUInt32LE(0) !== length || header.length !== OUT_HEADER_BYTES)
+          this.broken.push('length');
+        if (errno !== 0 && (payload !== undefined || errno < 0 || errno > 511))
+          this.broken.push(`errno ${errno}`);
         if (this.replies.has(unique)) this.broken.push(`two replies to ${unique}`);
         if (!takes()) return false;
         this.replies.set(unique, { errno, payload: Buffer.from(payload ?? []) });
@@ -68,7 +84,9 @@ export class TestKernel {
   }
 
   /** Node id of a path; throws `errno N`. */
-  async walk(...names: readonly string[]): Promise<{ node: number; sizeBytes: number; blocks: number; mtimeNs: bigint; mode: number }> {
+  async walk(
+    ...names: readonly string[]
+  ): Promise<{ node: number; sizeBytes: number; blocks: number; mtimeNs: bigint; mode: number }> {
     let node = ROOT_NODE;
     let payload: Buffer = Buffer.alloc(128);
     for (const name of names) {
@@ -123,14 +141,19 @@ export class TestKernel {
   }
 
   /** One READDIR(PLUS). */
-  async readDirectory(handle: number, offset: number, limit: number, plus = false): Promise<Listed[]> {
+  async readDirectory(
+    handle: number,
+    offset: number,
+    limit: number,
+    plus = false,
+  ): Promise<Listed[]> {
     const opcode = plus ? Opcode.readdirplus : Opcode.readdir;
     const reply = await this.ask(opcode, ROOT_NODE, TestKernel.readBody(handle, offset, limit));
     if (reply.errno !== 0) throw new Error(`errno ${reply.errno}`);
     const { payload } = reply;
     if (payload.length > limit) throw new Error('more than asked for');
     const list: Listed[] = [];
-    for (let at = 0; at < payload.length; ) {
+    for (let at = 0; at < payload.length;) {
       const node = plus ? Number(payload.readBigUInt64LE(at)) : 0;
       if (plus) at += 128;
       const length = payload.readUInt32LE(at + 16);
@@ -149,7 +172,7 @@ export class TestKernel {
   async list(node: number, limit = 4096, plus = false): Promise<Listed[]> {
     const handle = await this.open(node, true);
     const all: Listed[] = [];
-    for (let offset = 0; ; ) {
+    for (let offset = 0; ;) {
       const part = await this.readDirectory(handle, offset, limit, plus);
       if (part.length === 0) break;
       all.push(...part);

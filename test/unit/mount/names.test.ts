@@ -31,20 +31,26 @@ describe('names of points', () => {
     );
   });
 
-  it.each(['2026-02-31', '2026-13-01', '2026-1-1', 'x', '', '2026-11-22Z', '1969-12-31'])('%s is no day', (name) => {
-    expect(daySpan(name)).toBeUndefined();
-  });
+  it.each(['2026-02-31', '2026-13-01', '2026-1-1', 'x', '', '2026-11-22Z', '1969-12-31'])(
+    '%s is no day',
+    (name) => {
+      expect(daySpan(name)).toBeUndefined();
+    },
+  );
 
   it.each(['24', '1', '', '001', 'ab'])('%s is no hour', (name) => {
     expect(hourSpan({ fromNs: 0n, toNs: 1n }, name)).toBeUndefined();
   });
 
-  it.each(['14-04-05.123456789Z-#0', '14-04-05.123456789Z-#012', '14-04-05Z-#1', '14-04-05.123456789Z-#99999999999999999', ''])(
-    '%s is no point',
-    (name) => {
-      expect(seqOfPointName(name)).toBeUndefined();
-    },
-  );
+  it.each([
+    '14-04-05.123456789Z-#0',
+    '14-04-05.123456789Z-#012',
+    '14-04-05Z-#1',
+    '14-04-05.123456789Z-#99999999999999999',
+    '',
+  ])('%s is no point', (name) => {
+    expect(seqOfPointName(name)).toBeUndefined();
+  });
 });
 
 describe('file names', () => {
@@ -55,13 +61,17 @@ describe('file names', () => {
     expect(fileName('..', '1')).toBe('%2E%2E');
     expect(fileName('', '7')).toBe('~7');
     fc.assert(
-      fc.property(fc.string({ maxLength: 300, unit: 'grapheme' }), fc.string({ maxLength: 300, unit: 'grapheme' }), (a, b) => {
-        const [x, y] = [fileName(a, '1'), fileName(b, '2')];
-        expect(x).not.toMatch(/[/\0:]/);
-        expect(['', '.', '..']).not.toContain(x);
-        expect(Buffer.byteLength(x)).toBeLessThanOrEqual(255);
-        if (a !== b) expect(x).not.toBe(y);
-      }),
+      fc.property(
+        fc.string({ maxLength: 300, unit: 'grapheme' }),
+        fc.string({ maxLength: 300, unit: 'grapheme' }),
+        (a, b) => {
+          const [x, y] = [fileName(a, '1'), fileName(b, '2')];
+          expect(x).not.toMatch(/[/\0:]/);
+          expect(['', '.', '..']).not.toContain(x);
+          expect(Buffer.byteLength(x)).toBeLessThanOrEqual(255);
+          if (a !== b) expect(x).not.toBe(y);
+        },
+      ),
     );
   });
 });

@@ -59,7 +59,11 @@ function smallTree(opened: { count: number } = { count: 0 }): TreeDirectory {
       ),
     list: async function* () {
       yield { name: 'file', kind: 'file' };
-      yield { name: 'dir', kind: 'directory', entry: { node: { ...root, key: 'dir' }, isVolatile: false } };
+      yield {
+        name: 'dir',
+        kind: 'directory',
+        entry: { node: { ...root, key: 'dir' }, isVolatile: false },
+      };
       for (let i = 0; i < 500; i++) yield { name: `name-${i}`, kind: 'file' };
     },
   };
@@ -77,7 +81,10 @@ describe('requests', () => {
       [Opcode.batchForget, 8],
     ] as const) {
       for (let n = 0; n < least; n++) {
-        expect(parse(request(opcode, 1, 1n, Buffer.alloc(n)))).toEqual({ op: 'refused', errno: Errno.EINVAL });
+        expect(parse(request(opcode, 1, 1n, Buffer.alloc(n)))).toEqual({
+          op: 'refused',
+          errno: Errno.EINVAL,
+        });
       }
       expect(parse(request(opcode, 1, 1n, Buffer.alloc(least))).op).not.toBe('refused');
     }
@@ -91,17 +98,34 @@ describe('requests', () => {
   });
 
   it('that would change something answer EROFS, unknown ones ENOSYS', () => {
-    for (const opcode of [Opcode.write, Opcode.unlink, Opcode.create, Opcode.setattr, Opcode.rename2, Opcode.fallocate]) {
-      expect(parse(request(opcode, 1, 1n, Buffer.alloc(100)))).toEqual({ op: 'refused', errno: Errno.EROFS });
+    for (const opcode of [
+      Opcode.write,
+      Opcode.unlink,
+      Opcode.create,
+      Opcode.setattr,
+      Opcode.rename2,
+      Opcode.fallocate,
+    ]) {
+      expect(parse(request(opcode, 1, 1n, Buffer.alloc(100)))).toEqual({
+        op: 'refused',
+        errno: Errno.EROFS,
+      });
     }
     for (const opcode of [0, 25, 22, 52, 4096, 4_294_967_295]) {
-      expect(parse(request(opcode, 1, 1n, Buffer.alloc(100)))).toEqual({ op: 'refused', errno: Errno.ENOSYS });
+      expect(parse(request(opcode, 1, 1n, Buffer.alloc(100)))).toEqual({
+        op: 'refused',
+        errno: Errno.ENOSYS,
+      });
     }
   });
 
   it('a read of more than was agreed on is refused', () => {
-    expect(parse(request(Opcode.read, 1, 1n, TestKernel.readBody(1, 0, MAX_READ_BYTES))).op).toBe('read');
-    expect(parse(request(Opcode.read, 1, 1n, TestKernel.readBody(1, 0, MAX_READ_BYTES + 1))).op).toBe('refused');
+    expect(parse(request(Opcode.read, 1, 1n, TestKernel.readBody(1, 0, MAX_READ_BYTES))).op).toBe(
+      'read',
+    );
+    expect(
+      parse(request(Opcode.read, 1, 1n, TestKernel.readBody(1, 0, MAX_READ_BYTES + 1))).op,
+    ).toBe('refused');
   });
 
   it('a batch of forgets that claims more than it holds is cut', () => {
@@ -120,7 +144,13 @@ describe('requests', () => {
 });
 
 describe('INIT', () => {
-  const init = { op: 'init', major: 7, minor: 38, maxReadahead: 131_072, flags: 0xffff_ffff } as const;
+  const init = {
+    op: 'init',
+    major: 7,
+    minor: 38,
+    maxReadahead: 131_072,
+    flags: 0xffff_ffff,
+  } as const;
 
   it('takes only what we can do, and big reads', () => {
     const reply = initReply(init);
@@ -149,12 +179,19 @@ describe('a session', () => {
         fc.oneof(fc.nat(6), fc.constantFrom(1, 2, 3, Number.MAX_SAFE_INTEGER)),
         fc.oneof(
           fc.uint8Array({ maxLength: 200 }),
-          fc.tuple(fc.nat(6), fc.bigInt(0n, (1n << 64n) - 1n), fc.nat(0xffff_ffff)).map(([h, o, l]) => TestKernel.readBody(h, o, l)),
-          fc.constantFrom('file\0', 'dir\0', '\0', 'file', `${'x'.repeat(400)}\0`).map((s) => Buffer.from(s)),
+          fc
+            .tuple(fc.nat(6), fc.bigInt(0n, (1n << 64n) - 1n), fc.nat(0xffff_ffff))
+            .map(([h, o, l]) => TestKernel.readBody(h, o, l)),
+          fc
+            .constantFrom('file\0', 'dir\0', '\0', 'file', `${'x'.repeat(400)}\0`)
+            .map((s) => Buffer.from(s)),
         ),
         async (opcode, node, body) => {
           await kernel.session.handle(request(opcode, node, ++unique, body));
-          const isSilent = opcode === Opcode.forget || opcode === Opcode.batchForget || opcode === Opcode.interrupt;
+          const isSilent =
+            opcode === Opcode.forget ||
+            opcode === Opcode.batchForget ||
+            opcode === Opcode.interrupt;
           const isShort = body.byteLength < 8;
           if (!isSilent) expect(kernel.replies.has(unique)).toBe(true);
           else if (!isShort) expect(kernel.replies.has(unique)).toBe(false);
@@ -212,7 +249,9 @@ describe('a session', () => {
     expect((await kernel.ask(Opcode.getattr, node, Buffer.alloc(16))).errno).toBe(Errno.ESTALE);
     takes = false;
     await kernel.session.handle(request(Opcode.lookup, 1, 900n, Buffer.from('file\0')));
-    const directory = await kernel.session.handle(request(Opcode.opendir, 1, 901n, Buffer.alloc(8)));
+    const directory = await kernel.session.handle(
+      request(Opcode.opendir, 1, 901n, Buffer.alloc(8)),
+    );
     expect(directory).toBeUndefined();
     expect(kernel.session.held).toMatchObject({ nodes: 2, directories: 0 });
   });
@@ -236,9 +275,14 @@ describe('a session', () => {
           close: () => Promise.resolve(),
         }),
     };
-    const kernel = new TestKernel({ ...root, lookup: () => Promise.resolve({ node: file, isVolatile: false }) });
+    const kernel = new TestKernel({
+      ...root,
+      lookup: () => Promise.resolve({ node: file, isVolatile: false }),
+    });
     const handle = await kernel.open((await kernel.walk('big')).node);
-    const reads = Array.from({ length: 300 }, (_, i) => kernel.read(handle, i * MAX_READ_BYTES, MAX_READ_BYTES));
+    const reads = Array.from({ length: 300 }, (_, i) =>
+      kernel.read(handle, i * MAX_READ_BYTES, MAX_READ_BYTES),
+    );
     let answered = 0;
     for (const r of reads) void r.then(() => answered++);
     while (answered < reads.length) {

@@ -10,7 +10,13 @@ import { Timeline } from '../../../src/repo/timeline.js';
 import { addSnapshot, listVolumes } from '../../../src/repo/volume.js';
 import type { VolumeWriter } from '../../../src/repo/volume-writer.js';
 import { parseWhen } from '../../../src/when.js';
-import { CHUNK_BYTES, digestOf, newModel, seeded, type ModelVolume } from '../../support/model-volume.js';
+import {
+  CHUNK_BYTES,
+  digestOf,
+  newModel,
+  seeded,
+  type ModelVolume,
+} from '../../support/model-volume.js';
 import { SteppedClock } from '../../support/stepped-clock.js';
 import { MemoryStore } from '../../support/store-memory.js';
 import { TestKernel } from './kernel.js';
@@ -60,7 +66,11 @@ async function make(seed = 1, points = 3): Promise<Made> {
   entry(512 * 512 + 446, 0x83, 8, 5000); // longer than the disk
   for (let i = 64 * 512; i < 100 * 512; i++) model.data[i] = Math.floor(random() * 256);
   for (let i = 600 * 512; i < 620 * 512; i++) model.data[i] = Math.floor(random() * 256);
-  await model.capture(writer, Array.from({ length: SIZE / 4096 }, (_, i) => i), true);
+  await model.capture(
+    writer,
+    Array.from({ length: SIZE / 4096 }, (_, i) => i),
+    true,
+  );
   for (let p = 1; p < points; p++) {
     model.data[300 * 512 + p] = p;
     await model.capture(writer, [Math.floor((300 * 512) / 4096)]);
@@ -101,7 +111,11 @@ describe('what a mount shows', () => {
     const { kernel } = await mount(repo);
     const top = ['host', 'sda'];
     expect(await kernel.names(1)).toEqual(['host']);
-    expect(await kernel.names((await kernel.walk(...top)).node)).toEqual(['latest', 'snapshots', 'points']);
+    expect(await kernel.names((await kernel.walk(...top)).node)).toEqual([
+      'latest',
+      'snapshots',
+      'points',
+    ]);
     const latest = await kernel.walk(...top, 'latest');
     expect(await kernel.names(latest.node)).toEqual(['disk.img', 'p1.img', 'p5.img', 'p6.img']);
     expect((await readAll(kernel, ...top, 'latest', 'disk.img')).equals(model.data)).toBe(true);
@@ -118,7 +132,9 @@ describe('what a mount shows', () => {
     expect(names.map((n) => n.split('#')[1])).toEqual(model.acknowledged.map((a) => `${a.seq}`));
     for (const [i, name] of names.entries()) {
       expect(name).not.toContain(':');
-      expect(digestOf(await readAll(kernel, ...hour, name, 'disk.img'))).toBe(model.acknowledged[i]?.digest);
+      expect(digestOf(await readAll(kernel, ...hour, name, 'disk.img'))).toBe(
+        model.acknowledged[i]?.digest,
+      );
     }
     expect(warnings).toEqual([]);
   });
@@ -133,7 +149,7 @@ describe('what a mount shows', () => {
     const handle = await kernel.open(file.node);
     // The map of SEEK_DATA and SEEK_HOLE: what it calls a hole is zeros, what it calls data adds up to the allocated blocks.
     let data = 0;
-    for (let at = 0; ; ) {
+    for (let at = 0; ;) {
       const start = await kernel.seek(handle, at, DATA);
       expect(model.data.subarray(at, start ?? SIZE).every((b) => b === 0)).toBe(true);
       if (start === undefined) break;
@@ -154,12 +170,15 @@ describe('what a mount shows', () => {
     expect(await kernel.seek(part, 2 * CHUNK_BYTES, DATA)).toBeUndefined();
   });
 
-  it.each(['x', 'p2.img', 'p9.img', 'p01.img', '..', 'disk.img '])('has no %j in a point', async (name) => {
-    const { repo } = await make();
-    const { kernel } = await mount(repo);
-    const { node } = await kernel.walk('host', 'sda', 'latest');
-    expect((await kernel.lookup(node, name)).errno).toBe(Errno.ENOENT);
-  });
+  it.each(['x', 'p2.img', 'p9.img', 'p01.img', '..', 'disk.img '])(
+    'has no %j in a point',
+    async (name) => {
+      const { repo } = await make();
+      const { kernel } = await mount(repo);
+      const { node } = await kernel.walk('host', 'sda', 'latest');
+      expect((await kernel.lookup(node, name)).errno).toBe(Errno.ENOENT);
+    },
+  );
 
   it('has no days, hours and points but those that are there', async () => {
     const { repo } = await make();
@@ -174,9 +193,10 @@ describe('what a mount shows', () => {
     for (const name of [first?.replace('#1', '#2') ?? '', first?.replace('#1', '#77') ?? '', 'x']) {
       expect((await kernel.lookup(hour, name)).errno).toBe(Errno.ENOENT);
     }
-    expect((await kernel.lookup((await kernel.walk('host', 'sda', 'points', '2023-11-14')).node, '21')).errno).toBe(
-      Errno.ENOENT,
-    );
+    expect(
+      (await kernel.lookup((await kernel.walk('host', 'sda', 'points', '2023-11-14')).node, '21'))
+        .errno,
+    ).toBe(Errno.ENOENT);
   });
 
   it('has snapshots by name', async () => {
@@ -196,7 +216,9 @@ describe('what a mount shows', () => {
       createdNs: 1n,
     });
     const { kernel } = await mount(repo);
-    expect(await kernel.names((await kernel.walk('host', 'sda', 'snapshots')).node)).toEqual(['before%3A upgrade']);
+    expect(await kernel.names((await kernel.walk('host', 'sda', 'snapshots')).node)).toEqual([
+      'before%3A upgrade',
+    ]);
     for (const name of ['before%3A upgrade', 'before: upgrade']) {
       const all = await readAll(kernel, 'host', 'sda', 'snapshots', name, 'disk.img');
       expect(digestOf(all)).toBe(model.acknowledged[1]?.digest);
@@ -214,7 +236,9 @@ describe('while time goes on', () => {
     for (let round = 0; round < 12; round++) {
       await model.capture(writer, model.mutate(3));
       if (round === 6) await writer.finishPack();
-      expect(digestOf(await readAll(kernel, 'host', 'sda', 'latest', 'disk.img'))).toBe(digestOf(model.data));
+      expect(digestOf(await readAll(kernel, 'host', 'sda', 'latest', 'disk.img'))).toBe(
+        digestOf(model.data),
+      );
     }
     expect((await kernel.read(handle, 0, SIZE)).payload.equals(before)).toBe(true);
     await kernel.release(handle);
@@ -228,7 +252,10 @@ describe('while time goes on', () => {
     for (let round = 0; round < 5; round++) {
       const running = kernel.walk('host', 'sda', 'latest', 'disk.img');
       await model.capture(writer, model.mutate(3));
-      const [, now] = await Promise.all([running, readAll(kernel, 'host', 'sda', 'latest', 'disk.img')]);
+      const [, now] = await Promise.all([
+        running,
+        readAll(kernel, 'host', 'sda', 'latest', 'disk.img'),
+      ]);
       expect(digestOf(now)).toBe(digestOf(model.data));
     }
   });
@@ -249,7 +276,11 @@ describe('while time goes on', () => {
     for (const day of days) {
       const { node } = await kernel.walk('host', 'sda', 'points', day);
       for (const hour of await kernel.names(node)) {
-        const names = await kernel.list((await kernel.walk('host', 'sda', 'points', day, hour)).node, 4096, true);
+        const names = await kernel.list(
+          (await kernel.walk('host', 'sda', 'points', day, hour)).node,
+          4096,
+          true,
+        );
         expect(names.every((n) => n.node !== 0 && n.name.startsWith(hour))).toBe(true);
         found += names.length;
       }
@@ -269,8 +300,14 @@ describe('with --volume and --at', () => {
     expect(digestOf(await readAll(kernel, 'disk.img'))).toBe(model.acknowledged[1]?.digest);
     const all = await mount(repo, { at });
     expect(await all.kernel.names(1)).toEqual(['host']);
-    expect(digestOf(await readAll(all.kernel, 'host', 'sda', 'disk.img'))).toBe(model.acknowledged[1]?.digest);
-    expect(await (await mount(repo, { volume })).kernel.names(1)).toEqual(['latest', 'snapshots', 'points']);
+    expect(digestOf(await readAll(all.kernel, 'host', 'sda', 'disk.img'))).toBe(
+      model.acknowledged[1]?.digest,
+    );
+    expect(await (await mount(repo, { volume })).kernel.names(1)).toEqual([
+      'latest',
+      'snapshots',
+      'points',
+    ]);
   });
 
   it('says that there is no such point', async () => {
@@ -302,13 +339,16 @@ describe('damage', () => {
     let failed = 0;
     for (let at = 0; at < SIZE; at += 4096) {
       const reply = await kernel.read(handle, at, 4096);
-      if (reply.errno === 0) expect(reply.payload.equals(model.data.subarray(at, at + 4096))).toBe(true);
+      if (reply.errno === 0)
+        expect(reply.payload.equals(model.data.subarray(at, at + 4096))).toBe(true);
       else expect(reply.errno).toBe(Errno.EIO);
       if (reply.errno !== 0) failed++;
     }
     expect(failed).toBeGreaterThan(0);
     const ids = packs.map((name) => name.split('/').at(-1) ?? name);
-    expect(warnings.some((w) => w.includes('I/O error') && ids.some((id) => w.includes(id)))).toBe(true);
+    expect(warnings.some((w) => w.includes('I/O error') && ids.some((id) => w.includes(id)))).toBe(
+      true,
+    );
     await kernel.release(handle);
   });
 });

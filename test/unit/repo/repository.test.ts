@@ -1,7 +1,13 @@
 import { describe, expect, it } from 'vitest';
 import { keyFileText, makeKey, parseKeyFile, type Secret } from '../../../src/repo/keys.js';
 import { Repository, DEFAULT_PARAMETERS } from '../../../src/repo/repository.js';
-import { addSnapshot, findVolume, listSnapshots, listVolumes, writeVolumeMeta } from '../../../src/repo/volume.js';
+import {
+  addSnapshot,
+  findVolume,
+  listSnapshots,
+  listVolumes,
+  writeVolumeMeta,
+} from '../../../src/repo/volume.js';
 import { CHEAP, PASSWORD, seeded, testEnvironment, testMeta } from '../../support/model-volume.js';
 import { MemoryStore } from '../../support/store-memory.js';
 
@@ -23,12 +29,16 @@ describe('Repository', () => {
     expect(JSON.stringify(failure)).not.toContain('"wrong"');
     expect(String(failure)).toContain('B2_PASSWORD');
     await expect(Repository.open(store, [], env())).rejects.toMatchObject({ kind: 'wrong-key' });
-    await expect(Repository.open(store, [FILE], env())).rejects.toMatchObject({ kind: 'wrong-key' });
+    await expect(Repository.open(store, [FILE], env())).rejects.toMatchObject({
+      kind: 'wrong-key',
+    });
   });
 
   it('is not made twice, and not found where there is none', async () => {
     const { store } = await newRepository();
-    await expect(Repository.init(store, DEFAULT_PARAMETERS, PASSWORD, env(), CHEAP)).rejects.toMatchObject({
+    await expect(
+      Repository.init(store, DEFAULT_PARAMETERS, PASSWORD, env(), CHEAP),
+    ).rejects.toMatchObject({
       kind: 'exists',
       code: 10,
     });
@@ -38,7 +48,9 @@ describe('Repository', () => {
     });
     // With only the copy left it is still there.
     await store.delete('config');
-    await expect(Repository.init(store, DEFAULT_PARAMETERS, PASSWORD, env(), CHEAP)).rejects.toMatchObject({ kind: 'exists' });
+    await expect(
+      Repository.init(store, DEFAULT_PARAMETERS, PASSWORD, env(), CHEAP),
+    ).rejects.toMatchObject({ kind: 'exists' });
   });
 
   it('two inits at once make one repository', async () => {
@@ -61,11 +73,15 @@ describe('Repository', () => {
     const removed = await repo.removeKey(repo.keyId);
     expect(removed.label).toBe('password');
     expect(repo.config.keys).toHaveLength(2);
-    await expect(Repository.open(store, [PASSWORD], env())).rejects.toMatchObject({ kind: 'wrong-key' });
+    await expect(Repository.open(store, [PASSWORD], env())).rejects.toMatchObject({
+      kind: 'wrong-key',
+    });
     const third = await Repository.open(store, [{ ...WRONG, password: 'third' }], env());
     await expect(third.removeKey('zzzz')).rejects.toMatchObject({ kind: 'not-found' });
     await third.removeKey(added.id);
-    await expect(third.removeKey(third.keyId.slice(0, 8))).rejects.toMatchObject({ kind: 'refused' });
+    await expect(third.removeKey(third.keyId.slice(0, 8))).rejects.toMatchObject({
+      kind: 'refused',
+    });
     expect(Buffer.compare(await store.get('config'), await store.get('config.copy'))).toBe(0);
   });
 
@@ -78,7 +94,9 @@ describe('Repository', () => {
       bad[at] = (bad[at] ?? 0) ^ 2;
       await store.put('config', bad);
       const warnings: string[] = [];
-      const opened = await Repository.open(store, [PASSWORD], env(), (w) => warnings.push(w)).catch((e: unknown) => e);
+      const opened = await Repository.open(store, [PASSWORD], env(), (w) => warnings.push(w)).catch(
+        (e: unknown) => e,
+      );
       if (opened instanceof Repository) {
         expect(opened.config).toEqual(repo.config);
         if (warnings.length > 0) fellBack++;
@@ -90,7 +108,10 @@ describe('Repository', () => {
     expect(fellBack).toBeGreaterThan(50);
     await store.put('config', Buffer.from('rubbish'));
     await store.put('config.copy', Buffer.from('rubbish'));
-    await expect(Repository.open(store, [PASSWORD], env())).rejects.toMatchObject({ kind: 'damaged', code: 5 });
+    await expect(Repository.open(store, [PASSWORD], env())).rejects.toMatchObject({
+      kind: 'damaged',
+      code: 5,
+    });
   });
 
   it('without encryption needs no secret and has no keys to change', async () => {
@@ -113,13 +134,23 @@ describe('keys', () => {
   it('key files go round and other files are refused', () => {
     const material = Buffer.alloc(32, 0xa5);
     expect(Buffer.from(parseKeyFile(keyFileText(material), 'k')).equals(material)).toBe(true);
-    for (const text of ['', 'b2-key-v1 abc\n', `b2-key-v1 ${'A'.repeat(64)}\n`, `${keyFileText(material)}x`]) {
+    for (const text of [
+      '',
+      'b2-key-v1 abc\n',
+      `b2-key-v1 ${'A'.repeat(64)}\n`,
+      `${keyFileText(material)}x`,
+    ]) {
       expect(() => parseKeyFile(text, '/etc/b2/key')).toThrowError(/\/etc\/b2\/key/);
     }
   });
 
   it('two wrapped copies of one master key have nothing in common', async () => {
-    const about = { label: 'x', created: '2026-01-01T00:00:00.000Z', random: testEnvironment(seeded(3)).random, cost: CHEAP };
+    const about = {
+      label: 'x',
+      created: '2026-01-01T00:00:00.000Z',
+      random: testEnvironment(seeded(3)).random,
+      cost: CHEAP,
+    };
     const master = Buffer.alloc(32, 1);
     const a = await makeKey(master, 'ab'.repeat(16), PASSWORD, about);
     const b = await makeKey(master, 'ab'.repeat(16), PASSWORD, about);
@@ -141,26 +172,44 @@ describe('volumes and snapshots', () => {
     expect(findVolume(list, 'sdb').name).toBe('web2/sdb');
     expect(findVolume(list, '/dev/sdb').name).toBe('web2/sdb');
     expect(() => findVolume(list, 'sda')).toThrowError(expect.objectContaining({ kind: 'usage' }));
-    expect(() => findVolume(list, 'nope')).toThrowError(expect.objectContaining({ kind: 'not-found', code: 4 }));
+    expect(() => findVolume(list, 'nope')).toThrowError(
+      expect.objectContaining({ kind: 'not-found', code: 4 }),
+    );
   });
 
   it('names are unique in a volume, and damaged ones are told', async () => {
     const { store, repo } = await newRepository();
     const id = repo.newId();
     await writeVolumeMeta(repo, testMeta(id, 4096));
-    const s = { name: 'été 1', volumeId: id, seq: 3, hash: 'aa', instantNs: 9n, pointClass: 2 as const, tags: ['x'], createdNs: 1n };
+    const s = {
+      name: 'été 1',
+      volumeId: id,
+      seq: 3,
+      hash: 'aa',
+      instantNs: 9n,
+      pointClass: 2 as const,
+      tags: ['x'],
+      createdNs: 1n,
+    };
     await addSnapshot(repo, s);
     await expect(addSnapshot(repo, { ...s, seq: 4 })).rejects.toMatchObject({ kind: 'exists' });
     await addSnapshot(repo, { ...s, name: 'b', seq: 2 });
     const warnings: string[] = [];
-    expect((await listSnapshots(repo, id, (w) => warnings.push(w))).map((x) => [x.name, x.seq, x.pointClass])).toEqual([
+    expect(
+      (await listSnapshots(repo, id, (w) => warnings.push(w))).map((x) => [
+        x.name,
+        x.seq,
+        x.pointClass,
+      ]),
+    ).toEqual([
       ['b', 2, 'crash'],
       ['été 1', 3, 'crash'],
     ]);
     for (const bad of ['', ' a', 'a/b', '#1', 'a\nb', 'x'.repeat(201)]) {
       await expect(addSnapshot(repo, { ...s, name: bad })).rejects.toMatchObject({ kind: 'usage' });
     }
-    for await (const { name } of store.list(`volumes/${id}/snapshots`)) await store.put(name, Buffer.from('x'));
+    for await (const { name } of store.list(`volumes/${id}/snapshots`))
+      await store.put(name, Buffer.from('x'));
     expect(await listSnapshots(repo, id, (w) => warnings.push(w))).toEqual([]);
     expect(warnings).toHaveLength(2);
     await store.delete(`volumes/${id}/meta`);

@@ -102,7 +102,10 @@ describe('nextStep', () => {
     expect(nextStep([facts(0, 1, 1), ...behind.slice(1)], policy)).toBeUndefined();
     const large = { ...facts(1, 10, 13), extentCount: 1_000_000 };
     expect(nextStep([facts(0, 1, 1), large], policy)).toBeUndefined();
-    expect(nextStep([facts(0, 1, 1), { ...large, lastFullFirstSeq: 11 }], policy)).toEqual({ kind: 'full', seq: 13 });
+    expect(nextStep([facts(0, 1, 1), { ...large, lastFullFirstSeq: 11 }], policy)).toEqual({
+      kind: 'full',
+      seq: 13,
+    });
   });
 
   it('makes no segment of more than 2^32 commits', () => {

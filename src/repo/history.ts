@@ -4,12 +4,7 @@
  */
 import { B2Error, isKind } from '../errors.js';
 import { CommitFlag, ZERO_HASH } from '../format/commit.js';
-import {
-  journalName,
-  packName,
-  segmentName,
-  type SegmentName,
-} from '../format/names.js';
+import { journalName, packName, segmentName, type SegmentName } from '../format/names.js';
 import { encodeFooter } from '../format/pack.js';
 import type { CommitRecord } from '../format/segment.js';
 import { buildChain, readCommits, type Chain, type ChainEnd, type ReadCommit } from './commits.js';
@@ -172,7 +167,9 @@ export class VolumeHistory {
       )
     ).filter((r): r is SegmentReader => r !== undefined);
 
-    const journal = await Promise.all(packIds.map((id) => readJournalPack(repo, volumeId, id, problems)));
+    const journal = await Promise.all(
+      packIds.map((id) => readJournalPack(repo, volumeId, id, problems)),
+    );
     const base: ChainEnd | undefined =
       lastRecord === undefined
         ? undefined
@@ -192,7 +189,10 @@ export class VolumeHistory {
     const end = chain.tip?.seq ?? 0;
     for (const range of lost) {
       const restart = await nextWhole(range.lastSeq, deltas, fulls, chain.commits);
-      unreadable.push({ firstSeq: range.firstSeq, lastSeq: (restart ?? Math.max(end, range.lastSeq) + 1) - 1 });
+      unreadable.push({
+        firstSeq: range.firstSeq,
+        lastSeq: (restart ?? Math.max(end, range.lastSeq) + 1) - 1,
+      });
       if (restart === undefined) gap ??= chain.gap ?? { seq: range.lastSeq, hash: '' };
     }
     return new VolumeHistory(repo, volumeId, {
@@ -230,7 +230,9 @@ export class VolumeHistory {
     throw new B2Error(
       'damaged',
       `commit ${gap.seq} of volume ${this.volumeId} is missing${why === '' ? '' : ` (${why})`}`,
-      { hint: 'Run "b2 repair": it rebuilds the manifest from the packs; "b2 verify" names what is lost.' },
+      {
+        hint: 'Run "b2 repair": it rebuilds the manifest from the packs; "b2 verify" names what is lost.',
+      },
     );
   }
 
@@ -251,12 +253,18 @@ export class VolumeHistory {
       if (!j.missing && !j.sealed && needed.has(j.packId)) await sealAbandoned(repo, j.packId);
     }
     if (chain.commits.length > 0) {
-      await VolumeHistory.putCommits(repo, volumeId, chain.commits, chain.commits[0]?.commit.prevHash ?? ZERO_HASH);
+      await VolumeHistory.putCommits(
+        repo,
+        volumeId,
+        chain.commits,
+        chain.commits[0]?.commit.prevHash ?? ZERO_HASH,
+      );
     }
     // A damaged pack keeps its entry: what it held is for repair and verify to say.
     const damagedPacks = new Set(this.problems.map((p) => p.object));
     for (const j of this.journal) {
-      if (!damagedPacks.has(packName(j.packId))) await repo.store.delete(journalName(volumeId, j.packId));
+      if (!damagedPacks.has(packName(j.packId)))
+        await repo.store.delete(journalName(volumeId, j.packId));
     }
   }
 
@@ -270,10 +278,7 @@ export class VolumeHistory {
     commits: readonly ReadCommit[],
     prevHash: Buffer,
   ): Promise<void> {
-    await putMemorySegment(
-      segmentTarget(repo, volumeId),
-      memorySegment(commits, prevHash),
-    );
+    await putMemorySegment(segmentTarget(repo, volumeId), memorySegment(commits, prevHash));
     for (const packId of new Set(commits.map((c) => c.packId))) {
       await repo.store.delete(journalName(volumeId, packId));
     }
@@ -333,11 +338,15 @@ async function readJournalPackOnce(
 export async function sealAbandoned(repo: Repository, packId: string): Promise<void> {
   const name = packName(packId);
   repo.packs.forget(packId);
-  const footer = await repo.packs.use(packId, (p) => Promise.resolve(p.sealed ? undefined : p.footer));
+  const footer = await repo.packs.use(packId, (p) =>
+    Promise.resolve(p.sealed ? undefined : p.footer),
+  );
   if (footer === undefined) return;
   const appender = await repo.store.openAppend(name, 'existing');
   try {
-    await appender.append(encodeFooter(footer, packId, appender.sizeBytes, repo.newSalt(), repo.keys));
+    await appender.append(
+      encodeFooter(footer, packId, appender.sizeBytes, repo.newSalt(), repo.keys),
+    );
     await appender.sync();
   } finally {
     await appender.close();
@@ -372,7 +381,11 @@ export function coverFrom(names: readonly SegmentName[]): SegmentName[] {
 }
 
 /** Commits that segments or the journal skip, and those that only the name of a segment speaks of. */
-function lostCommits(deltas: readonly SegmentReader[], names: readonly SegmentName[], chain: Chain): SeqRange[] {
+function lostCommits(
+  deltas: readonly SegmentReader[],
+  names: readonly SegmentName[],
+  chain: Chain,
+): SeqRange[] {
   const lost: SeqRange[] = [];
   let next = 1;
   for (const d of deltas) {

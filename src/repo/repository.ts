@@ -323,8 +323,22 @@ export class Repository implements AsyncDisposable {
     }
   }
 
-  /** Writes `config` and its copy again from what is open. For repair. */
+  /**
+   * Writes `config` and its copy again, the same: what one of them says if that is right (another may have changed keys since we opened),
+   * else from what is open. For repair, under the lease `keys`.
+   */
   async rewriteConfig(): Promise<void> {
+    for (const name of [CONFIG_NAME, CONFIG_COPY_NAME]) {
+      try {
+        const found = decodeConfig(await this.store.get(name));
+        const { mac, ...rest } = found;
+        if (found.id !== this.id || withMac(rest, this.master).mac !== mac) continue;
+        this.currentConfig = found;
+        break;
+      } catch (error) {
+        if (!isKind(error, 'not-found', 'damaged')) throw error;
+      }
+    }
     const bytes = encodeConfig(this.currentConfig);
     await this.store.put(CONFIG_COPY_NAME, bytes);
     await this.store.put(CONFIG_NAME, bytes);

@@ -64,10 +64,14 @@ export interface Acknowledged {
  */
 export class CondemnedError extends B2Error {
   constructor(packId: string, frame: number) {
-    super('failed', `prune is about to delete frame ${frame} of pack ${packId}, which this commit wanted to reuse`, {
-      retryable: true,
-      hint: 'Run the command again; it will store that data anew.',
-    });
+    super(
+      'failed',
+      `prune is about to delete frame ${frame} of pack ${packId}, which this commit wanted to reuse`,
+      {
+        retryable: true,
+        hint: 'Run the command again; it will store that data anew.',
+      },
+    );
   }
 }
 
@@ -128,9 +132,13 @@ export class VolumeWriter implements AsyncDisposable {
     try {
       // A commit under an epoch that is not above those of the chain would fall off it.
       if ((history.tip?.epoch ?? 0) >= epoch) {
-        throw new B2Error('damaged', `the claims of volume ${volumeId} are lost: its last commit is of epoch ${history.tip?.epoch}, this claim got ${epoch}`, {
-          hint: 'Run "b2 repair".',
-        });
+        throw new B2Error(
+          'damaged',
+          `the claims of volume ${volumeId} are lost: its last commit is of epoch ${history.tip?.epoch}, this claim got ${epoch}`,
+          {
+            hint: 'Run "b2 repair".',
+          },
+        );
       }
       await history.settle(options);
       const last = history.lastCommit;
@@ -194,7 +202,9 @@ export class VolumeWriter implements AsyncDisposable {
         ? undefined
         : blocksOf(this.lastSizeBytes);
     const { packIds, extents } = tabled(
-      grownFrom === undefined ? draft.extents : withHoles(draft.extents, grownFrom, blocksOf(draft.sizeBytes)),
+      grownFrom === undefined
+        ? draft.extents
+        : withHoles(draft.extents, grownFrom, blocksOf(draft.sizeBytes)),
       pack.packId,
     );
     const refs: ExtentsRef[] = [];
@@ -206,7 +216,12 @@ export class VolumeWriter implements AsyncDisposable {
         const body = encodeExtents(part);
         await pack.flush();
         const frame = pack.addExtents(body);
-        refs.push({ pack: packIds.indexOf(pack.packId), frame, records: part.length, hash: repo.keys.commitHash(body) });
+        refs.push({
+          pack: packIds.indexOf(pack.packId),
+          frame,
+          records: part.length,
+          hash: repo.keys.commitHash(body),
+        });
       }
     }
     const commit: Commit = {
@@ -287,11 +302,13 @@ export class VolumeWriter implements AsyncDisposable {
         if (packId === ownPackId) this.fail(packId, 0);
         for (const e of list) {
           const last = e.frame + Math.floor((e.skip + e.count - 1) / chunkBlocks);
-          for (let f = e.frame; f <= last; f++) if (this.condemned.has(packId, f)) this.fail(packId, f);
+          for (let f = e.frame; f <= last; f++)
+            if (this.condemned.has(packId, f)) this.fail(packId, f);
         }
       }
       // Deleted by hand, or by something that is not b2.
-      if (!isOwn && (await this.repo.store.stat(packName(packId))) === undefined) this.fail(packId, first?.frame ?? 0);
+      if (!isOwn && (await this.repo.store.stat(packName(packId))) === undefined)
+        this.fail(packId, first?.frame ?? 0);
     }
   }
 
@@ -306,7 +323,10 @@ export class VolumeWriter implements AsyncDisposable {
   async reclaim(): Promise<void> {
     const epoch = await claimEpoch(this.repo, this.volumeId);
     if (epoch !== this.epoch + 1) {
-      throw new B2Error('lost-claim', `another b2 process has taken over volume ${this.volumeId}; this one stops`);
+      throw new B2Error(
+        'lost-claim',
+        `another b2 process has taken over volume ${this.volumeId}; this one stops`,
+      );
     }
     this.epoch = epoch;
     // The pack with the commit that fell off holds acknowledged ones before it, perhaps: seal it, start another.
@@ -373,22 +393,33 @@ export class VolumeWriter implements AsyncDisposable {
 async function refuseLost(repo: Repository, volumeId: string, epoch: number): Promise<void> {
   if (epoch >= MAX_EPOCH) return;
   if ((await repo.store.stat(epochName(volumeId, epoch + 1))) === undefined) return;
-  throw new B2Error('lost-claim', `another b2 process has taken over volume ${volumeId}; this one stops`, {
-    hint: 'See who it is with "b2 status"; a volume has one writer at a time. Nothing acknowledged is lost.',
-  });
+  throw new B2Error(
+    'lost-claim',
+    `another b2 process has taken over volume ${volumeId}; this one stops`,
+    {
+      hint: 'See who it is with "b2 status"; a volume has one writer at a time. Nothing acknowledged is lost.',
+    },
+  );
 }
 
 /**
  * The history as a claimant must see it. Its last commit is in doubt: its writer may have died between the sync and the check (FORMAT.md
  * 6.4), and prune may delete what it reuses. Where that has happened the commit is left out: it was never acknowledged.
  */
-async function openClaimed(repo: Repository, volumeId: string, epoch: number): Promise<VolumeHistory> {
+async function openClaimed(
+  repo: Repository,
+  volumeId: string,
+  epoch: number,
+): Promise<VolumeHistory> {
   let history = await VolumeHistory.open(repo, volumeId);
   try {
     const doubtful = history.chain.commits.at(-1);
     const condemned = new CondemnedPlaces(repo);
     await condemned.refresh();
-    if (doubtful?.packIds.some((id) => condemned.has(id, undefined)) === true && history.chain.gap === undefined) {
+    if (
+      doubtful?.packIds.some((id) => condemned.has(id, undefined)) === true &&
+      history.chain.gap === undefined
+    ) {
       // Under the lease nothing is deleted, and every later prune sees the commit: what is there now stays.
       await using lease = await acquireLease(repo.store, 'prune', {
         ...repo.env,
@@ -413,7 +444,11 @@ async function openClaimed(repo: Repository, volumeId: string, epoch: number): P
 }
 
 /** True if a place that the commit names was condemned and is gone. What is gone without that is damage, and for verify to tell. */
-async function isDeleted(repo: Repository, c: ReadCommit, condemned: CondemnedPlaces): Promise<boolean> {
+async function isDeleted(
+  repo: Repository,
+  c: ReadCommit,
+  condemned: CondemnedPlaces,
+): Promise<boolean> {
   const chunkBlocks = blocksOf(repo.chunkBytes);
   for (const [i, packId] of c.packIds.entries()) {
     if (!condemned.has(packId, undefined)) continue;
@@ -442,7 +477,8 @@ async function claimEpoch(repo: Repository, volumeId: string): Promise<number> {
       if (n > highest) highest = n;
     }
     const epoch = highest + 1;
-    if (epoch > MAX_EPOCH) throw new B2Error('unsupported', `volume ${volumeId} was claimed 2^32 times`);
+    if (epoch > MAX_EPOCH)
+      throw new B2Error('unsupported', `volume ${volumeId} was claimed 2^32 times`);
     try {
       await repo.putObject(
         ObjectKind.epoch,
@@ -481,7 +517,10 @@ function withHoles(list: readonly PlacedExtent[], from: number, to: number): Pla
 }
 
 /** Checks that no extent crosses a stripe and gives the extents a pack table. */
-function tabled(list: readonly PlacedExtent[], ownPackId: string): { packIds: string[]; extents: Extent[] } {
+function tabled(
+  list: readonly PlacedExtent[],
+  ownPackId: string,
+): { packIds: string[]; extents: Extent[] } {
   const packIds: string[] = [];
   const index = new Map<string, number>();
   const indexOf = (id: string): number => {
@@ -518,16 +557,26 @@ function tabled(list: readonly PlacedExtent[], ownPackId: string): { packIds: st
 function checkDraft(draft: CommitDraft, lastSizeBytes: number | undefined): void {
   let end = 0;
   for (const e of draft.extents) {
-    if (e.block < end || e.count < 1) throw new RangeError(`extents not in order at block ${e.block}`);
+    if (e.block < end || e.count < 1)
+      throw new RangeError(`extents not in order at block ${e.block}`);
     end = e.block + e.count;
   }
-  if (end > blocksOf(draft.sizeBytes)) throw new RangeError(`extents end at block ${end}, past the device`);
-  if (lastSizeBytes === undefined && !draft.full) throw new RangeError('the first commit must be full');
+  if (end > blocksOf(draft.sizeBytes))
+    throw new RangeError(`extents end at block ${end}, past the device`);
+  if (lastSizeBytes === undefined && !draft.full)
+    throw new RangeError('the first commit must be full');
   // What lay behind an earlier end, in the block of that end, must not show again (FORMAT.md section 8).
-  if (lastSizeBytes !== undefined && !draft.full && draft.sizeBytes > lastSizeBytes && lastSizeBytes % BLOCK_BYTES !== 0) {
+  if (
+    lastSizeBytes !== undefined &&
+    !draft.full &&
+    draft.sizeBytes > lastSizeBytes &&
+    lastSizeBytes % BLOCK_BYTES !== 0
+  ) {
     const block = Math.floor(lastSizeBytes / BLOCK_BYTES);
     if (!draft.extents.some((e) => e.block <= block && block < e.block + e.count)) {
-      throw new RangeError(`a commit that grows the device must name block ${block}, in which the old end lies`);
+      throw new RangeError(
+        `a commit that grows the device must name block ${block}, in which the old end lies`,
+      );
     }
   }
 }

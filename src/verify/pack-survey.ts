@@ -156,10 +156,12 @@ export async function surveyPack(
     }
     pack = await OpenPack.open(repo.packContext(), packId);
     const findings: Finding[] = [];
-    for (const problem of await layoutProblems(pack, sizeBytes)) {
+    // It may have grown, and been sealed, since it was listed.
+    const size = Math.max(sizeBytes, pack.validBytes);
+    for (const problem of await layoutProblems(pack, size)) {
       findings.push({ severity: 'damage', kind: 'frame', object, packId, ...problem });
     }
-    return { shape: new PackShape(pack, sizeBytes), findings, gone: false };
+    return { shape: new PackShape(pack, size), findings, gone: false };
   } catch (error) {
     if (
       isKind(error, 'not-found') ||

@@ -77,7 +77,12 @@ interface Counts {
 }
 
 /** Runs a command and kills it at that moment, or (0) when it begins to answer. Counted only if it was still running. */
-async function killed(what: string, started: Started, afterMs: number, counts: Counts): Promise<Ended> {
+async function killed(
+  what: string,
+  started: Started,
+  afterMs: number,
+  counts: Counts,
+): Promise<Ended> {
   const kill = (): void => void started.child.kill('SIGKILL');
   const timer = setTimeout(kill, afterMs === 0 ? 60_000 : afterMs);
   if (afterMs === 0) started.child.stdout?.once('data', kill);
@@ -106,7 +111,12 @@ class Subject {
   readonly b2: B2;
   readonly keyFile: string | undefined;
   readonly image: string;
-  readonly lives = { snapshot: new Life(), prune: new Life(), restore: new Life(), keyAdd: new Life() };
+  readonly lives = {
+    snapshot: new Life(),
+    prune: new Life(),
+    restore: new Life(),
+    keyAdd: new Life(),
+  };
   readonly promised = new Map<number, string>();
   private readonly data: Buffer = Buffer.alloc(IMAGE_BYTES);
   private readonly dir: TempDir;
@@ -126,7 +136,13 @@ class Subject {
   }
 
   initArgs(): string[] {
-    return ['--json', 'init', '--pack-size', '1M', ...(this.keyFile === undefined ? ['--encryption', 'none'] : [])];
+    return [
+      '--json',
+      'init',
+      '--pack-size',
+      '1M',
+      ...(this.keyFile === undefined ? ['--encryption', 'none'] : []),
+    ];
   }
 
   /** Writes some chunks of the image anew. */
@@ -137,7 +153,9 @@ class Subject {
       const part = this.data.subarray(at, at + CHUNK);
       const kind = this.random();
       if (kind < 0.2) part.fill(0);
-      else for (let i = 0; i < CHUNK; i += 4) part.writeUInt32LE(Math.floor(this.random() * (kind < 0.6 ? 2 ** 32 : 7)), i);
+      else
+        for (let i = 0; i < CHUNK; i += 4)
+          part.writeUInt32LE(Math.floor(this.random() * (kind < 0.6 ? 2 ** 32 : 7)), i);
       writeSync(fd, part, 0, CHUNK, at);
     }
     closeSync(fd);
@@ -172,20 +190,28 @@ class Subject {
   heard(done: Ended): void {
     const answer = answerOf(done);
     if (answer === undefined) {
-      if (done.signal === undefined) throw new Error(`snapshot ended with ${done.code}: ${done.stderr}`);
+      if (done.signal === undefined)
+        throw new Error(`snapshot ended with ${done.code}: ${done.stderr}`);
       return;
     }
-    if (answer['notExact'] !== undefined) throw new Error(`not exact: ${String(answer['notExact'])}`);
+    if (answer['notExact'] !== undefined) throw new Error(`not exact: ${done.stdout}`);
     this.promised.set(Number(String(answer['id']).slice(1)), digestOf(this.data));
   }
 
   private async opened<T>(work: (repo: Repository) => Promise<T>): Promise<T> {
-    const random = (n: number): Uint8Array => Uint8Array.from({ length: n }, () => Math.floor(this.random() * 256));
+    const random = (n: number): Uint8Array =>
+      Uint8Array.from({ length: n }, () => Math.floor(this.random() * 256));
     const env = { clock: systemClock, random, owner: currentIdentity() };
     const secrets: Secret[] =
       this.keyFile === undefined
         ? []
-        : [{ kind: 'keyFile', material: parseKeyFile(readFileSync(this.keyFile, 'utf8'), this.keyFile), source: 'the test' }];
+        : [
+            {
+              kind: 'keyFile',
+              material: parseKeyFile(readFileSync(this.keyFile, 'utf8'), this.keyFile),
+              source: 'the test',
+            },
+          ];
     const repo = await Repository.open(await openDirectoryStore(this.b2.repository), secrets, env);
     try {
       return await work(repo);
@@ -209,8 +235,10 @@ class Subject {
         expect(history.problems).toEqual([]);
         history.refuseGap();
         const shown: number[] = [];
-        for await (const c of new Timeline(history.sources).list({ minClass: PointClass.none })) shown.push(c.seq);
-        for (const seq of this.promised.keys()) expect(shown, `promised point ${seq}`).toContain(seq);
+        for await (const c of new Timeline(history.sources).list({ minClass: PointClass.none }))
+          shown.push(c.seq);
+        for (const seq of this.promised.keys())
+          expect(shown, `promised point ${seq}`).toContain(seq);
         const now = digestOf(this.data);
         const last = shown.at(-1) ?? 0;
         // A commit that nobody was told of has captured the image as it is: it has not changed since the command began.
@@ -221,7 +249,8 @@ class Subject {
           const image = await openImage(history, testMeta(volume.id, IMAGE_BYTES), seq);
           const restored = Buffer.alloc(image.sizeBytes, 0xee);
           await image.read(restored, 0);
-          if (digestOf(restored) !== this.promised.get(seq)) throw new Error(`point ${seq} does not restore bit for bit`);
+          if (digestOf(restored) !== this.promised.get(seq))
+            throw new Error(`point ${seq} does not restore bit for bit`);
         }
         return wanted.length;
       } finally {
@@ -238,7 +267,12 @@ class Subject {
   }
 }
 
-async function rounds(subject: Subject, random: () => number, counts: Counts, upto: number): Promise<void> {
+async function rounds(
+  subject: Subject,
+  random: () => number,
+  counts: Counts,
+  upto: number,
+): Promise<void> {
   const { lives } = subject;
   subject.heard(await lives.snapshot.measure(() => subject.startSnapshot()));
   await subject.check();
@@ -248,7 +282,9 @@ async function rounds(subject: Subject, random: () => number, counts: Counts, up
     const kind = random();
     if (kind < 0.72) {
       subject.change(1 + Math.floor(random() * 24));
-      subject.heard(await killed('snapshot', subject.startSnapshot(), lives.snapshot.moment(random), counts));
+      subject.heard(
+        await killed('snapshot', subject.startSnapshot(), lives.snapshot.moment(random), counts),
+      );
     } else if (kind < 0.84) {
       if (random() < 0.3) {
         const done = await lives.prune.measure(() => subject.startPrune());
@@ -261,7 +297,8 @@ async function rounds(subject: Subject, random: () => number, counts: Counts, up
       else await killed('restore', subject.startRestore(), lives.restore.moment(random), counts);
     } else {
       const file = `${subject.keyFile}.${run}`;
-      const start = (): Started => subject.b2.start(['--json', 'key', 'add', '--new-key-file', file]);
+      const start = (): Started =>
+        subject.b2.start(['--json', 'key', 'add', '--new-key-file', file]);
       if (random() < 0.3) expect((await lives.keyAdd.measure(start)).code).toBe(0);
       else {
         const done = await killed('key add', start(), lives.keyAdd.moment(random), counts);
@@ -287,10 +324,17 @@ async function rounds(subject: Subject, random: () => number, counts: Counts, up
   const done = await subject.startPrune().ended;
   expect(done.code, done.stderr).toBe(0);
   await subject.restoreNewest();
+  const verified = await subject.b2.run('verify', '--data', 'all');
+  expect(verified.code, verified.stdout + verified.stderr).toBe(0);
 }
 
 /** An init that was killed leaves a repository, or a place where init works. */
-async function killInits(dir: TempDir, random: () => number, counts: Counts, times: number): Promise<void> {
+async function killInits(
+  dir: TempDir,
+  random: () => number,
+  counts: Counts,
+  times: number,
+): Promise<void> {
   const life = new Life();
   for (let n = 0; n < times; n++) {
     const encrypted = n % 2 === 1;
@@ -323,7 +367,8 @@ describe('kill -9 at any moment', () => {
     const newCounts = (): Counts => ({ kills: 0, before: 0, after: 0, of: new Map() });
     const plain = new Subject(dir, 'plain', false, seeded(SEED));
     const encrypted = new Subject(dir, 'encrypted', true, seeded(SEED + 1));
-    for (const subject of [plain, encrypted]) expect((await subject.b2.start(subject.initArgs()).ended).code).toBe(0);
+    for (const subject of [plain, encrypted])
+      expect((await subject.b2.start(subject.initArgs()).ended).code).toBe(0);
     const lanes = [newCounts(), newCounts()] as const;
     // Side by side: most of the time goes into starting programs.
     await Promise.all([

@@ -27,7 +27,8 @@ export class TickingClock implements Clock {
   }
 
   async sleep(_ms: number, signal?: AbortSignal): Promise<void> {
-    for (let i = 0; i < 40 && signal?.aborted !== true; i++) await new Promise<void>((resolve) => setImmediate(resolve));
+    for (let i = 0; i < 40 && signal?.aborted !== true; i++)
+      await new Promise<void>((resolve) => setImmediate(resolve));
   }
 }
 
@@ -44,7 +45,8 @@ export function hostEnvironment(clock: Clock, random: () => number, host = 'host
 export function contentOf(content: number): Buffer {
   const bytes = Buffer.alloc(CHUNK_BYTES);
   if (content === 0) return bytes;
-  for (let i = 0; i < bytes.length; i += 4) bytes.writeUInt32LE((Math.imul(i + 1, content * 2_654_435_761) ^ (i << 7)) >>> 0, i);
+  for (let i = 0; i < bytes.length; i += 4)
+    bytes.writeUInt32LE((Math.imul(i + 1, content * 2_654_435_761) ^ (i << 7)) >>> 0, i);
   return bytes;
 }
 
@@ -124,7 +126,10 @@ export class Host {
     for (let n = Math.floor(random() * 6); n >= 0; n--) {
       const content = 1 + Math.floor(random() * contents);
       const bytes = contentOf(content);
-      places.push([content, { packId: pack.packId, frame: pack.addChunk(bytes, writer.repo.keys.chunkId(bytes)) }]);
+      places.push([
+        content,
+        { packId: pack.packId, frame: pack.addChunk(bytes, writer.repo.keys.chunkId(bytes)) },
+      ]);
     }
     if (random() < 0.6) {
       await writer.finishPack();
@@ -167,7 +172,11 @@ export class Host {
       else if (known !== undefined) extents.push({ ...base, ...known });
       else {
         const bytes = contentOf(content);
-        extents.push({ ...base, packId: pack.packId, frame: pack.addChunk(bytes, writer.repo.keys.chunkId(bytes)) });
+        extents.push({
+          ...base,
+          packId: pack.packId,
+          frame: pack.addChunk(bytes, writer.repo.keys.chunkId(bytes)),
+        });
       }
     }
     const now = writer.repo.env.clock.nowNs();
@@ -188,19 +197,28 @@ export class Host {
 }
 
 /** Restores some of the points that were acknowledged when it began; throws if one is not what it was. */
-export async function readPoints(repo: Repository, host: Host, which: (all: readonly Expected[]) => readonly Expected[]): Promise<number> {
+export async function readPoints(
+  repo: Repository,
+  host: Host,
+  which: (all: readonly Expected[]) => readonly Expected[],
+): Promise<number> {
   const wanted = which([...host.acknowledged]);
   const history = await VolumeHistory.open(repo, host.options.volumeId);
   try {
     const problem = history.problems[0];
-    if (problem !== undefined) throw new Error(`problem with ${problem.object}`, { cause: problem.error });
+    if (problem !== undefined)
+      throw new Error(`problem with ${problem.object}`, { cause: problem.error });
     history.refuseGap();
     for (const e of wanted) {
-      if ((history.tip?.seq ?? 0) < e.seq) throw new Error(`acknowledged point ${e.seq} is gone: the history ends at ${history.tip?.seq}`);
+      if ((history.tip?.seq ?? 0) < e.seq)
+        throw new Error(
+          `acknowledged point ${e.seq} is gone: the history ends at ${history.tip?.seq}`,
+        );
       const image = await openImage(history, testMeta(host.options.volumeId, e.sizeBytes), e.seq);
       const all = Buffer.alloc(e.sizeBytes, 0xee);
       await image.read(all, 0);
-      if (digestOf(all) !== e.digest) throw new Error(`point ${e.seq} does not restore bit for bit`);
+      if (digestOf(all) !== e.digest)
+        throw new Error(`point ${e.seq} does not restore bit for bit`);
     }
     return wanted.length;
   } finally {
@@ -217,4 +235,3 @@ export async function lapseLease(store: Store, name: string, host: string): Prom
 export function openHost(store: Store, env: Environment): Promise<Repository> {
   return Repository.open(store, [], env);
 }
-

@@ -16,7 +16,6 @@ import { prune } from '../../src/retention/prune.js';
 import {
   CHUNK_BYTES,
   ModelVolume,
-  checkPoint,
   digestOf,
   seeded,
   testEnvironment,
@@ -248,7 +247,13 @@ export const STEPS: readonly Step[] = [
     async run(w) {
       const repo = await w.repository();
       const [first, ...others] = repo.config.keys;
-      if (first !== undefined && others.length > 0) await repo.removeKey(first.id);
+      if (first === undefined || others.length === 0) return;
+      try {
+        await repo.removeKey(first.id);
+      } catch (error) {
+        // An earlier try got as far as removing it, and its answer was lost.
+        if (!(error instanceof B2Error) || error.kind !== 'not-found') throw error;
+      }
     },
   },
   {
@@ -346,5 +351,3 @@ export async function checkAll(
     await repo.packs.close();
   }
 }
-
-export { checkPoint };

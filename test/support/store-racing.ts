@@ -3,7 +3,15 @@
  * does its work, and a list shows what comes and goes meanwhile as badly as the contract allows: an object made during it is missing, one
  * deleted during it too.
  */
-import type { Appender, GetRange, ObjectInfo, ObjectReader, PutOptions, Store, StoreSpace } from '../../src/repo/store.js';
+import type {
+  Appender,
+  GetRange,
+  ObjectInfo,
+  ObjectReader,
+  PutOptions,
+  Store,
+  StoreSpace,
+} from '../../src/repo/store.js';
 
 export class RacingStore implements Store {
   readonly inner: Store;

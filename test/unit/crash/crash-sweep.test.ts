@@ -53,11 +53,16 @@ interface Scenario {
 async function play(canAppend: boolean, encrypted: boolean, seed: number): Promise<Scenario> {
   const random = seeded(seed);
   const store = new MemoryStore({ canAppend });
-  const { repo, model, writer } = await newModel(store, random, { sizeBytes: DEVICE_BYTES, encrypted });
+  const { repo, model, writer } = await newModel(store, random, {
+    sizeBytes: DEVICE_BYTES,
+    encrypted,
+  });
   const initAt = store.operations;
   const points: Acknowledged[] = [];
   const capture = async (w: VolumeWriter, m: ModelVolume, full = false): Promise<void> => {
-    const blocks = full ? Array.from({ length: Math.ceil(m.data.length / 4096) }, (_, i) => i) : m.mutate(3);
+    const blocks = full
+      ? Array.from({ length: Math.ceil(m.data.length / 4096) }, (_, i) => i)
+      : m.mutate(3);
     await m.capture(w, blocks, full);
     const last = m.acknowledged.at(-1);
     if (last !== undefined) points.push({ ...last, at: store.operations });
@@ -108,7 +113,13 @@ async function play(canAppend: boolean, encrypted: boolean, seed: number): Promi
 }
 
 /** Opens what a crash left and checks everything that was promised at cut `at`. */
-async function check(s: Scenario, image: MemoryStore, at: number, seed: number, encrypted: boolean): Promise<{ repo: Repository; clock: SteppedClock }> {
+async function check(
+  s: Scenario,
+  image: MemoryStore,
+  at: number,
+  seed: number,
+  encrypted: boolean,
+): Promise<{ repo: Repository; clock: SteppedClock }> {
   const env = testEnvironment(seeded(seed));
   await env.clock.advanceMs(100 * HOUR_MS);
   const secrets = at >= s.keyAddedAt ? [OTHER] : [PASSWORD];
@@ -128,7 +139,8 @@ async function check(s: Scenario, image: MemoryStore, at: number, seed: number, 
       expect(digestOf(all)).toBe(known.get(c.seq)?.digest);
       shown.add(c.seq);
     }
-    for (const e of s.points) if (e.at <= at) expect(shown, `point ${e.seq} was acknowledged`).toContain(e.seq);
+    for (const e of s.points)
+      if (e.at <= at) expect(shown, `point ${e.seq} was acknowledged`).toContain(e.seq);
   } finally {
     await history.close();
   }
@@ -136,7 +148,12 @@ async function check(s: Scenario, image: MemoryStore, at: number, seed: number, 
 }
 
 /** Goes on working: claims the volume, captures twice, and finds both. */
-async function goOn(repo: Repository, volumeId: string, seed: number, clock: SteppedClock): Promise<void> {
+async function goOn(
+  repo: Repository,
+  volumeId: string,
+  seed: number,
+  clock: SteppedClock,
+): Promise<void> {
   const random = seeded(seed + 1);
   const { writer, history } = await VolumeWriter.claim(repo, volumeId);
   const model = new ModelVolume(volumeId, DEVICE_BYTES, random, clock);
@@ -155,50 +172,72 @@ describe.each([
   { canAppend: true, encrypted: true, seed: 7 },
   { canAppend: false, encrypted: true, seed: 8 },
   { canAppend: true, encrypted: false, seed: 9 },
-])('a crash after every operation (append $canAppend, encrypted $encrypted)', ({ canAppend, encrypted, seed }) => {
-  it('loses nothing acknowledged and shows nothing that does not restore', { timeout: 600_000 }, async () => {
-    const s = await play(canAppend, encrypted, seed);
-    const total = s.store.operations;
-    let cases = 0;
-    let cutRecoveries = 0;
-    for (let at = 0; at <= total; at++) {
-      for (const tear of TEARS) {
-        const caseSeed = seed * 1_000_000 + at * 10 + TEARS.indexOf(tear);
-        const image = s.store.crashAt(at, { tear, random: seeded(caseSeed) });
-        cases++;
-        try {
-          if (at < s.initAt) {
-            await openedOrNone(image, encrypted, s.volumeId);
-            continue;
+])(
+  'a crash after every operation (append $canAppend, encrypted $encrypted)',
+  ({ canAppend, encrypted, seed }) => {
+    it(
+      'loses nothing acknowledged and shows nothing that does not restore',
+      { timeout: 600_000 },
+      async () => {
+        const s = await play(canAppend, encrypted, seed);
+        const total = s.store.operations;
+        let cases = 0;
+        let cutRecoveries = 0;
+        for (let at = 0; at <= total; at++) {
+          for (const tear of TEARS) {
+            const caseSeed = seed * 1_000_000 + at * 10 + TEARS.indexOf(tear);
+            const image = s.store.crashAt(at, { tear, random: seeded(caseSeed) });
+            cases++;
+            try {
+              if (at < s.initAt) {
+                await openedOrNone(image, encrypted, s.volumeId);
+                continue;
+              }
+              const { repo, clock } = await check(s, image, at, caseSeed, encrypted);
+              await goOn(repo, s.volumeId, caseSeed, clock);
+              // The recovery and what came after it is cut too, at a random place; the promises hold again.
+              if (at % 4 === TEARS.indexOf(tear)) {
+                const cut = Math.floor(seeded(caseSeed)() * (image.operations + 1));
+                const again = image.crashAt(cut, { tear, random: seeded(caseSeed + 5) });
+                const env2 = testEnvironment(seeded(caseSeed + 6));
+                const repo2 = await Repository.open(
+                  again,
+                  encrypted ? [PASSWORD, OTHER] : [],
+                  env2,
+                );
+                for (const e of s.points) if (e.at <= at) await checkPoint(repo2, s.volumeId, e);
+                await goOn(repo2, s.volumeId, caseSeed + 7, env2.clock);
+                cutRecoveries++;
+              }
+            } catch (error) {
+              throw new Error(
+                `cut after operation ${at} of ${total}, tear ${tear}, seed ${caseSeed}`,
+                { cause: error },
+              );
+            }
           }
-          const { repo, clock } = await check(s, image, at, caseSeed, encrypted);
-          await goOn(repo, s.volumeId, caseSeed, clock);
-          // The recovery and what came after it is cut too, at a random place; the promises hold again.
-          if (at % 4 === TEARS.indexOf(tear)) {
-            const cut = Math.floor(seeded(caseSeed)() * (image.operations + 1));
-            const again = image.crashAt(cut, { tear, random: seeded(caseSeed + 5) });
-            const env2 = testEnvironment(seeded(caseSeed + 6));
-            const repo2 = await Repository.open(again, encrypted ? [PASSWORD, OTHER] : [], env2);
-            for (const e of s.points) if (e.at <= at) await checkPoint(repo2, s.volumeId, e);
-            await goOn(repo2, s.volumeId, caseSeed + 7, env2.clock);
-            cutRecoveries++;
-          }
-        } catch (error) {
-          throw new Error(`cut after operation ${at} of ${total}, tear ${tear}, seed ${caseSeed}`, { cause: error });
         }
-      }
-    }
-    console.log(
-      `crash sweep (append ${canAppend}, encrypted ${encrypted}): ${cases} crashes after each of ${total} operations, ${cutRecoveries} of their recoveries cut again, ${s.points.length} points; seed ${seed}`,
+        console.log(
+          `crash sweep (append ${canAppend}, encrypted ${encrypted}): ${cases} crashes after each of ${total} operations, ${cutRecoveries} of their recoveries cut again, ${s.points.length} points; seed ${seed}`,
+        );
+        expect(cases).toBe((total + 1) * 3);
+      },
     );
-    expect(cases).toBe((total + 1) * 3);
-  });
-});
+  },
+);
 
 /** Before init was acknowledged there is a whole repository, or none. */
-async function openedOrNone(image: MemoryStore, encrypted: boolean, _volumeId: string): Promise<void> {
+async function openedOrNone(
+  image: MemoryStore,
+  encrypted: boolean,
+  _volumeId: string,
+): Promise<void> {
   try {
-    const repo = await Repository.open(image, encrypted ? [PASSWORD] : [], testEnvironment(seeded(1)));
+    const repo = await Repository.open(
+      image,
+      encrypted ? [PASSWORD] : [],
+      testEnvironment(seeded(1)),
+    );
     await listVolumeIds(repo);
   } catch (error) {
     if (!isKind(error, 'no-repository')) throw error;

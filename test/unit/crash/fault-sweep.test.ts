@@ -5,8 +5,21 @@
  */
 import { describe, expect, it } from 'vitest';
 import { B2Error } from '../../../src/errors.js';
-import { FIRST, SECOND, World, checkAll, playSteps, type Checkpoint, type Step } from '../../support/scenario.js';
-import { FaultStore, type CallKind, type Fault, type FaultRule } from '../../support/store-fault.js';
+import {
+  FIRST,
+  SECOND,
+  World,
+  checkAll,
+  playSteps,
+  type Checkpoint,
+  type Step,
+} from '../../support/scenario.js';
+import {
+  FaultStore,
+  type CallKind,
+  type Fault,
+  type FaultRule,
+} from '../../support/store-fault.js';
 import { MemoryStore } from '../../support/store-memory.js';
 
 /** What happens at one call. */
@@ -40,10 +53,17 @@ const TROUBLES: Record<CallKind, readonly Trouble[]> = {
   stat: ['gone', IO],
 };
 
-const nameOf = (t: Trouble): string => (typeof t === 'string' ? t : `${t.do}${t.do === 'io' && t.retryable ? ' (retryable)' : ''}`);
+const nameOf = (t: Trouble): string =>
+  typeof t === 'string' ? t : `${t.do}${t.do === 'io' && t.retryable ? ' (retryable)' : ''}`;
 
 /** The kinds of a step's calls in order, from a run without faults. */
-async function callsOf(step: Step, from: Checkpoint | undefined, canAppend: boolean, encrypted: boolean, seed: number): Promise<CallKind[]> {
+async function callsOf(
+  step: Step,
+  from: Checkpoint | undefined,
+  canAppend: boolean,
+  encrypted: boolean,
+  seed: number,
+): Promise<CallKind[]> {
   const kinds: CallKind[] = [];
   const note: FaultRule = ({ kind }) => {
     kinds.push(kind);
@@ -109,11 +129,16 @@ async function oneCase(
   }
   if (failure !== undefined) {
     tally.rejected++;
-    if (!(failure instanceof B2Error)) throw new Error(`not a B2Error: ${String(failure)}`, { cause: failure });
+    if (!(failure instanceof B2Error)) throw new Error('not a B2Error', { cause: failure });
     tally.kinds.set(failure.kind, (tally.kinds.get(failure.kind) ?? 0) + 1);
     const expected: readonly string[] =
-      trouble === 'full' || nameOf(trouble) === 'partial' ? ['no-space'] : nameOf(trouble) === 'flip' || nameOf(trouble) === 'short' ? ['damaged', 'refused', 'wrong-key', 'held'] : ['io'];
-    if (!expected.includes(failure.kind)) throw new Error(`${failure.kind} is not what it was`, { cause: failure });
+      trouble === 'full' || nameOf(trouble) === 'partial'
+        ? ['no-space']
+        : nameOf(trouble) === 'flip' || nameOf(trouble) === 'short'
+          ? ['damaged', 'refused', 'wrong-key', 'held']
+          : ['io'];
+    if (!expected.includes(failure.kind))
+      throw new Error(`${failure.kind} is not what it was`, { cause: failure });
     // The object is named: by its name, or by the id that is its last part.
     const last = hit.split('/').at(-1) ?? '';
     if (trouble !== 'gone' && trouble !== 'full' && !failure.message.includes(last)) {
@@ -133,37 +158,48 @@ async function oneCase(
 describe.each([
   { canAppend: true, encrypted: false, seed: 101 },
   { canAppend: false, encrypted: true, seed: 202 },
-])('a fault at every call (append $canAppend, encrypted $encrypted)', ({ canAppend, encrypted, seed }) => {
-  it('is told clearly, loses nothing, and is over when it is over', { timeout: 600_000 }, async () => {
-    const { steps, before } = await playSteps({ canAppend, encrypted }, seed);
-    const tally: Tally = { cases: 0, rejected: 0, kinds: new Map() };
-    const perStep: string[] = [];
-    const failures: string[] = [];
-    for (const [i, step] of steps.entries()) {
-      if (step.name.endsWith('short sessions')) continue; // there to give the merge something to merge
-      const from = before[i];
-      const kinds = await callsOf(step, from, canAppend, encrypted, seed + i);
-      expect(kinds.length).toBeGreaterThan(2);
-      perStep.push(`${step.name} ${kinds.length}`);
-      for (const [n, kind] of kinds.entries()) {
-        for (const [t, trouble] of TROUBLES[kind].entries()) {
-          if ((n + t) % STRIDE !== 0) continue;
-          try {
-            await oneCase(step, from, { canAppend, encrypted, seed: seed + i, n, trouble }, tally);
-          } catch (error) {
-            const line = `step "${step.name}", call ${n} of ${kinds.length} (${kind}), ${nameOf(trouble)}, seed ${seed}: ${told(error)}`;
-            failures.push(line);
-            console.log(line);
+])(
+  'a fault at every call (append $canAppend, encrypted $encrypted)',
+  ({ canAppend, encrypted, seed }) => {
+    it(
+      'is told clearly, loses nothing, and is over when it is over',
+      { timeout: 600_000 },
+      async () => {
+        const { steps, before } = await playSteps({ canAppend, encrypted }, seed);
+        const tally: Tally = { cases: 0, rejected: 0, kinds: new Map() };
+        const perStep: string[] = [];
+        const failures: string[] = [];
+        for (const [i, step] of steps.entries()) {
+          if (step.name.endsWith('short sessions')) continue; // there to give the merge something to merge
+          const from = before[i];
+          const kinds = await callsOf(step, from, canAppend, encrypted, seed + i);
+          expect(kinds.length).toBeGreaterThan(2);
+          perStep.push(`${step.name} ${kinds.length}`);
+          for (const [n, kind] of kinds.entries()) {
+            for (const [t, trouble] of TROUBLES[kind].entries()) {
+              if ((n + t) % STRIDE !== 0) continue;
+              try {
+                await oneCase(
+                  step,
+                  from,
+                  { canAppend, encrypted, seed: seed + i, n, trouble },
+                  tally,
+                );
+              } catch (error) {
+                const line = `step "${step.name}", call ${n} of ${kinds.length} (${kind}), ${nameOf(trouble)}, seed ${seed}: ${told(error)}`;
+                failures.push(line);
+                console.log(line);
+              }
+            }
           }
         }
-      }
-    }
-    const kinds = [...tally.kinds].map(([kind, count]) => `${count} ${kind}`).join(', ');
-    console.log(
-      `fault sweep (append ${canAppend}, encrypted ${encrypted}): ${tally.cases} faults, ${tally.rejected} of them failed the operation (${kinds}); calls of the steps: ${perStep.join(', ')}; seed ${seed}`,
+        const kinds = [...tally.kinds].map(([kind, count]) => `${count} ${kind}`).join(', ');
+        console.log(
+          `fault sweep (append ${canAppend}, encrypted ${encrypted}): ${tally.cases} faults, ${tally.rejected} of them failed the operation (${kinds}); calls of the steps: ${perStep.join(', ')}; seed ${seed}`,
+        );
+        expect(failures.slice(0, 40), `${failures.length} cases failed`).toEqual([]);
+        expect(tally.rejected).toBeGreaterThan(tally.cases / 4);
+      },
     );
-    expect(failures.slice(0, 40), `${failures.length} cases failed`).toEqual([]);
-    expect(tally.rejected).toBeGreaterThan(tally.cases / 4);
-  });
-});
-
+  },
+);

@@ -79,7 +79,7 @@ async function ext4Image(dir: TempDir): Promise<Source> {
     await mount.unmount();
     await loop.detach();
   };
-  await mounted('first', (mnt) => fillWithFiles(dir, mnt, FULL ? 3400 * MIB : 400 * MIB));
+  await mounted('first', (mnt) => fillWithFiles(dir, mnt, FULL ? 3400 * MIB : 120 * MIB));
   return {
     path,
     sizeBytes,

@@ -170,7 +170,7 @@ async function twoHosts(seed: number, canAppend: boolean, tally: Tally): Promise
   await allRestore(store, clock, hosts);
 }
 
-const ROUNDS = Number(process.env['B2_TEST_ROUNDS'] ?? 25);
+const ROUNDS = Number(process.env['B2_TEST_ROUNDS'] ?? 15);
 
 async function rounds(
   name: string,

@@ -69,7 +69,8 @@ export function syscallsAvailable(): boolean {
   }
 }
 
-function systemError(syscall: string, errno: number): Error {
+/** The error that Node itself would make of `errno` (positive) of a system call: `code`, `errno`, `syscall`. */
+export function systemError(syscall: string, errno: number): Error {
   const [code, text] = getSystemErrorMap().get(-errno) ?? [`ERRNO_${errno}`, 'unknown error'];
   return Object.assign(new Error(`${code}: ${text}, ${syscall}`), { code, errno: -errno, syscall });
 }

@@ -1,8 +1,8 @@
 /** The system calls of mounting that Node does not offer, through koffi, which is loaded with the first call. */
 import { createRequire } from 'node:module';
-import { getSystemErrorMap } from 'node:util';
 
 import { B2Error, messageOf } from '../errors.js';
+import { systemError } from '../syscalls.js';
 
 type Koffi = typeof import('koffi');
 
@@ -71,11 +71,6 @@ function libc(): Libc {
       },
     );
   }
-}
-
-function systemError(syscall: string, errno: number): Error {
-  const [code, text] = getSystemErrorMap().get(-errno) ?? [`ERRNO_${errno}`, 'unknown error'];
-  return Object.assign(new Error(`${code}: ${text}, ${syscall}`), { code, errno: -errno, syscall });
 }
 
 function call<Args extends readonly unknown[]>(

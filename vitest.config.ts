@@ -2,8 +2,11 @@ import { defineConfig } from 'vitest/config';
 
 /**
  * Three projects. `unit` is pure and runs in threads. `integration` (real loop devices, mounts) and
- * `e2e` (the built program in dist/) own machine-wide things, so they run in forks, one file at a time.
+ * `e2e` (the built program in dist/) make machine-wide things, so they run in forks; a test must bear another file's tests
+ * beside it. Two workers, because on two cores vitest's own default is one.
  */
+const workers = 2;
+
 export default defineConfig({
   test: {
     projects: [
@@ -12,7 +15,8 @@ export default defineConfig({
           name: 'unit',
           include: ['test/unit/**/*.test.{ts,tsx}'],
           pool: 'threads',
-          testTimeout: 30_000,
+          maxWorkers: workers,
+          testTimeout: 60_000,
         },
       },
       {
@@ -20,7 +24,7 @@ export default defineConfig({
           name: 'integration',
           include: ['test/integration/**/*.test.ts'],
           pool: 'forks',
-          fileParallelism: false,
+          maxWorkers: workers,
           testTimeout: 300_000,
           hookTimeout: 120_000,
         },
@@ -30,7 +34,7 @@ export default defineConfig({
           name: 'e2e',
           include: ['test/e2e/**/*.test.ts'],
           pool: 'forks',
-          fileParallelism: false,
+          maxWorkers: workers,
           testTimeout: 300_000,
           hookTimeout: 120_000,
         },

@@ -40,6 +40,8 @@ const MAX_TTL_MS = 3_600_000;
 const GENERATION = /^[0-9]{15}$/;
 /** How often observers look, as a fraction of the holder's time to live. */
 const LOOKS_PER_TTL = 20;
+/** Between looks at a holder that lives, at least. */
+const MIN_LOOK_MS = 50;
 
 export interface LeaseOptions {
   readonly clock: Clock;
@@ -344,8 +346,13 @@ export async function acquireLease(
       continue; // somebody was faster; see who
     }
     const isAlive = renewed || isProvablyAlive(record.holder.owner, machine);
-    if (isAlive && nowMs - startMs >= (options.waitMs ?? 0)) throw heldBy(name, record.holder);
-    await clock.sleep(record.ttlMs / LOOKS_PER_TTL, signal);
+    const leftMs = (options.waitMs ?? 0) - (nowMs - startMs);
+    if (isAlive && leftMs <= 0) throw heldBy(name, record.holder);
+    const lookMs = record.ttlMs / LOOKS_PER_TTL;
+    await clock.sleep(
+      isAlive ? Math.min(lookMs, Math.max(MIN_LOOK_MS, leftMs / 4)) : lookMs,
+      signal,
+    );
   }
 }
 

@@ -34,6 +34,8 @@ import { findLiveness, type Liveness } from './liveness.js';
 export const DEFAULT_GRACE_MS = 24 * 3600 * 1000;
 /** A pack is rewritten when at least this part of it is unused: less is not worth the writing. */
 export const COMPACT_SHARE = 0.2;
+/** A claim of a volume may hold the lease for a moment (volume-writer.ts): no reason to give up. */
+const CLAIM_WAIT_MS = 5000;
 const NS_PER_MS = 1_000_000n;
 
 export interface PruneOptions {
@@ -87,7 +89,11 @@ const bytesOf = (frames: readonly FooterFrame[]): number =>
 /** Runs both steps once. Kinds `held` (another prune runs), `refused` (a history is damaged), `io`, `no-space`. */
 export async function prune(repo: Repository, options: PruneOptions = {}): Promise<PruneResult> {
   if (options.dryRun === true) return pruneHeld(repo, options, undefined);
-  await using lease = await acquireLease(repo.store, 'prune', { ...repo.env, purpose: 'prune' });
+  await using lease = await acquireLease(repo.store, 'prune', {
+    ...repo.env,
+    purpose: 'prune',
+    waitMs: CLAIM_WAIT_MS,
+  });
   return await pruneHeld(repo, options, lease);
 }
 

@@ -18,23 +18,21 @@ export type Random = (bytes: number) => Uint8Array;
 
 export const systemRandom: Random = (bytes) => randomBytes(bytes);
 
-// Date.now() has millisecond resolution; the monotonic clock supplies the digits below it, re-anchored
-// when the wall clock has moved against it by more than 2 ms (a step, or slewing).
-let anchorWallNs = 0n;
-let anchorMonoNs = 0n;
+// Date.now() has millisecond resolution; the monotonic clock supplies the digits below it. What one is ahead of the other is known
+// from below only (the millisecond may be just over, and this process may have been made to wait between the two), so the most that
+// was seen counts: it is never too much, and soon exact. A time is then never later than it was, which a point in time relies on:
+// what was done before it is in it. Where it cannot be so much any more, the wall clock was put back.
+let aheadNs: bigint | undefined;
 
 export const systemClock: Clock = {
   nowNs() {
-    const mono = process.hrtime.bigint();
-    const wallMs = BigInt(Date.now()) * 1_000_000n;
-    const estimate = anchorWallNs + (mono - anchorMonoNs);
-    const drift = estimate - wallMs;
-    if (anchorWallNs === 0n || drift < -1_000_000n || drift > 2_000_000n) {
-      anchorWallNs = wallMs;
-      anchorMonoNs = mono;
-      return wallMs;
-    }
-    return estimate;
+    const before = process.hrtime.bigint();
+    const wallNs = BigInt(Date.now()) * 1_000_000n;
+    const after = process.hrtime.bigint();
+    const least = wallNs - after;
+    if (aheadNs === undefined || least > aheadNs || aheadNs > wallNs + 1_000_000n - before)
+      aheadNs = least;
+    return after + aheadNs;
   },
   monotonicNs() {
     return process.hrtime.bigint();

@@ -8,13 +8,63 @@ import { join } from 'node:path';
 import { B2Error, errnoOf, ioError } from './errors.js';
 import { parseDurationMs, parseSize, printable } from './human.js';
 
-/** How the text of a scalar is read. `size` → bytes, `duration` → milliseconds. */
-export type ConfigKind = 'string' | 'path' | 'boolean' | 'size' | 'duration' | 'strings';
+/** How the text of a value is read. `size` → bytes, `duration` → milliseconds, `devices` → {@link WatchedDevice}. */
+export type ConfigKind =
+  'string' | 'path' | 'boolean' | 'size' | 'duration' | 'strings' | 'source' | 'devices';
 
 export interface ConfigKey {
   readonly kind: ConfigKind;
   /** One sentence for b2(1). */
   readonly description: string;
+}
+
+/** How changes are found; see src/devices/choose-source.ts. */
+export const WATCH_SOURCES = ['auto', 'trace', 'scan'] as const;
+export type WatchSource = (typeof WATCH_SOURCES)[number];
+
+/**
+ * What can be set for all watched devices (`watch.NAME`) and for one of them; the latter wins. The kinds are those of
+ * {@link CONFIG_KEYS}.
+ */
+const WATCH_SETTINGS = {
+  interval: {
+    kind: 'duration',
+    description: 'Time between points while there are writes (watch); default 1s.',
+  },
+  source: {
+    kind: 'source',
+    description: 'How changes are found (watch): auto, trace or scan; default auto.',
+  },
+  'freeze-limit': {
+    kind: 'duration',
+    description:
+      'Longest time for which file systems may be frozen for a point (watch); default 100ms, 0s: never.',
+  },
+  'pre-point': {
+    kind: 'string',
+    description:
+      'Shell command that brings an application to rest before a point of class app (watch).',
+  },
+  'post-point': {
+    kind: 'string',
+    description: 'Shell command that lets the application go on after such a point (watch).',
+  },
+  'hook-limit': {
+    kind: 'duration',
+    description: 'Time that pre-point and post-point may take each (watch); default 30s.',
+  },
+} as const satisfies Readonly<Record<string, ConfigKey>>;
+
+/** Settings of a watched device as a configuration file has them; absent ones were not given. */
+export type WatchSettings = {
+  readonly [K in keyof typeof WATCH_SETTINGS]?: KindTypes[(typeof WATCH_SETTINGS)[K]['kind']];
+};
+
+/** An entry of `watch.devices`. */
+export interface WatchedDevice extends WatchSettings {
+  readonly device: string;
+  /** Name of the volume. */
+  readonly volume?: string;
 }
 
 /**
@@ -39,6 +89,17 @@ export const CONFIG_KEYS = {
     kind: 'path',
     description: 'Where the local catalogue is kept; it can be deleted at any time.',
   },
+  'watch.devices': {
+    kind: 'devices',
+    description:
+      'Devices that b2 watch captures if it is given none: a list of paths, or of mappings with device, volume and any of the other watch settings for that device alone.',
+  },
+  'watch.interval': WATCH_SETTINGS.interval,
+  'watch.source': WATCH_SETTINGS.source,
+  'watch.freeze-limit': WATCH_SETTINGS['freeze-limit'],
+  'watch.pre-point': WATCH_SETTINGS['pre-point'],
+  'watch.post-point': WATCH_SETTINGS['post-point'],
+  'watch.hook-limit': WATCH_SETTINGS['hook-limit'],
 } as const satisfies Readonly<Record<string, ConfigKey>>;
 
 interface KindTypes {
@@ -48,6 +109,8 @@ interface KindTypes {
   readonly size: number;
   readonly duration: number;
   readonly strings: readonly string[];
+  readonly source: WatchSource;
+  readonly devices: readonly WatchedDevice[];
 }
 
 /** Validated contents of the configuration files, by key path; absent keys were not given. */
@@ -69,8 +132,10 @@ function kindName(value: unknown): string {
 }
 
 /** A value of `kind`, or undefined where `value` is of another kind. Parsers throw RangeError. */
-function readValue(kind: ConfigKind, value: unknown): unknown {
+function readValue(kind: Exclude<ConfigKind, 'devices'>, value: unknown): unknown {
   switch (kind) {
+    case 'source':
+      return WATCH_SOURCES.find((source) => source === value);
     case 'string':
     case 'path':
       return typeof value === 'string' && value !== '' ? value : undefined;
@@ -96,6 +161,8 @@ const KIND_TEXT: Readonly<Record<ConfigKind, string>> = {
   size: 'a size (64K, 1G)',
   duration: 'a duration (10s, 5m)',
   strings: 'a list of texts',
+  source: `one of ${WATCH_SOURCES.join(', ')}`,
+  devices: 'a list of devices',
 };
 
 /** Edits (insert, delete, replace) between two short words, for "did you mean". */
@@ -112,8 +179,11 @@ function distance(a: string, b: string): number {
   return row[b.length] ?? 0;
 }
 
-function unknownKey(path: string, keyPath: string): B2Error {
-  const keys = Object.keys(CONFIG_KEYS);
+function unknownKey(
+  path: string,
+  keyPath: string,
+  keys: readonly string[] = Object.keys(CONFIG_KEYS),
+): B2Error {
   const near = keys.find((key) => distance(key, keyPath.replaceAll('_', '-')) <= 2);
   return fail(
     path,
@@ -122,11 +192,63 @@ function unknownKey(path: string, keyPath: string): B2Error {
   );
 }
 
+/** As {@link readValue}, but throws a B2Error that names the key. */
+function readKey(
+  path: string,
+  keyPath: string,
+  kind: Exclude<ConfigKind, 'devices'>,
+  value: unknown,
+): unknown {
+  let read: unknown;
+  try {
+    read = readValue(kind, value);
+  } catch (error) {
+    if (!(error instanceof RangeError)) throw error;
+    throw fail(path, `"${keyPath}": ${error.message}`);
+  }
+  if (read === undefined)
+    throw fail(path, `"${keyPath}" must be ${KIND_TEXT[kind]}, not ${kindName(value)}`);
+  return read;
+}
+
+const DEVICE_KEYS: Readonly<Record<string, Exclude<ConfigKind, 'devices'>>> = {
+  device: 'path',
+  volume: 'string',
+  ...Object.fromEntries(Object.entries(WATCH_SETTINGS).map(([name, { kind }]) => [name, kind])),
+};
+
+function readDevices(path: string, keyPath: string, value: unknown): readonly WatchedDevice[] {
+  if (!Array.isArray(value))
+    throw fail(path, `"${keyPath}" must be ${KIND_TEXT.devices}, not ${kindName(value)}`);
+  const devices: WatchedDevice[] = [];
+  for (const [i, item] of (value as readonly unknown[]).entries()) {
+    const itemPath = `${keyPath}[${i}]`;
+    const found: Record<string, unknown> = {};
+    if (typeof item === 'object' && item !== null && !Array.isArray(item)) {
+      for (const [key, child] of Object.entries(item)) {
+        const kind = Object.hasOwn(DEVICE_KEYS, key) ? DEVICE_KEYS[key] : undefined;
+        const names = Object.keys(DEVICE_KEYS).map((name) => `${itemPath}.${name}`);
+        if (kind === undefined) throw unknownKey(path, `${itemPath}.${key}`, names);
+        found[key] = readKey(path, `${itemPath}.${key}`, kind, child);
+      }
+    } else {
+      found['device'] = readKey(path, itemPath, 'path', item);
+    }
+    const { device } = found;
+    if (typeof device !== 'string') throw fail(path, `"${itemPath}" names no device`);
+    if (devices.some((d) => d.device === device))
+      throw fail(path, `"${itemPath}": ${printable(device)} is in the list twice`);
+    devices.push({ ...found, device });
+  }
+  return devices;
+}
+
 /**
  * Parses and validates one file's text. `path` is used in messages only. An empty file is valid.
  * Throws B2Error `config` for malformed YAML, unknown keys and values of the wrong kind.
  */
 export async function parseConfig(text: string, path: string): Promise<Config> {
+  if (text.trim() === '') return {};
   // Loaded only when there is a file: most starts have none, and the parser costs them 15 ms.
   const { parse: parseYaml, YAMLParseError } = await import('yaml');
   let document: unknown;
@@ -156,17 +278,10 @@ export async function parseConfig(text: string, path: string): Promise<Config> {
         visit(child, keyPath);
         continue;
       }
-      let read: unknown;
-      try {
-        read = readValue(spec.kind, child);
-      } catch (error) {
-        if (!(error instanceof RangeError)) throw error;
-        throw fail(path, `"${keyPath}": ${error.message}`);
-      }
-      if (read === undefined) {
-        throw fail(path, `"${keyPath}" must be ${KIND_TEXT[spec.kind]}, not ${kindName(child)}`);
-      }
-      found[keyPath] = read;
+      found[keyPath] =
+        spec.kind === 'devices'
+          ? readDevices(path, keyPath, child)
+          : readKey(path, keyPath, spec.kind, child);
     }
   };
   if (document !== null && document !== undefined) visit(document, '');

@@ -2,6 +2,7 @@
  * Page-aligned memory. O_DIRECT wants it, and Node's own buffers are not: Buffer, ArrayBuffer and SharedArrayBuffer
  * give EINVAL, the memory of a WebAssembly.Memory always works.
  */
+import { createRequire } from 'node:module';
 import { B2Error, messageOf } from './errors.js';
 import { roundUp } from './units.js';
 
@@ -22,6 +23,29 @@ declare const WebAssembly: {
 };
 
 const alignedBuffers = new WeakSet<ArrayBufferLike>();
+
+/** From this size on memory is asked for in huge pages: it is a buffer for reading and writing, and will be used whole. */
+const HUGE_FROM_BYTES = 4 * 1024 * 1024;
+/** sys/mman.h */
+const MADV_HUGEPAGE = 14;
+
+type Advise = (memory: Uint8Array, bytes: number, advice: number) => number;
+let advise: Advise | undefined;
+
+/**
+ * Asks the kernel for pages of 2 MiB: fewer faults, and direct I/O has a five-hundredth of the pages to pin. Only advice: where it
+ * cannot be given, or is not taken, everything works as well.
+ */
+function wantHugePages(memory: Uint8Array): void {
+  try {
+    advise ??= (createRequire(import.meta.url)('koffi') as typeof import('koffi'))
+      .load(null)
+      .func('int madvise(void *memory, size_t bytes, int advice)') as Advise;
+    advise(memory, memory.byteLength, MADV_HUGEPAGE);
+  } catch {
+    // koffi's binary is not on this machine
+  }
+}
 
 /**
  * `bytes` of zeroed memory (1 to 4 GiB) that starts on a page boundary. The view's `buffer` may be up to 64 KiB
@@ -50,7 +74,9 @@ export function alignedMemory(bytes: number, shared = false): Uint8Array {
     );
   }
   alignedBuffers.add(buffer);
-  return new Uint8Array(buffer, 0, bytes);
+  const memory = new Uint8Array(buffer, 0, bytes);
+  if (bytes >= HUGE_FROM_BYTES) wantHugePages(memory);
+  return memory;
 }
 
 /** Tells this thread that `buffer` came from {@link alignedMemory} in another one. */

@@ -6,6 +6,7 @@
  * `code` (`EIO`, …), `errno` and `syscall`, as Node's own file functions do: wrap it with `ioError`.
  */
 import { createRequire } from 'node:module';
+import { endianness } from 'node:os';
 import { getSystemErrorMap } from 'node:util';
 
 import { B2Error, errnoOf, messageOf } from './errors.js';
@@ -25,6 +26,17 @@ interface Libc {
   readonly syncfs: Native<[fd: number]>;
   readonly flock: Native<[fd: number, operation: number]>;
   readonly read: Native<[fd: number, into: Uint8Array, length: number]>;
+  readonly socket: Native<[domain: number, type: number, protocol: number]>;
+  readonly sendto: Native<
+    [
+      fd: number,
+      data: Uint8Array,
+      length: number,
+      flags: number,
+      address: Uint8Array,
+      addressLength: number,
+    ]
+  >;
 }
 
 let loaded: Libc | undefined;
@@ -45,6 +57,10 @@ function libc(): Libc {
       syncfs: lib.func('int syncfs(int fd)') as Libc['syncfs'],
       flock: lib.func('int flock(int fd, int operation)') as Libc['flock'],
       read: lib.func('int64_t read(int fd, void *into, size_t length)') as Libc['read'],
+      socket: lib.func('int socket(int domain, int type, int protocol)') as Libc['socket'],
+      sendto: lib.func(
+        'int64_t sendto(int fd, const void *data, size_t length, int flags, const void *address, uint32_t addressLength)',
+      ) as Libc['sendto'],
     };
     return loaded;
   } catch (error) {
@@ -101,6 +117,8 @@ const BLKFLSBUF = IOC_NONE + 0x1261;
 const BLKGETSIZE64 = IOC_READ + 0x0008_1272;
 const BLKDISCARD = IOC_NONE + 0x1277;
 const BLKZEROOUT = IOC_NONE + 0x127f;
+const FIFREEZE = 0xc004_5877;
+const FITHAW = 0xc004_5878;
 
 const SEEK_DATA = 3;
 const SEEK_HOLE = 4;
@@ -222,6 +240,19 @@ export async function syncFs(fd: number): Promise<void> {
   await call('syncfs', libc().syncfs, fd);
 }
 
+/**
+ * Freezes the file system that `fd` lies on: it is synced, and whoever writes to it waits until it is thawed. Can wait long for a
+ * busy disk. EBUSY: frozen already; EOPNOTSUPP: it cannot be frozen; EPERM.
+ */
+export async function freezeFs(fd: number): Promise<void> {
+  await call('FIFREEZE', libc().ioctl, fd, FIFREEZE, null);
+}
+
+/** Thaws the file system that `fd` lies on. EINVAL: it is not frozen. */
+export async function thawFs(fd: number): Promise<void> {
+  await call('FITHAW', libc().ioctl, fd, FITHAW, null);
+}
+
 /** Takes an exclusive flock on `fd` until it is closed; false if another open file holds one. */
 export function tryLock(fd: number): boolean {
   const native = libc();
@@ -243,4 +274,73 @@ export function readNow(fd: number, into: Uint8Array): number {
   const code = errnoOf(failure);
   if (code === 'EAGAIN' || code === 'EINTR') return -1;
   throw failure;
+}
+
+// linux/socket.h; the same on every machine but alpha, hppa, mips and sparc (SOCK_DGRAM).
+const AF_UNIX = 1;
+const SOCK_DGRAM = process.arch === 'mips' || process.arch === 'mipsel' ? 1 : 2;
+const SOCK_CLOEXEC = 0o2000000;
+const MSG_NOSIGNAL = 0x4000;
+/** Of `sun_path`. */
+const UNIX_PATH_BYTES = 108;
+
+/** A unix datagram socket that is bound to nothing and not inherited; close it with `fs.close`. */
+export function unixDatagramSocket(): number {
+  const native = libc();
+  const fd = native.socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+  if (fd < 0) throw systemError('socket', native.errno());
+  return fd;
+}
+
+/** Sends one datagram to a unix socket: a path, or a name that starts with `@` (abstract). Waits while its queue is full. */
+export async function sendUnixDatagram(fd: number, to: string, data: Uint8Array): Promise<void> {
+  const name = Buffer.from(to, 'utf8');
+  if (name.length === 0 || name.length > UNIX_PATH_BYTES)
+    throw new RangeError(`"${to}" cannot be the address of a unix socket`);
+  if (name[0] === 0x40) name[0] = 0;
+  const address = Buffer.alloc(2 + name.length);
+  new Uint16Array(address.buffer, address.byteOffset, 1)[0] = AF_UNIX;
+  address.set(name, 2);
+  await call('sendto', libc().sendto, fd, data, data.length, MSG_NOSIGNAL, address, address.length);
+}
+
+// linux/mtio.h
+const IOC_WRITE = OTHER_LAYOUT ? 0x8000_0000 : 0x4000_0000;
+/** Bytes of `struct mtget`: five longs, then file and block as ints; the struct is padded to a whole number of longs. */
+const MTGET_BYTES = ['x64', 'arm64', 'ppc64', 's390x', 'riscv64', 'loong64'].includes(process.arch)
+  ? 48
+  : 28;
+const MTIOCTOP = IOC_WRITE + 0x0008_6d01;
+const MTIOCGET = IOC_READ + MTGET_BYTES * 0x1_0000 + 0x6d02;
+
+/** One operation of a tape drive (MTIOCTOP): `operation` is MTFSF, MTREW, … of linux/mtio.h. System errors. */
+export async function tapeOperation(fd: number, operation: number, count: number): Promise<void> {
+  const top = new DataView(new ArrayBuffer(8));
+  const little = endianness() === 'LE';
+  top.setInt16(0, operation, little);
+  top.setInt32(4, count, little);
+  await call('MTIOCTOP', libc().ioctl, fd, MTIOCTOP, new Uint8Array(top.buffer));
+}
+
+/** What a tape drive says of itself (MTIOCGET): the status bits of `mt_gstat`, and where the head is; -1 where it does not know. */
+export interface TapeDriveStatus {
+  readonly flags: number;
+  readonly file: number;
+  readonly block: number;
+}
+
+/** See {@link TapeDriveStatus}. System errors. */
+export async function tapeDriveStatus(fd: number): Promise<TapeDriveStatus> {
+  const bytes = new Uint8Array(MTGET_BYTES);
+  await call('MTIOCGET', libc().ioctl, fd, MTIOCGET, bytes);
+  const view = new DataView(bytes.buffer);
+  const little = endianness() === 'LE';
+  const long = MTGET_BYTES === 48 ? 8 : 4;
+  const flags =
+    long === 8 ? Number(view.getBigUint64(24, little) & 0xffff_ffffn) : view.getUint32(12, little);
+  return {
+    flags,
+    file: view.getInt32(5 * long, little),
+    block: view.getInt32(5 * long + 4, little),
+  };
 }

@@ -100,8 +100,13 @@ export interface WorkerContext<Message> {
   readonly post: (message: Message) => void;
 }
 
-interface WorkerStart<Job> {
+/** What a thread is started with: its job, or (undefined) the news that this comes as the first message. */
+interface WorkerData<Job> {
   readonly b2Worker: true;
+  readonly start: WorkerStart<Job> | undefined;
+}
+
+interface WorkerStart<Job> {
   readonly index: number;
   readonly job: Job;
   readonly stop: SharedArrayBuffer;
@@ -123,14 +128,29 @@ function isStart(data: unknown): boolean {
 
 /**
  * To be called once by a worker module: runs the job it was started with and reports its result or error. In any
- * other thread it does nothing, so that the module can be imported for its types and functions.
+ * other thread it does nothing, so that the module can be imported for its types and functions. `prepare` is called in a thread
+ * that has no job yet ({@link warmWorkers}).
  */
 export function serveWorker<Job, Result, Message = never>(
   run: (job: Job, context: WorkerContext<Message>) => Promise<Result>,
+  prepare?: () => void,
 ): void {
   const port = parentPort;
   if (port === null || !isWorkerThread()) return;
-  const start = workerData as WorkerStart<Job>;
+  const { start } = workerData as WorkerData<Job>;
+  if (start !== undefined) {
+    serveJob(port, start, run);
+    return;
+  }
+  port.once('message', (message: WorkerStart<Job>) => serveJob(port, message, run));
+  prepare?.();
+}
+
+function serveJob<Job, Result, Message>(
+  port: MessagePort,
+  start: WorkerStart<Job>,
+  run: (job: Job, context: WorkerContext<Message>) => Promise<Result>,
+): void {
   const stop = new Int32Array(start.stop);
   const abort = new AbortController();
   const send = (message: FromWorker<Result, Message>): void => {
@@ -192,6 +212,67 @@ export function workerFile(moduleUrl: URL): URL {
   });
 }
 
+interface Spare {
+  readonly worker: Worker;
+  readonly forget: () => void;
+}
+
+const spares = new Map<string, Spare[]>();
+
+/**
+ * Starts up to `count` threads that load the module and wait for the next {@link runWorkers} with it: for a command that will need
+ * them and has something else to do first. They do not keep the process alive; one that ends before it is needed is not missed.
+ */
+export function warmWorkers(moduleUrl: URL, count: number): void {
+  let file: URL;
+  try {
+    file = workerFile(moduleUrl);
+  } catch {
+    return; // runWorkers says it
+  }
+  const kept = spares.get(file.href) ?? [];
+  spares.set(file.href, kept);
+  while (kept.length < count) {
+    const data: WorkerData<never> = { b2Worker: true, start: undefined };
+    const worker = new Worker(file, { workerData: data });
+    const forget = (): void => {
+      const at = kept.findIndex((spare) => spare.worker === worker);
+      if (at >= 0) kept.splice(at, 1);
+    };
+    worker.on('error', forget).on('exit', forget).unref();
+    kept.push({ worker, forget });
+  }
+}
+
+/** A thread for the job: one that waits, or a new one. */
+function startWorker<Job>(
+  file: URL,
+  start: WorkerStart<Job>,
+  transferList: readonly MessagePort[],
+  name: string,
+  heapMiB: number | undefined,
+): Worker {
+  const spare = heapMiB === undefined ? spares.get(file.href)?.shift() : undefined;
+  if (spare === undefined) {
+    const data: WorkerData<Job> = { b2Worker: true, start };
+    return new Worker(file, {
+      workerData: data,
+      transferList: [...transferList],
+      name,
+      ...(heapMiB === undefined ? {} : { resourceLimits: { maxOldGenerationSizeMb: heapMiB } }),
+    });
+  }
+  const { worker, forget } = spare;
+  try {
+    worker.postMessage(start, transferList);
+  } catch (error) {
+    void worker.terminate();
+    throw error;
+  }
+  worker.off('error', forget).off('exit', forget).ref();
+  return worker;
+}
+
 /**
  * Runs one job in a thread each and resolves to their results, in order. `moduleUrl` names a module that calls
  * {@link serveWorker}: `new URL('./x-worker.js', import.meta.url)`.
@@ -242,15 +323,13 @@ export async function runWorkers<Job, Result, Message = never>(
       let reported = false;
       let worker: Worker;
       try {
-        const start: WorkerStart<Job> = { b2Worker: true, index, job, stop };
-        worker = new Worker(file, {
-          workerData: start,
-          transferList: [...(options.transfer?.(index) ?? [])],
-          name: `b2 ${what}`.slice(0, 60),
-          ...(options.heapMiB === undefined
-            ? {}
-            : { resourceLimits: { maxOldGenerationSizeMb: options.heapMiB } }),
-        });
+        worker = startWorker(
+          file,
+          { index, job, stop },
+          options.transfer?.(index) ?? [],
+          `b2 ${what}`.slice(0, 60),
+          options.heapMiB,
+        );
       } catch (error) {
         fail(error);
         resolve(undefined);

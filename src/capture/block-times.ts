@@ -2,7 +2,8 @@
  * Times of blocks: the two tables of the interval cut. Memory is bounded whatever the device and the load:
  *
  * - one slot (16 bytes) for each block in a hash table of at most {@link MAX_SLOTS} slots: 64 MiB; it starts at 64 KiB,
- *   grows with the blocks that were touched since the last point and shrinks again;
+ *   grows with the blocks that were touched since the last point and shrinks again (while it does, the old and the new one are
+ *   there);
  * - beyond that, and for long runs, one time for each region of the device (131,072 regions of at least 4 MiB: 1 MiB), which is
  *   the most cautious of its blocks' times: points are then harder to reach, never wrong;
  * - pending blocks that have no slot are bits: 32 MiB for 1 TiB, made when first needed.
@@ -93,6 +94,24 @@ class TimeTable {
     this.rebuild(Math.min(slots, this.maxSlots), keep);
   }
 
+  /** Blocks of [from, to) are forgotten. */
+  dropRange(from: number, to: number): void {
+    if (this.size === 0) return;
+    this.filter((block) => block < from || block >= to);
+  }
+
+  /** The blocks whose time is not after `limit`, ascending. */
+  due(limit: number): Float64Array {
+    const { keys, times } = this;
+    let n = 0;
+    for (let i = 0; i < keys.length; i++) if (keys[i] !== FREE && (times[i] ?? 0) <= limit) n++;
+    const due = new Float64Array(n);
+    n = 0;
+    for (let i = 0; i < keys.length; i++)
+      if (keys[i] !== FREE && (times[i] ?? 0) <= limit) due[n++] = keys[i] ?? 0;
+    return due.sort();
+  }
+
   forEach(use: (block: number, time: number) => void): void {
     for (let i = 0; i <= this.mask; i++) {
       const key = this.keys[i] ?? FREE;
@@ -116,6 +135,14 @@ class TimeTable {
       this.size++;
     }
   }
+}
+
+/** Tables of `maxSlots` slots and all that goes with them, for a device of `blocks` blocks: bytes at most, both classes below together. */
+export function tableBytesAtMost(blocks: number, maxSlots: number = MAX_SLOTS): number {
+  const regionBlocks = regionBlocksOf(blocks);
+  const regions = Math.ceil(blocks / regionBlocks);
+  // Two tables, one of them being rebuilt; the times of regions of both; one bit a block.
+  return 3 * maxSlots * 16 + 2 * regions * 8 + Math.ceil((regions * regionBlocks) / 32) * 4;
 }
 
 function regionBlocksOf(blocks: number): number {
@@ -160,6 +187,23 @@ export class LatestTimes {
     const fine = this.table.get(block) ?? Number.NEGATIVE_INFINITY;
     if (this.coarse === undefined) return fine;
     return Math.max(fine, this.coarse[Math.floor(block / this.regionBlocks)] ?? fine);
+  }
+
+  /** The greatest of {@link of} over [from, to). */
+  ofRange(from: number, to: number): number {
+    let latest = Number.NEGATIVE_INFINITY;
+    if (to - from <= this.table.size) {
+      for (let b = from; b < to; b++) latest = Math.max(latest, this.table.get(b) ?? latest);
+    } else {
+      this.table.forEach((b, t) => {
+        if (b >= from && b < to && t > latest) latest = t;
+      });
+    }
+    if (this.coarse === undefined || from >= to) return latest;
+    const last = Math.floor((to - 1) / this.regionBlocks);
+    for (let r = Math.floor(from / this.regionBlocks); r <= last; r++)
+      latest = Math.max(latest, this.coarse[r] ?? latest);
+    return latest;
   }
 
   /** Drops times up to and including `time`. */
@@ -210,6 +254,60 @@ export class PendingBlocks {
     if (b < end) this.addBits(b, end, time);
   }
 
+  /** Blocks that must be read whatever their times: they wait in runs of whole regions (see {@link nextRun}). */
+  addUnknown(block: number, count: number): void {
+    if (count > 0) this.addBits(block, block + count, Number.NEGATIVE_INFINITY);
+  }
+
+  /** Blocks with a bit of their own, which after a loss of track are those still to be read. */
+  get bitCount(): number {
+    return this.bits;
+  }
+
+  /**
+   * A run of at most `max` blocks, at or after `from` or else from the start of the device, in regions that wait since −∞; undefined
+   * if there is none. It begins and ends at borders of regions, or at the end of the device.
+   */
+  nextRun(from: number, max: number): { block: number; count: number } | undefined {
+    const { first, regionBlocks } = this;
+    if (first === undefined || this.bits === 0) return undefined;
+    const most = Math.max(1, Math.floor(max / regionBlocks));
+    const start = Math.floor(from / regionBlocks) % this.regions;
+    for (let i = 0; i < this.regions; i++) {
+      const r = (start + i) % this.regions;
+      if (first[r] !== Number.NEGATIVE_INFINITY) continue;
+      let n = 1;
+      while (n < most && r + n < this.regions && first[r + n] === Number.NEGATIVE_INFINITY) n++;
+      const block = r * regionBlocks;
+      return { block, count: Math.min(this.blocks, (r + n) * regionBlocks) - block };
+    }
+    return undefined;
+  }
+
+  /** Takes every block of a run of {@link nextRun}, whatever its time. */
+  takeRun(block: number, count: number): void {
+    const { bitmap, first, regionBlocks } = this;
+    this.table.dropRange(block, block + count);
+    if (bitmap === undefined || first === undefined) return;
+    const firstRegion = block / regionBlocks;
+    const endRegion = Math.ceil((block + count) / regionBlocks);
+    for (
+      let word = (firstRegion * regionBlocks) / 32;
+      word < (endRegion * regionBlocks) / 32;
+      word++
+    )
+      this.bits -= bitsOf(bitmap[word] ?? 0);
+    bitmap.fill(0, (firstRegion * regionBlocks) / 32, (endRegion * regionBlocks) / 32);
+    first.fill(Number.POSITIVE_INFINITY, firstRegion, endRegion);
+    this.dropEmptyBits();
+  }
+
+  private dropEmptyBits(): void {
+    if (this.bits > 0) return;
+    this.bitmap = undefined;
+    this.first = undefined;
+  }
+
   private addBits(from: number, end: number, time: number): void {
     this.bitmap ??= new Uint32Array(Math.ceil((this.regions * this.regionBlocks) / 32));
     this.first ??= new Float64Array(this.regions).fill(Number.POSITIVE_INFINITY);
@@ -252,13 +350,9 @@ export class PendingBlocks {
       }
     }
     if (list.length < max && this.table.size > 0) {
-      const due: number[] = [];
-      this.table.forEach((b, t) => {
-        if (t <= limit) due.push(b);
-      });
-      due.sort((a, b) => a - b);
+      let due = this.table.due(limit);
       const room = max - list.length;
-      if (due.length > room) due.length = room;
+      if (due.length > room) due = due.subarray(0, room);
       const last = due.at(-1) ?? -1;
       // They are taken in order of their numbers: what is taken is what is due and not behind the last of them.
       if (due.length > 0) this.table.filter((b, t) => t > limit || b > last);
@@ -288,10 +382,7 @@ export class PendingBlocks {
       bitmap[word] = 0;
     }
     first[r] = Number.POSITIVE_INFINITY;
-    if (this.bits === 0) {
-      this.bitmap = undefined;
-      this.first = undefined;
-    }
+    this.dropEmptyBits();
   }
 }
 

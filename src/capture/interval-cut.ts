@@ -39,6 +39,9 @@ export type Decision =
 /** Reads remembered until they are brought into LO, unless their events are still to come. */
 const FOLD_READS = 10_000;
 
+/** Runs of a scan: asked for as a whole. */
+const LONG_RUN = 1024;
+
 export class IntervalCut implements ChangeSink {
   /** Completions that came later than the source had promised, and lay before an instant already claimed. */
   lateCompletions = 0;
@@ -108,7 +111,33 @@ export class IntervalCut implements ChangeSink {
    */
   invalidate(nowNs: number): void {
     this.loNs = Math.max(this.loNs, nowNs);
-    this.pending.add(0, this.blocks, Number.NEGATIVE_INFINITY);
+    this.pending.addUnknown(0, this.blocks);
+  }
+
+  /** Blocks of the device that are still to be read since track was lost (an upper bound). */
+  get unknownBlocks(): number {
+    return this.pending.bitCount;
+  }
+
+  /**
+   * A run of at most about `max` of those blocks, at or after `from` or else from the start of the device: `takeRun` it, then read it
+   * whole, then `staged`, with the end of its last read. Its borders are multiples of 4 MiB or the end of the device.
+   */
+  nextRun(
+    from: number,
+    max: number,
+  ): { readonly block: number; readonly count: number } | undefined {
+    return this.pending.nextRun(from, max);
+  }
+
+  /** Takes a run of {@link nextRun}. */
+  takeRun(block: number, count: number): void {
+    this.pending.takeRun(block, count);
+  }
+
+  /** A run that was taken was not read, or not all of it. */
+  unreadRun(block: number, count: number): void {
+    this.pending.addUnknown(block, count);
   }
 
   /** The blocks were read, but what was read is lost (the repository did not take it): they must be read again. */
@@ -153,6 +182,10 @@ export class IntervalCut implements ChangeSink {
         continue;
       }
       if (endNs <= this.loNs) continue;
+      if (count >= LONG_RUN) {
+        this.loNs = Math.max(this.loNs, Math.min(lastIssue.ofRange(block, block + count), endNs));
+        continue;
+      }
       for (let b = block; b < block + count; b++) {
         const t = Math.min(lastIssue.of(b), endNs);
         if (t > this.loNs) this.loNs = t;

@@ -7,13 +7,26 @@
  * there are none, nothing is done. A point that does not come about within its time is tried again at the next interval with
  * what is staged already (`busy`).
  *
- * **Memory** is bounded: the tables of the cut (block-times.ts), `stageBytes` of blocks, 4 MiB to read into. **Overload**: when
- * the staged blocks fill their memory before a point is reached (a first scan, a resync, writes faster than the repository), they
- * go out as a commit of class `none`, which is no recovery point and is offered to nobody, and the next point builds on it. The
- * source is never stalled; while the repository does not take commits, changed blocks are only remembered.
+ * **Memory** is bounded: {@link captureBytesAtMost} says by what. **Overload**: when the staged blocks fill their memory before a
+ * point is reached (writes faster than the repository), they go out as a commit of class `none`, which is no recovery point and is
+ * offered to nobody, and the next point builds on it. The source is never stalled; while the repository does not take commits,
+ * changed blocks are only remembered (a bit each, at worst), and the next point says `coalesced`.
  *
- * **Losing track** (and starting) makes every block pending: they are all read again while capture goes on; until that is done no
- * point is claimed, and the first one afterwards says that the time before it is `unknown`.
+ * **Losing track** (and starting) makes every block unknown: the whole device is read while capture goes on; until that is done no
+ * point is claimed, and the first one afterwards says that the time before it is `unknown`. A sink that can ({@link
+ * CaptureSink.scan}) does that itself, run by run, and stores only what differs from what it holds (baseline.ts). Why the cut holds
+ * with what a scan has read, too:
+ * - a run is taken out of the unknown blocks before the first byte of it is read, so that whatever completes from then on waits to
+ *   be read again, as with any other read; it counts as read when the last byte of it was, which is later than it was and
+ *   so only makes LO greater: more cautious;
+ * - whether a block was stored or was found to be the same as in the newest commit makes no difference: either way the newest
+ *   commit then holds what was read at that time. That is why a scan commits (class `none`) before it counts as read, compares
+ *   with the newest commit and no other, and begins only when nothing is staged: a staged block would overwrite it later
+ *   with what was read earlier;
+ * - track lost once more makes all blocks unknown again, the run being scanned included; the scan goes on behind that run and comes
+ *   round to what it had done before, so that losses do not keep it from reaching the end of the device.
+ * What a scan has done is durable run by run. After a restart everything is compared again, which costs a read and a hash for what
+ * is stored already.
  *
  * One thread, no locks: polls and the making of points take turns at every await.
  */
@@ -24,8 +37,17 @@ import { B2Error, isKind, messageOf } from '../errors.js';
 import { Coverage, PointClass } from '../format/commit.js';
 import { alignedMemory } from '../memory.js';
 import { BLOCK_BYTES, blocksOf } from '../units.js';
+import { tableBytesAtMost } from './block-times.js';
 import { IntervalCut } from './interval-cut.js';
-import { Staging, type StagedBlocks } from './staging.js';
+import { STAGE_STEP_BYTES, Staging, type StagedBlocks } from './staging.js';
+
+/** A commit that is durable. */
+export interface CommitDone {
+  readonly seq: number;
+  readonly storedBytes: number;
+  /** Of a group: one for each volume. */
+  readonly seqs?: readonly number[];
+}
 
 /** What a sink makes durable as one commit. */
 export interface CaptureCommit {
@@ -40,12 +62,49 @@ export interface CaptureCommit {
   readonly content: StagedBlocks;
 }
 
+/** A run of blocks for a sink to read and store. */
+export interface ScanRequest {
+  readonly block: number;
+  readonly count: number;
+  /** Of the device. */
+  readonly sizeBytes: number;
+  /** Aborted when capture ends. */
+  readonly signal: AbortSignal;
+  /** Hears now and then how much of the run is done. */
+  readonly onProgress: (doneBytes: number) => void;
+}
+
+/** What came of it. */
+export interface ScanOutcome {
+  /** Of the commit; undefined: everything was there already, and none was made. */
+  readonly seq: number | undefined;
+  readonly readBytes: number;
+  /** Of blocks that differed. */
+  readonly changedBytes: number;
+  readonly storedBytes: number;
+}
+
+/** The device could not be read, as opposed to a repository that takes nothing: capture ends with it. */
+export class DeviceError extends B2Error {}
+
 /**
- * Where commits go. One call at a time. When `commit` rejects nothing of it counts, and it may be called again later with other
+ * Where commits go. One call at a time. When a call rejects nothing of it counts, and it may be called again later with other
  * blocks: the sink then begins anew by itself.
  */
 export interface CaptureSink {
-  commit(commit: CaptureCommit): Promise<{ readonly seq: number; readonly storedBytes: number }>;
+  /** Bytes of memory it takes at present, beyond what it is given. */
+  readonly memoryBytes?: number;
+  /**
+   * Makes ready for a commit: a repository that is away shows here, before anything is read for it. Asked after a call has rejected.
+   */
+  prepare?(): Promise<void>;
+  /**
+   * Reads a run of the device, all of it from after the call, and makes durable (class `none`) what differs from the newest commit.
+   * When it resolves, the newest commit holds every block of the run as it was at some time during the call. Rejects with
+   * {@link DeviceError} if the device is at fault. Not all sinks can: without it everything is read and committed as changed.
+   */
+  readonly scan?: ((request: ScanRequest) => Promise<ScanOutcome>) | undefined;
+  commit(commit: CaptureCommit): Promise<CommitDone>;
 }
 
 /** A point that was acknowledged. */
@@ -55,6 +114,8 @@ export interface CapturedPoint {
   readonly instantNs: bigint;
   /** Time of the source, see {@link ChangeSource.originNs}. */
   readonly instantSourceNs: number;
+  /** Of a group (group.ts): the commit of each volume, in order. */
+  readonly seqs?: readonly number[];
   readonly pointClass: PointClass;
   readonly coverage: Coverage;
   readonly blocks: number;
@@ -79,10 +140,22 @@ export type CaptureEvent =
       readonly pending: number;
       readonly shortNs: number;
     }
+  /** A first scan or a resync goes on; some times a second. `totalBytes`: the device. */
+  | { readonly type: 'scan'; readonly doneBytes: number; readonly totalBytes: number }
+  /** A run of a scan is durable; `seq` undefined: nothing of it differed. */
+  | {
+      readonly type: 'scanned';
+      readonly seq: number | undefined;
+      readonly readBytes: number;
+      readonly changedBytes: number;
+      readonly storedBytes: number;
+    }
   /** Track was lost: everything is being read again. */
   | { readonly type: 'lost'; readonly loss: ChangeLoss }
   /** The repository did not take a commit; it is tried again. */
   | { readonly type: 'outage'; readonly error: B2Error }
+  /** The repository takes commits again, after so long. */
+  | { readonly type: 'recovered'; readonly outageMs: number }
   /** Completions came later than the kernel should have shown them: the point before may lack them. Later points have them. */
   | { readonly type: 'late'; readonly completions: number; readonly seq: number | undefined };
 
@@ -97,18 +170,23 @@ export interface LiveCaptureOptions {
   readonly intervalMs?: number;
   /** Time between polls of the source. Default 10. */
   readonly pollMs?: number;
-  /** An attempt that has taken this long gives up until the next interval. Default: the interval. */
+  /** An attempt that has taken this long gives up, and the next begins at once. Default: twice the interval. */
   readonly attemptMs?: number;
   readonly maxRounds?: number;
   /** Memory for blocks that wait for a commit. Default 32 MiB. */
   readonly stageBytes?: number;
-  /** Time until a commit that the repository did not take is tried again. Default 1000. */
+  /**
+   * Time until a commit that the repository did not take is tried again. Default 1000. Each failure in a row doubles it, up to
+   * {@link MAX_RETRY_FACTOR} times as long.
+   */
   readonly retryMs?: number;
   /** Bounds the tables of the cut (tests). */
   readonly maxSlots?: number;
+  /** Blocks that a sink scans at a time; default 2^20 (4 GiB), of which not more than that is done again after an interruption. */
+  readonly scanBlocks?: number;
   /**
-   * True: the sink's newest commit is exactly the device as it was when the source was opened (the caller has proof), so that
-   * nothing has to be read first. Default false: everything is read.
+   * True: the sink's newest commit, of whatever class, is exactly the device as it was when the source was opened (the caller has
+   * proof), so that nothing has to be read first, and no time is unknown. Default false: everything is read.
    */
   readonly isInSync?: boolean;
 }
@@ -116,6 +194,13 @@ export interface LiveCaptureOptions {
 export interface CaptureStatus {
   /** True while every block has to be read again before a point can be claimed. */
   readonly needsResync: boolean;
+  /** How far that is; undefined when it is not under way. */
+  readonly scan: { readonly doneBytes: number; readonly totalBytes: number } | undefined;
+  /**
+   * True if the newest commit is the device as it was up to the last poll, as far as is known: nothing waits to be read or stored. With
+   * proof that nothing was written since, the next start needs no scan ({@link LiveCaptureOptions.isInSync}).
+   */
+  readonly isCaughtUp: boolean;
   readonly lastPoint: CapturedPoint | undefined;
   /** Age of the oldest acknowledged write that no durable point holds; 0 if there is none. */
   readonly lagMs: number;
@@ -123,31 +208,83 @@ export interface CaptureStatus {
   readonly stagedBlocks: number;
   readonly events: number;
   readonly readBytes: number;
+  /** Time spent reading. */
+  readonly readMs: number;
   readonly points: number;
   readonly spills: number;
   readonly busy: number;
   readonly losses: number;
+  /** Of tables, staged blocks, buffers and what the sink holds. */
   readonly memoryBytes: number;
+  /**
+   * Bytes a second at which changed blocks were read lately, the time for the first of them included; 0 until some were. With
+   * `pendingBlocks`: how long the next point will take to read.
+   */
+  readonly readBytesPerSecond: number;
   /** Why the repository does not take commits at present. */
   readonly outage: B2Error | undefined;
 }
 
 const READ_BYTES = 1024 * 1024;
 const READERS = 4;
+/** Lists of blocks that are due, at most. */
+const WORK_BYTES = 32 * 1024 * 1024;
 /** Two blocks with no more than this many between them are read in one go. */
 const GAP_BLOCKS = 16;
 /** 1 GiB: so many block numbers are in memory at a time. */
 const TAKE_BLOCKS = 1 << 18;
 /** Points this much later than the interval are not `exact` but `coalesced`. */
 const LATE_FACTOR = 2;
-/** Points are begun this much earlier than they usually need. */
-const LEAD_FACTOR = 1.5;
+/** Points are begun earlier by what the slowest of the last ones took, and this much more. */
+const LEAD_FACTOR = 1.2;
+/** By so much a slow point is forgotten with each that follows. */
+const LEAD_DECAY = 0.93;
+/** Rounds get shorter as an attempt goes on; one that is given up begins again with the longest. */
+const ATTEMPT_INTERVALS = 2;
+/** Of an outage, see {@link LiveCaptureOptions.retryMs}. */
+export const MAX_RETRY_FACTOR = 16;
+/** 4 GiB are scanned at a time, and are durable then. */
+const SCAN_BLOCKS = 1 << 20;
+const SCAN_EVENT_MS = 200;
+const RATE_BYTES = 64 * 1024 * 1024;
 /** While the cut waits for events up to the end of a read. */
 const SETTLE_MS = 1;
+
+/**
+ * Called once, when everything that belongs to the point has been read and its instant is settled, before it is committed: lets the
+ * writers go. True if they were held until then without a gap; false: the point is not of the class that was asked for.
+ */
+export type LetGo = () => Promise<boolean>;
+
+/**
+ * Memory that capture takes at most, for a device of `sizeBytes`, in bytes: the tables of the cut (194 MiB, and 32 MiB for
+ * each TiB of the device), `stageBytes` and 4 MiB, 4 MiB to read into, 32 MiB for lists. What the sink takes comes on top: for a repository some 16 MiB, and
+ * while a scan runs what that takes (see baseline.ts).
+ */
+export function captureBytesAtMost(
+  sizeBytes: number,
+  options: Pick<LiveCaptureOptions, 'stageBytes' | 'maxSlots'> = {},
+): number {
+  return (
+    tableBytesAtMost(blocksOf(sizeBytes), options.maxSlots) +
+    stageBlocksOf(options) * BLOCK_BYTES +
+    STAGE_STEP_BYTES +
+    READERS * READ_BYTES +
+    WORK_BYTES
+  );
+}
+
+function stageBlocksOf(options: Pick<LiveCaptureOptions, 'stageBytes'>): number {
+  return Math.max(
+    READ_BYTES / BLOCK_BYTES,
+    Math.floor((options.stageBytes ?? 32 * 1024 * 1024) / BLOCK_BYTES),
+  );
+}
 
 interface Waiter {
   readonly sinceNs: number;
   readonly pointClass: PointClass;
+  readonly letGo: LetGo | undefined;
   readonly resolve: (point: CapturedPoint) => void;
   readonly reject: (error: unknown) => void;
 }
@@ -176,12 +313,22 @@ export class LiveCapture {
   private outage: B2Error | undefined;
   private completeToNs = 0;
   private lateSeen = 0;
-  /** How old points were lately when they were durable. */
-  private usualAgeMs = 0;
+  /** How long the slowest of the last points took from its beginning until it was durable. */
+  private peakMs = 0;
+  /** Failures of the sink in a row, and when the first of them was. */
+  private failures = 0;
+  private outageSinceNs = 0;
+  /** Where the scan goes on, and what of the run under way is still to be read. */
+  private scanBlock = 0;
+  private scanLeftBytes = 0;
+  private scanToldNs = Number.NEGATIVE_INFINITY;
+  private recentBytes = 0;
+  private recentNs = 0;
   /** How often track was lost or given up. */
   private resyncs = 0;
   private events = 0;
   private readBytes = 0;
+  private readNs = 0;
   private points = 0;
   private spills = 0;
   private busy = 0;
@@ -192,12 +339,7 @@ export class LiveCapture {
     this.intervalMs = options.intervalMs ?? 1000;
     const { sizeBytes } = options.device.facts;
     this.cut = new IntervalCut(blocksOf(sizeBytes), options.maxSlots);
-    this.staging = new Staging(
-      Math.max(
-        READ_BYTES / BLOCK_BYTES,
-        Math.floor((options.stageBytes ?? 32 * 1024 * 1024) / BLOCK_BYTES),
-      ),
-    );
+    this.staging = new Staging(stageBlocksOf(options));
     const slab = alignedMemory(READERS * READ_BYTES);
     this.slabs = Array.from({ length: READERS }, (_, i) =>
       slab.subarray(i * READ_BYTES, (i + 1) * READ_BYTES),
@@ -217,9 +359,15 @@ export class LiveCapture {
    * The first acknowledged point whose instant is not before now; made at once. Where nothing was written since the last point,
    * that one, if it is of the class asked for. `pointClass` above `crash`: the caller has frozen the file systems (or quiesced the
    * application) and keeps them so until this settles: whoever cannot wait any longer aborts `signal` first (this rejects with
-   * `interrupted` then) and lets the writers go after that. Rejects when capture ends first.
+   * `interrupted` then) and lets the writers go after that. With `letGo` they are held only until everything is read, not until it
+   * is stored as well; then this also rejects when they were not held so long (`failed`), or when the repository did not take the
+   * point, instead of waiting for the next. Rejects when capture ends first.
    */
-  point(pointClass: PointClass = PointClass.crash, signal?: AbortSignal): Promise<CapturedPoint> {
+  point(
+    pointClass: PointClass = PointClass.crash,
+    signal?: AbortSignal,
+    letGo?: LetGo,
+  ): Promise<CapturedPoint> {
     if (this.abort.signal.aborted)
       return Promise.reject(
         new B2Error('interrupted', `the capture of ${this.path} is being stopped`),
@@ -234,6 +382,7 @@ export class LiveCapture {
       const waiter: Waiter = {
         sinceNs: this.now(),
         pointClass,
+        letGo,
         resolve: (point) => {
           settled();
           resolve(point);
@@ -264,7 +413,13 @@ export class LiveCapture {
    * not committed is lost with this object; the next start has to find it (`needsResync`, or changes without a point).
    */
   async stop(finalMs = 0): Promise<void> {
-    if (finalMs > 0 && !this.abort.signal.aborted && this.fatal === undefined) {
+    // While everything has to be read there is no point to be had in time, as a rule.
+    if (
+      finalMs > 0 &&
+      this.nextScan() === undefined &&
+      !this.abort.signal.aborted &&
+      this.fatal === undefined
+    ) {
       const timeUp = new AbortController();
       await Promise.race([
         this.point().catch(() => undefined),
@@ -281,19 +436,38 @@ export class LiveCapture {
     const lagNs = Math.max(0, this.now() - this.uncoveredNs);
     return {
       needsResync: this.unsynced,
+      scan: this.unsynced ? this.scanned() : undefined,
+      isCaughtUp: !this.unsynced && !this.cut.hasChanges && this.staging.size === 0,
       lastPoint: this.lastPoint,
       lagMs: Number.isFinite(this.uncoveredNs) ? lagNs / 1e6 : 0,
       pendingBlocks: this.cut.pendingBlocks,
       stagedBlocks: this.staging.size,
       events: this.events,
       readBytes: this.readBytes,
+      readMs: this.readNs / 1e6,
       points: this.points,
       spills: this.spills,
       busy: this.busy,
       losses: this.losses,
-      memoryBytes: this.cut.bytes + this.staging.bytes + READERS * READ_BYTES,
+      memoryBytes:
+        this.cut.bytes + this.staging.bytes + READERS * READ_BYTES + (this.o.sink.memoryBytes ?? 0),
+      readBytesPerSecond: this.recentNs > 0 ? (this.recentBytes / this.recentNs) * 1e9 : 0,
       outage: this.outage,
     };
+  }
+
+  /** In bytes of the device. */
+  private scanned(): { readonly doneBytes: number; readonly totalBytes: number } {
+    const totalBytes = this.o.device.facts.sizeBytes;
+    const left = this.cut.unknownBlocks * BLOCK_BYTES + this.scanLeftBytes;
+    return { doneBytes: Math.max(0, totalBytes - left), totalBytes };
+  }
+
+  private tellScan(): void {
+    const now = this.now();
+    if (now - this.scanToldNs < SCAN_EVENT_MS * 1e6) return;
+    this.scanToldNs = now;
+    this.tell({ type: 'scan', ...this.scanned() });
   }
 
   private get path(): string {
@@ -393,21 +567,112 @@ export class LiveCapture {
   }
 
   private async makePoints(): Promise<void> {
-    const { clock, pollMs = 10, retryMs = 1000 } = this.o;
+    const { clock, pollMs = 10 } = this.o;
     const { signal } = this.abort;
     let dueNs = 0;
+    let retryNs = 0;
     while (!signal.aborted) {
       const isIdle = !this.cut.hasChanges && this.staging.size === 0;
-      if (isIdle && !this.wantsEmptyPoint()) this.answerIdle();
+      const run = this.nextScan();
+      if (run !== undefined) {
+        if (this.now() >= retryNs) {
+          if (await this.scanRun(run)) continue;
+          retryNs = this.now() + this.retryNs();
+        }
+      } else if (isIdle && !this.wantsEmptyPoint()) this.answerIdle();
       else if (this.now() >= dueNs || (this.waiters.length > 0 && this.outage === undefined)) {
         const beganNs = this.now();
-        const attempt = await this.attempt(beganNs);
-        const periodMs =
-          this.intervalMs - Math.min(LEAD_FACTOR * this.usualAgeMs, this.intervalMs / 2);
-        dueNs = attempt === 'outage' ? this.now() + retryMs * 1e6 : beganNs + periodMs * 1e6;
+        const attempt = (await this.isSinkReady()) ? await this.attempt(beganNs) : 'outage';
+        // A write is in a durable point one interval after it was acknowledged, also if this one takes as long as the slowest.
+        const leadMs = Math.min(LEAD_FACTOR * this.peakMs + pollMs, this.intervalMs / 2);
+        dueNs =
+          attempt === 'outage'
+            ? this.now() + this.retryNs()
+            : beganNs + (this.intervalMs - leadMs) * 1e6;
         if (attempt === 'point') continue;
       }
       await clock.sleep(pollMs, signal);
+    }
+  }
+
+  /** The run that the sink is to scan next. Nothing else is read before there is none. */
+  private nextScan(): { readonly block: number; readonly count: number } | undefined {
+    if (this.o.sink.scan === undefined || this.cut.unknownBlocks === 0) return undefined;
+    return this.cut.nextRun(this.scanBlock, this.o.scanBlocks ?? SCAN_BLOCKS);
+  }
+
+  private retryNs(): number {
+    const factor = Math.min(MAX_RETRY_FACTOR, 2 ** Math.max(0, this.failures - 1));
+    return (this.o.retryMs ?? 1000) * factor * 1e6;
+  }
+
+  /** Notes and tells that the sink does not take what it was given. Throws what is no outage. */
+  private out(error: unknown): void {
+    this.coalesced = true;
+    if (!(error instanceof B2Error) || error.kind === 'lost-claim' || error instanceof DeviceError)
+      throw error;
+    if (this.failures++ === 0) this.outageSinceNs = this.now();
+    this.outage = error;
+    this.tell({ type: 'outage', error });
+  }
+
+  private recovered(): void {
+    if (this.outage === undefined) return;
+    this.outage = undefined;
+    this.failures = 0;
+    this.tell({ type: 'recovered', outageMs: (this.now() - this.outageSinceNs) / 1e6 });
+  }
+
+  /** During an outage: whether it is worth reading anything for the sink. */
+  private async isSinkReady(): Promise<boolean> {
+    if (this.outage === undefined || this.o.sink.prepare === undefined) return true;
+    try {
+      await this.o.sink.prepare();
+      return true;
+    } catch (error) {
+      this.out(error);
+      return false;
+    }
+  }
+
+  /** Lets the sink read a run of unknown blocks. False: it did not; the run is unknown still. */
+  private async scanRun(run: { readonly block: number; readonly count: number }): Promise<boolean> {
+    const { signal } = this.abort;
+    if (!(await this.isSinkReady())) return false;
+    if (this.staging.size > 0 && !(await this.spill())) return false;
+    const { block, count } = run;
+    const { sizeBytes } = this.o.device.facts;
+    const runBytes = Math.min(count * BLOCK_BYTES, sizeBytes - block * BLOCK_BYTES);
+    this.cut.takeRun(block, count);
+    this.scanLeftBytes = runBytes;
+    let isRead = false;
+    try {
+      const done = await this.o.sink.scan?.({
+        block,
+        count,
+        sizeBytes,
+        signal,
+        onProgress: (doneBytes) => {
+          this.scanLeftBytes = Math.max(0, runBytes - doneBytes);
+          this.tellScan();
+        },
+      });
+      if (done === undefined) throw new Error('a sink that cannot scan was asked to');
+      isRead = true;
+      this.cut.staged(block, count, this.now());
+      this.readBytes += done.readBytes;
+      this.scanBlock = block + count;
+      this.recovered();
+      this.tell({ type: 'scanned', ...done });
+      return true;
+    } catch (error) {
+      if (signal.aborted && isKind(error, 'interrupted')) return false;
+      this.out(error);
+      return false;
+    } finally {
+      if (!isRead) this.cut.unreadRun(block, count);
+      this.scanLeftBytes = 0;
+      if (isRead) this.tellScan();
     }
   }
 
@@ -434,7 +699,7 @@ export class LiveCapture {
 
   private async attempt(beganNs: number): Promise<Attempt> {
     const { signal } = this.abort;
-    const endNs = beganNs + (this.o.attemptMs ?? this.intervalMs) * 1e6;
+    const endNs = beganNs + (this.o.attemptMs ?? ATTEMPT_INTERVALS * this.intervalMs) * 1e6;
     const maxRounds = this.o.maxRounds ?? 60;
     // What waits already is not younger than this, so that what comes meanwhile cannot keep the first round going.
     let limitNs = beganNs;
@@ -442,6 +707,7 @@ export class LiveCapture {
       const { resyncs } = this;
       const isTaken = await this.readDue(limitNs);
       if (!isTaken) return signal.aborted ? 'nothing' : 'outage';
+      if (this.nextScan() !== undefined) return 'lost';
       if (!this.cut.hasChanges && !this.wantsEmptyPoint()) return 'nothing';
       let decision = this.cut.decide();
       while (
@@ -480,7 +746,6 @@ export class LiveCapture {
   private async commitPoint(rounds: number, beganNs: number): Promise<Attempt> {
     const instantNs = this.cut.claim();
     const cutMs = (this.now() - beganNs) / 1e6;
-    const uncoveredNs = this.cut.oldestPendingNs;
     const wasUnsynced = this.unsynced;
     const last = this.lastPoint;
     const gapNs =
@@ -491,16 +756,19 @@ export class LiveCapture {
     const coverage = wasUnsynced ? Coverage.unknown : isLate ? Coverage.coalesced : Coverage.exact;
     const wall = this.wallOf(instantNs);
     const { resyncs } = this;
-    // Who asked for a class holds the writers still from then on until the answer.
-    const pointClass = this.waiters
-      .filter((w) => w.sinceNs <= instantNs)
-      .reduce<PointClass>((c, w) => (w.pointClass > c ? w.pointClass : c), PointClass.crash);
+    const holders = this.waiters.filter((w) => w.sinceNs <= instantNs);
+    const pointClass = await this.letGo(holders);
     const done = await this.commit(pointClass, coverage, wall);
-    if (done === undefined) return 'outage';
+    if (done === undefined) {
+      const error = this.outage ?? new B2Error('io', `the repository did not take the point`);
+      for (const w of holders) if (w.letGo !== undefined) this.refuse(w, error);
+      return 'outage';
+    }
     // What was lost while it was committed came after its instant.
     if (this.resyncs === resyncs) this.unsynced = false;
     this.coalesced = false;
-    this.uncoveredNs = uncoveredNs;
+    // Nothing was taken to be read since the claim: what completed after the instant is pending, all of it.
+    this.uncoveredNs = Math.max(instantNs, this.cut.oldestPendingNs);
     this.points++;
     const point: CapturedPoint = {
       seq: done.seq,
@@ -513,12 +781,32 @@ export class LiveCapture {
       rounds,
       cutMs,
       ageMs: (this.now() - instantNs) / 1e6,
+      ...(done.seqs === undefined ? {} : { seqs: done.seqs }),
     };
     this.lastPoint = point;
-    this.usualAgeMs += (point.ageMs - this.usualAgeMs) / 4;
+    // The first one after a scan is no measure of those to come.
+    if (!wasUnsynced)
+      this.peakMs = Math.max((this.now() - beganNs) / 1e6, this.peakMs * LEAD_DECAY);
     this.tell({ type: 'point', point });
     this.answer(point, instantNs);
     return 'point';
+  }
+
+  /** The class of a point for which these held the writers still, who are let go now (or with the answer). */
+  private async letGo(holders: readonly Waiter[]): Promise<PointClass> {
+    const held = await Promise.all(
+      holders.map(async (w) => {
+        if (w.letGo === undefined || (await w.letGo())) return w.pointClass;
+        this.refuse(w, new B2Error('failed', `the writers to ${this.path} were not held still`));
+        return PointClass.crash;
+      }),
+    );
+    return held.reduce<PointClass>((best, c) => (c > best ? c : best), PointClass.crash);
+  }
+
+  private refuse(waiter: Waiter, error: B2Error): void {
+    this.waiters = this.waiters.filter((w) => w !== waiter);
+    waiter.reject(error);
   }
 
   /** Commits what is staged and empties the staging; undefined if the repository does not take it: then it is pending again. */
@@ -526,9 +814,7 @@ export class LiveCapture {
     pointClass: PointClass,
     coverage: Coverage,
     instantNs: bigint,
-  ): Promise<
-    { readonly seq: number; readonly storedBytes: number; readonly blocks: number } | undefined
-  > {
+  ): Promise<(CommitDone & { readonly blocks: number }) | undefined> {
     const { sizeBytes } = this.o.device.facts;
     const content = this.staging.all(sizeBytes);
     try {
@@ -540,14 +826,11 @@ export class LiveCapture {
         sizeBytes,
         content,
       });
-      this.outage = undefined;
+      this.recovered();
       return { ...done, blocks: content.blocks.length };
     } catch (error) {
       for (const block of content.blocks) this.cut.unread(block, 1);
-      this.coalesced = true;
-      if (!(error instanceof B2Error) || error.kind === 'lost-claim') throw error;
-      this.outage = error;
-      this.tell({ type: 'outage', error });
+      this.out(error);
       return undefined;
     } finally {
       this.staging.clear();
@@ -558,6 +841,7 @@ export class LiveCapture {
   /** Reads every block that is due at `limitNs` and stages it. False if capture ends or the repository is out. */
   private async readDue(limitNs: number): Promise<boolean> {
     for (;;) {
+      if (this.nextScan() !== undefined) return true; // track was lost: what is due is not for us to read
       const blocks = this.cut.take(limitNs, TAKE_BLOCKS);
       if (blocks.length === 0) return true;
       let done = 0;
@@ -571,6 +855,7 @@ export class LiveCapture {
           if (!this.staging.hasRoomFor(part.length) && !(await this.spill())) return false;
           await this.read(part);
           done += part.length;
+          if (this.unsynced) this.tellScan();
         }
       } finally {
         for (const block of blocks.subarray(done)) this.cut.unread(block, 1);
@@ -604,6 +889,8 @@ export class LiveCapture {
       i = j;
     }
     let next = 0;
+    const beganNs = this.now();
+    const bytesBefore = this.readBytes;
     await Promise.all(
       this.slabs.map(async (slab) => {
         for (let run = runs[next++]; run !== undefined; run = runs[next++])
@@ -616,6 +903,12 @@ export class LiveCapture {
             cause: error,
           });
     });
+    const tookNs = this.now() - beganNs;
+    this.readNs += tookNs;
+    // What was read last counts most: half of the weight is in the last 64 MiB.
+    const keep = 0.5 ** ((this.readBytes - bytesBefore) / RATE_BYTES);
+    this.recentBytes = this.recentBytes * keep + (this.readBytes - bytesBefore);
+    this.recentNs = this.recentNs * keep + tookNs;
   }
 
   private async readRun(blocks: Float64Array, slab: Uint8Array): Promise<void> {

@@ -3,7 +3,7 @@ import { systemClock, systemRandom } from '../clock.js';
 import { openReadDevice } from '../devices/open.js';
 import { B2Error } from '../errors.js';
 import { DedupeView, type DedupeShared } from '../repo/dedupe/view.js';
-import { contextOf, type RepositoryHandle } from '../repo/handle.js';
+import { contextOf, loadNative, type RepositoryHandle } from '../repo/handle.js';
 import { openStore } from '../repo/store-url.js';
 import { abortError, serveWorker } from '../workers.js';
 import { scanPart, type ScanPartResult, type ScanPlan, type ScanShared } from './scan-part.js';
@@ -63,4 +63,4 @@ serveWorker<ScanJob, ScanPartResult>(async (job, { index, signal, isAborted }) =
   } finally {
     await device.close();
   }
-});
+}, loadNative);

@@ -9,7 +9,7 @@ import type { DedupeIndex } from '../repo/dedupe/index.js';
 import { contextOf, type RepositoryHandle } from '../repo/handle.js';
 import { MAX_PACK_FRAMES } from '../format/frame.js';
 import type { Store } from '../repo/store.js';
-import { abortError, runWorkers } from '../workers.js';
+import { abortError, runWorkers, warmWorkers } from '../workers.js';
 import { Placements, WINDOW_HOLE, WINDOW_UNKNOWN } from './placements.js';
 import {
   COUNTERS,
@@ -81,9 +81,15 @@ export interface ScanResult {
   readonly stats: ScanStats;
 }
 
+const SCAN_WORKER = new URL('./scan-worker.js', import.meta.url);
 const PROGRESS_MS = 200;
 /** Holes are asked for this much at a time. */
 const HOLES_STEP_BYTES = 256 * SEGMENT_BYTES;
+
+/** Starts the threads of a scan that is to come, while the repository is being opened. */
+export function warmScan(workers: number): void {
+  warmWorkers(SCAN_WORKER, workers);
+}
 
 /**
  * Scans. When it resolves, everything that the placements name is durable, the packs of the scan are sealed, and the index knows
@@ -246,7 +252,7 @@ async function scanInThreads(
     dedupe: index.share(options.reuse ?? true),
   };
   return runWorkers<ScanJob, ScanPartResult>(
-    new URL('./scan-worker.js', import.meta.url),
+    SCAN_WORKER,
     Array.from({ length: threads }, () => job),
     { what, signal },
   );

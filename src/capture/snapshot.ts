@@ -89,10 +89,13 @@ export function defaultVolumeName(host: string, realPath: string): string {
   return `${host}/${realPath.replace(/^\/dev\//, '').replace(/^\/+/, '')}`;
 }
 
-/** Finds or makes the volume that a device is captured to. */
-async function volumeFor(
+/**
+ * Finds or makes the volume that a device is captured to: the one named, else the one that was captured from this device of this host
+ * before, else HOST/DEVICE. Kind `refused` if another host writes it.
+ */
+export async function volumeFor(
   repo: Repository,
-  options: SnapshotOptions,
+  options: Pick<SnapshotOptions, 'volume' | 'host' | 'takeOver' | 'events'>,
   facts: DeviceFacts,
 ): Promise<{ volume: VolumeMeta; isNew: boolean }> {
   const warn = (message: string): void => options.events({ type: 'warning', message });
@@ -156,9 +159,9 @@ function timeName(ns: bigint): string {
 }
 
 /** A name that is free: the one that was asked for (kind `exists` if it is taken), or one made of the time. */
-async function freeName(
+export async function freeName(
   repo: Repository,
-  volume: VolumeMeta,
+  volume: Pick<VolumeMeta, 'id' | 'name'>,
   wanted: string | undefined,
 ): Promise<string> {
   const taken = new Set((await listSnapshots(repo, volume.id, () => undefined)).map((s) => s.name));
@@ -325,7 +328,7 @@ async function saveIndex(index: DedupeIndex, options: SnapshotOptions): Promise<
 }
 
 /** What must not be reused: what prune means to delete, and what repair found damaged. */
-async function excludedPlaces(
+export async function excludedPlaces(
   repo: Repository,
   condemned: CondemnedPlaces,
 ): Promise<{ packs: string[]; frames: [string, readonly number[]][] }> {

@@ -2,6 +2,8 @@
 import { BLOCK_BYTES } from '../units.js';
 
 const SLAB_BLOCKS = 1024;
+/** Memory grows by so much at a time. */
+export const STAGE_STEP_BYTES = SLAB_BLOCKS * BLOCK_BYTES;
 
 /** What a commit takes: distinct blocks, ascending. The bytes are valid until the commit resolves or rejects. */
 export interface StagedBlocks {

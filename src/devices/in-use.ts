@@ -6,7 +6,8 @@ import { constants, type BigIntStats } from 'node:fs';
 import { readdir, readFile, readlink, realpath, stat } from 'node:fs/promises';
 import path from 'node:path';
 
-import { errnoOf, ioError } from '../errors.js';
+import { B2Error, errnoOf, ioError } from '../errors.js';
+import type { DeviceFacts } from './device.js';
 import { listMounts, listSwaps, type Mount } from './mounts.js';
 import { targetKind } from './open.js';
 import { closeFd, openFd } from './raw-io.js';
@@ -146,6 +147,48 @@ export async function inUseReasons(
   }
   await addOpeners(reasons, target, real, roots);
   return unique(reasons);
+}
+
+/**
+ * Which of `mounts` are file systems on the device or image file, on its partitions or on anything built on them, each with the
+ * device that it lies on. Kind `not-found` if the device has gone.
+ */
+export async function mountsStandingOn<M extends Mount>(
+  target: Pick<DeviceFacts, 'kind' | 'realPath' | 'devNumber'>,
+  mounts: readonly M[],
+  roots: SystemRoots = SYSTEM_ROOTS,
+): Promise<readonly { readonly mount: M; readonly info: BlockInfo }[]> {
+  const world = await observe(roots);
+  const bases: string[] = [];
+  if (target.kind === 'block') {
+    const name = await blockNameOf(target.devNumber ?? '', roots);
+    if (name === undefined)
+      throw new B2Error('not-found', `there is no block device ${target.realPath}`);
+    bases.push(name);
+  } else {
+    const key = await keyOfPath(target.realPath);
+    for (const loop of world.loops)
+      if (key !== undefined && loop.key === key) bases.push(loop.name);
+  }
+  const found: { mount: M; info: BlockInfo }[] = [];
+  for (const base of bases) {
+    for (const { info } of await standingOn(await blockInfo(base, roots), world)) {
+      for (const mount of mounts)
+        if (await isMountOf(mount, info, world)) found.push({ mount, info });
+    }
+  }
+  return found;
+}
+
+/**
+ * Names (`block MAJOR:MINOR`, `file DEVICE:INODE`) of every device and file that the file system of `file` lies on, at any depth:
+ * its device, the disk of that, the devices below a mapping, the file behind a loop device and what that lies on.
+ */
+export async function carriersOfFile(
+  file: string,
+  roots: SystemRoots = SYSTEM_ROOTS,
+): Promise<ReadonlySet<string>> {
+  return carriersOf(file, await observe(roots));
 }
 
 function unique(reasons: readonly InUseReason[]): readonly InUseReason[] {
@@ -309,8 +352,34 @@ async function addRepositoryDevice(
   }
 }
 
-/** Keys of every device and file that the file system of `file` lies on, at any depth. */
-async function carriersOf(file: string, world: World): Promise<ReadonlySet<string>> {
+/** Device number, as the list of mounts has it, of the mount through which `file` is reached. */
+async function mountedNumberOf(file: string): Promise<string | undefined> {
+  let fd: number | undefined;
+  try {
+    fd = await openFd(file, constants.O_RDONLY | constants.O_NONBLOCK);
+    return await mountedNumberOfFd(fd);
+  } catch {
+    return undefined;
+  } finally {
+    if (fd !== undefined) await closeFd(fd);
+  }
+}
+
+/** As the list of mounts has it: the device number of the file system that `fd` of this process lies on. */
+export async function mountedNumberOfFd(fd: number): Promise<string | undefined> {
+  const id = /^mnt_id:\s+(\d+)$/m.exec(await readFile(`/proc/self/fdinfo/${fd}`, 'utf8'))?.[1];
+  for (const line of (await readFile('/proc/self/mountinfo', 'utf8')).split('\n')) {
+    const [mountId, , devNumber] = line.split(' ');
+    if (mountId === id) return devNumber;
+  }
+  return undefined;
+}
+
+/** Keys of every device and file that the file system of a file, or a device, lies on, at any depth. */
+async function carriersOf(
+  start: string | { readonly device: string },
+  world: World,
+): Promise<ReadonlySet<string>> {
   const found = new Set<string>();
   const visitFile = async (at: string): Promise<void> => {
     let device: string;
@@ -321,8 +390,10 @@ async function carriersOf(file: string, world: World): Promise<ReadonlySet<strin
     }
     const name = await blockNameOf(device, world.roots);
     if (name !== undefined) return visitDevice(name);
+    // The files of a btrfs subvolume have a device number of their own: the list of mounts knows another.
+    const mounted = (await mountedNumberOf(at)) ?? device;
     for (const mount of world.mounts) {
-      if (mount.devNumber !== device) continue;
+      if (mount.devNumber !== device && mount.devNumber !== mounted) continue;
       const source = await blockNameOfPath(mount.source, world.roots);
       if (source === undefined) continue;
       await visitDevice(source);
@@ -344,6 +415,27 @@ async function carriersOf(file: string, world: World): Promise<ReadonlySet<strin
     if (behind === undefined) await visitFile(loop.backing);
     else await visitDevice(behind);
   };
-  await visitFile(file);
+  if (typeof start === 'string') await visitFile(start);
+  else await visitDevice(start.device);
   return found;
+}
+
+/**
+ * How a file or directory lies to a device or image file: `on` it, at any depth, so that writing the file writes the device; apart from it
+ * but on the same disk (`beside`: what breaks the disk takes both); or `apart`.
+ */
+export async function placeOf(
+  file: string,
+  device: string,
+  roots: SystemRoots = SYSTEM_ROOTS,
+): Promise<'on' | 'beside' | 'apart'> {
+  const key = await keyOfPath(device);
+  if (key === undefined) return 'apart';
+  const world = await observe(roots);
+  const below = await carriersOf(file, world);
+  if (below.has(key)) return 'on';
+  const name = await blockNameOfPath(device, roots);
+  const own = await carriersOf(name === undefined ? device : { device: name }, world);
+  for (const carrier of own) if (below.has(carrier)) return 'beside';
+  return 'apart';
 }

@@ -1,12 +1,18 @@
 /** The object `config` (FORMAT.md section 3): parameters and wrapped keys, as YAML. */
-import { parse, stringify } from 'yaml';
+import { createRequire } from 'node:module';
 import { B2Error } from '../errors.js';
 import { newerVersion } from './pack.js';
+import { parsePlainYaml } from './plain-yaml.js';
 
 export const CONFIG_VERSION = 1;
 const MAX_CONFIG_BYTES = 64 * 1024;
 /** Memory that deriving a key may take: a forged config must not exhaust the machine. */
 const MAX_SCRYPT_BYTES = 1024 * 1024 * 1024;
+
+/** Loaded when it is needed, which takes longer than most commands have to do. */
+function yaml(): typeof import('yaml') {
+  return createRequire(import.meta.url)('yaml') as typeof import('yaml');
+}
 
 interface KeyCommon {
   /** 16 hex digits. */
@@ -98,7 +104,7 @@ export function encodeConfig(c: RepositoryConfig): Buffer {
     keys: c.keys.map(keyMapping),
     mac: c.mac,
   };
-  return Buffer.from(stringify(mapping, { lineWidth: 0 }), 'utf8');
+  return Buffer.from(yaml().stringify(mapping, { lineWidth: 0 }), 'utf8');
 }
 
 const bad = (path: string, problem: string): B2Error =>
@@ -192,9 +198,10 @@ function decodeKey(v: unknown, path: string): ConfigKey {
 /** Parses and validates. Kind `damaged`, with the key's path, for anything wrong; the MAC is for the caller to check. */
 export function decodeConfig(b: Buffer): RepositoryConfig {
   if (b.length > MAX_CONFIG_BYTES) throw bad('', `it has ${b.length} bytes`);
-  let parsed: unknown;
+  const source = b.toString('utf8');
+  let parsed: unknown = parsePlainYaml(source);
   try {
-    parsed = parse(b.toString('utf8'), { maxAliasCount: 0 });
+    parsed ??= yaml().parse(source, { maxAliasCount: 0 });
   } catch (error) {
     throw bad(
       '',

@@ -3,6 +3,8 @@
  * context on the other side. The master key is in it: hand it to our own threads only, never to a log or a file.
  */
 import { keyRing } from '../format/seal.js';
+import { gcm } from '../gcm.js';
+import { keyedHash } from '../hash.js';
 import { lz4 } from '../lz4.js';
 import type { PackContext } from './pack-writer.js';
 import type { Store } from './store.js';
@@ -16,6 +18,13 @@ export interface RepositoryHandle {
   readonly chunkBytes: number;
   /** Size at which a pack is sealed. */
   readonly packBytes: number;
+}
+
+/** Loads the native libraries that every context uses, for who has nothing better to do than to wait. */
+export function loadNative(): void {
+  lz4();
+  gcm();
+  keyedHash(Buffer.alloc(32));
 }
 
 /** The context of this thread for `store`, which the caller has opened from the handle's URL and will close. */

@@ -13,6 +13,7 @@ import {
   type ScryptKey,
 } from '../format/config.js';
 import { MASTER_KEY_BYTES, keyRing } from '../format/seal.js';
+import { loadNative } from './handle.js';
 
 /** What opens a repository. `source` names where it came from, for error texts; never the secret itself. */
 export type Secret =
@@ -46,21 +47,24 @@ export function parseKeyFile(text: string, path: string): Uint8Array {
 
 function kekFromPassword(
   password: string,
-  key: Pick<ScryptKey, 'salt' | 'N' | 'r' | 'p'>,
+  parameters: Pick<ScryptKey, 'salt' | 'N' | 'r' | 'p'>,
 ): Promise<Buffer> {
-  const memory = 128 * key.N * key.r; // decodeConfig has checked the format's limits
-  return new Promise((resolve, reject) => {
+  const { salt, N, r, p } = parameters;
+  const memory = 128 * N * r; // decodeConfig has checked the format's limits
+  const derived = new Promise<Buffer>((resolve, reject) => {
     scrypt(
       Buffer.from(password.normalize('NFC'), 'utf8'),
-      Buffer.from(key.salt, 'base64'),
+      Buffer.from(salt, 'base64'),
       32,
-      { N: key.N, r: key.r, p: key.p, maxmem: memory + 32 * 1024 * 1024 },
-      (error, derived) => {
-        if (error === null) resolve(derived);
+      { N, r, p, maxmem: memory + 32 * 1024 * 1024 },
+      (error, key) => {
+        if (error === null) resolve(key);
         else reject(error);
       },
     );
   });
+  loadNative(); // another thread is busy for half a second
+  return derived;
 }
 
 function kekFromFile(material: Uint8Array, salt: string): Buffer {

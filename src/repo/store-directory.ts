@@ -8,12 +8,19 @@
  * Reads and appends of large pieces go around the page cache (O_DIRECT) where the memory allows it. The kernel
  * keeps both ways coherent on one file: a direct read first writes back, and a direct write drops, what the
  * cache holds of that range.
+ *
+ * The directory may go away and come back while the store is open: a disk that is plugged in again, a network file
+ * system that is mounted anew. It is then another directory to the kernel (st_dev, inode). It is taken for the same
+ * repository if its object `config` is that repository's; until then every write fails (`io`), above all into the
+ * empty mount point. Files that were open for appending stay with what has gone: their appends fail from then on.
  */
 import fs from 'node:fs';
-import { lstat, readdir, realpath, stat, statfs } from 'node:fs/promises';
+import { lstat, open, readdir, realpath, stat, statfs } from 'node:fs/promises';
 import path from 'node:path';
 import { type Clock, systemClock } from '../clock.js';
 import { B2Error, errnoOf, ioError, isKind, messageOf } from '../errors.js';
+import { decodeConfig } from '../format/config.js';
+import { CONFIG_NAME } from '../format/names.js';
 import {
   DirectorySyncs,
   DurableFile,
@@ -46,6 +53,8 @@ const DIRECT_MIN_BYTES = 128 * 1024;
 const DIRECT_MAX_BYTES = 1 << 30;
 /** How many files `list` looks at at a time; more than libuv's threads gains nothing. */
 const LIST_BATCH = 32;
+/** More than any `config` has. */
+const MAX_CONFIG_BYTES = 1024 * 1024;
 
 export interface DirectoryStoreOptions {
   /** Make the directory (and its parents) if it is missing. Otherwise that is kind `no-repository`. */
@@ -99,11 +108,16 @@ class DirectoryStore implements Store {
   readonly url: string;
   readonly canAppend = true;
   readonly #root: string;
-  readonly #rootFd: number;
-  readonly #rootStat: fs.Stats;
+  #rootFd: number;
+  #rootStat: fs.Stats;
+  /** The object `config` as this store last saw it; undefined where there is none yet. */
+  #config: Buffer | undefined;
+  /** Counts the directories that the root's path has led to. */
+  #generation = 0;
+  #returning: Promise<boolean> | undefined;
   readonly #calls: FileCalls;
   readonly #clock: Clock;
-  readonly #syncs: DirectorySyncs;
+  #syncs: DirectorySyncs;
   readonly #direct: DirectIo;
   /** Directories (relative, '' is the root) known to be real ones, and those also made durable. */
   readonly #plain = new Map<string, Promise<void>>();
@@ -115,12 +129,14 @@ class DirectoryStore implements Store {
     root: string,
     rootFd: number,
     rootStat: fs.Stats,
+    config: Buffer | undefined,
     options: DirectoryStoreOptions,
   ) {
     this.url = url;
     this.#root = root;
     this.#rootFd = rootFd;
     this.#rootStat = rootStat;
+    this.#config = config;
     this.#calls = options.calls ?? systemFileCalls;
     this.#clock = options.clock ?? systemClock;
     this.#syncs = new DirectorySyncs(this.#calls);
@@ -137,6 +153,7 @@ class DirectoryStore implements Store {
         syncs: this.#syncs,
       });
     });
+    if (name === CONFIG_NAME) this.#config = Buffer.from(data);
   }
 
   async putStream(name: string, parts: AsyncIterable<Uint8Array>): Promise<void> {
@@ -238,10 +255,12 @@ class DirectoryStore implements Store {
 
   async openAppend(name: string, mode: 'create' | 'existing'): Promise<Appender> {
     const file = this.#path(name);
+    const generation = this.#generation;
     const opened = (fd: number, sizeBytes: number): Appender =>
-      new FileAppender(file, fd, sizeBytes, this.#calls, this.#direct, () =>
-        this.#syncs.sync(path.dirname(file)),
-      );
+      new FileAppender(file, fd, sizeBytes, this.#calls, this.#direct, {
+        syncName: () => this.#syncs.sync(path.dirname(file)),
+        isThere: () => this.#generation === generation,
+      });
     if (mode === 'existing') {
       const { fd, info } = await this.#openExisting(name, O_WRONLY);
       try {
@@ -316,7 +335,7 @@ class DirectoryStore implements Store {
     const file = path.join(this.#root, name);
     const directory = parentOf(name);
     try {
-      if (directory === '') await this.#checkRoot();
+      await this.#checkRoot();
       await this.#prepare(directory);
       try {
         return await work();
@@ -344,17 +363,50 @@ class DirectoryStore implements Store {
 
   /**
    * Rejects (`io`) if the root's path does not lead to the directory that was opened: its file system has been
-   * unmounted, or another mounted over it. Otherwise an empty mount point would look like an empty repository,
-   * and backups would go to the wrong disk.
+   * unmounted, or another mounted over it, and that is not this repository again. Otherwise an empty mount point
+   * would look like an empty repository, and backups would go to the wrong disk.
    */
   async #checkRoot(): Promise<void> {
-    const now = await stat(this.#root).catch(() => undefined);
-    if (now?.ino === this.#rootStat.ino && now.dev === this.#rootStat.dev) return;
+    if (this.#isRoot(await stat(this.#root).catch(() => undefined))) return;
+    this.#returning ??= this.#takeBack().finally(() => (this.#returning = undefined));
+    if (await this.#returning) return;
     throw new B2Error(
       'io',
       `the repository's directory ${this.#root} is not the one that was opened: unmounted, moved or replaced`,
-      { hint: 'Mount its file system again, then repeat the command.' },
+      { hint: 'Mount its file system again; a command that has ended must be repeated.' },
     );
+  }
+
+  #isRoot(found: fs.Stats | undefined): boolean {
+    return found?.ino === this.#rootStat.ino && found.dev === this.#rootStat.dev;
+  }
+
+  /** Goes on with the directory that the root's path leads to now. False, and nothing has changed, if it is not this repository. */
+  async #takeBack(): Promise<boolean> {
+    let fd: number | undefined;
+    try {
+      fd = await this.#calls.open(this.#root, O_RDONLY | O_DIRECTORY);
+      const found = await this.#calls.fstat(fd);
+      if (!this.#isRoot(found)) {
+        const config = await readConfig(fd);
+        if (this.#closed || !isSameRepository(this.#config, config)) return false;
+        const gone = this.#rootFd;
+        this.#rootFd = fd;
+        this.#rootStat = found;
+        this.#config = config;
+        this.#generation++;
+        this.#plain.clear();
+        this.#prepared.clear();
+        this.#syncs = new DirectorySyncs(this.#calls);
+        fd = gone;
+      }
+      return true;
+    } catch {
+      return false; // missing, or a file system that is going
+    } finally {
+      // What has gone may say so once more.
+      if (fd !== undefined) await this.#calls.close(fd).catch(() => undefined);
+    }
   }
 
   /** Checks once that every directory down to `directory` is a real one, not a link out of the repository. */
@@ -406,6 +458,35 @@ function remember(
     if (kept.get(key) === made) kept.delete(key);
   });
   return made;
+}
+
+/** The object `config` below an open root; undefined where it is missing or cannot be one. */
+async function readConfig(rootFd: number): Promise<Buffer | undefined> {
+  try {
+    const file = await open(
+      `/proc/self/fd/${rootFd}/${CONFIG_NAME}`,
+      O_RDONLY | O_NOFOLLOW | O_NONBLOCK,
+    );
+    try {
+      const info = await file.stat();
+      return info.isFile() && info.size <= MAX_CONFIG_BYTES ? await file.readFile() : undefined;
+    } finally {
+      await file.close();
+    }
+  } catch {
+    return undefined;
+  }
+}
+
+/** The same bytes; or, as keys may have been added meanwhile by others, the same repository id. */
+function isSameRepository(known: Buffer | undefined, found: Buffer | undefined): boolean {
+  if (known === undefined || found === undefined) return false;
+  if (known.equals(found)) return true;
+  try {
+    return decodeConfig(known).id === decodeConfig(found).id;
+  } catch {
+    return false;
+  }
 }
 
 function parentOf(name: string): string {
@@ -544,10 +625,17 @@ class FileReader implements ObjectReader {
   }
 }
 
+interface AppenderPlace {
+  /** Makes the file's name durable. */
+  readonly syncName: () => Promise<void>;
+  /** False once the root's path leads to another directory than that in which the file was opened. */
+  readonly isThere: () => boolean;
+}
+
 class FileAppender implements Appender {
   readonly #calls: FileCalls;
   readonly #open: OpenFile;
-  readonly #syncName: () => Promise<void>;
+  readonly #place: AppenderPlace;
   #sizeBytes: number;
   /** The last append, and the last sync, that were asked for; neither ever rejects. */
   #appends: Promise<void> = Promise.resolve();
@@ -561,11 +649,11 @@ class FileAppender implements Appender {
     sizeBytes: number,
     calls: FileCalls,
     direct: DirectIo,
-    syncName: () => Promise<void>,
+    place: AppenderPlace,
   ) {
     this.#calls = calls;
     this.#sizeBytes = sizeBytes;
-    this.#syncName = syncName;
+    this.#place = place;
     this.#open = new OpenFile(file, fd, O_WRONLY, calls, direct);
   }
 
@@ -593,7 +681,7 @@ class FileAppender implements Appender {
       await appends;
       await this.#guard('sync', async () => {
         await this.#calls.fdatasync(this.#open.fd);
-        if (!this.#nameDurable) await this.#syncName();
+        if (!this.#nameDurable) await this.#place.syncName();
         this.#nameDurable = true;
       });
     });
@@ -623,6 +711,12 @@ class FileAppender implements Appender {
     if (this.#failure === undefined) {
       try {
         await step();
+        if (!this.#place.isThere()) {
+          throw new B2Error(
+            'io',
+            `${operation} ${this.#open.file}: the repository's directory was mounted anew after this file was opened`,
+          );
+        }
         // A write that failed while this sync ran leaves its promise unclear too: better to say so.
         if (this.#failure === undefined) return;
       } catch (error) {
@@ -657,7 +751,8 @@ export async function openDirectoryStore(
     const real = await realpath(url);
     const fd = await calls.open(real, O_RDONLY | O_DIRECTORY);
     try {
-      return new DirectoryStore(url, real, fd, await calls.fstat(fd), options);
+      const info = await calls.fstat(fd);
+      return new DirectoryStore(url, real, fd, info, await readConfig(fd), options);
     } catch (error) {
       await calls.close(fd);
       throw error;

@@ -161,6 +161,21 @@ export class VolumeWriter implements AsyncDisposable {
     return this.tip?.seq ?? 0;
   }
 
+  /** Commits of this writer carry it, and nobody else's do. */
+  get claimedEpoch(): number {
+    return this.epoch;
+  }
+
+  /** Hash of that commit; undefined if there is none. */
+  get tipHash(): Buffer | undefined {
+    return this.tip?.hash;
+  }
+
+  /** Size of the device at that commit; undefined before the first. */
+  get tipSizeBytes(): number | undefined {
+    return this.lastSizeBytes;
+  }
+
   /** The pack that commits go to, for adding the chunks of the next commit to it; opened when needed. */
   async openPack(): Promise<PackWriter> {
     this.checkAlive();

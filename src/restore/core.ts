@@ -19,7 +19,13 @@ import {
 } from '../repo/pack-reader.js';
 import { BLOCK_BYTES, roundUp } from '../units.js';
 import { PieceState, pieceLength, pieceOffset, type Batch } from './batch.js';
-import { bulkRead, readSlots, type PackFrames, type WantedFrame } from './bulk-read.js';
+import {
+  bulkRead,
+  readSlots,
+  type LoadedPiece,
+  type PackFrames,
+  type WantedFrame,
+} from './bulk-read.js';
 import { copyBytes } from './copy.js';
 import { SingleChunks } from './single.js';
 
@@ -311,6 +317,8 @@ class Pass {
   private readBytes = 0;
   /** Where `direct` put, or was to put, its piece. */
   private lastTaken: Buffer | undefined;
+  /** The piece that has its place there, and whose frame was found not to be right. */
+  private bad: number | undefined;
   /** The pieces at work of the packs that are open, and what opens their frames. */
   private readonly work = new Map<OpenPack, PackWork>();
   /**
@@ -351,9 +359,11 @@ class Pass {
         before = piece.pack;
         const work = this.work.get(piece.pack);
         if (work === undefined) throw new Error('a pack without work');
-        for (const { frame, tag } of piece.frames) {
-          const bytes = piece.failure === undefined ? piece.bytesOf(frame) : undefined;
-          await this.frame(piece.pack, work, frame.number, frame, bytes, tag);
+        for (let at = 0; ; at++) {
+          at = this.quickFrames(piece, work, at);
+          const wanted = piece.frames[at];
+          if (wanted === undefined) break;
+          await this.frame(piece, work, wanted);
         }
       }
       await this.doLater();
@@ -397,17 +407,7 @@ class Pass {
           this.noteIds(pack, pieces);
           continue;
         }
-        const frames: WantedFrame<Span>[] = [];
-        const missing: Span[] = [];
-        for (let from = 0; from < pieces.length;) {
-          const number = this.frameOf(pieces, from);
-          let to = from + 1;
-          while (to < pieces.length && this.frameOf(pieces, to) === number) to++;
-          const frame = pack.frame(number);
-          if (frame === undefined) missing.push({ from, to });
-          else frames.push({ frame, tag: { from, to } });
-          from = to;
-        }
+        const { frames, missing } = this.framesOf(pack, pieces);
         if (this.options.mode === 'cost') {
           this.frames += frames.length;
           for (const { frame } of frames) this.readBytes += FRAME_HEADER_BYTES + frame.storedBytes;
@@ -428,6 +428,25 @@ class Pass {
         if (!handedOn) await pack.close();
       }
     }
+  }
+
+  /** The frames that hold the pieces, and the pieces whose frames the footer does not have. */
+  private framesOf(
+    pack: OpenPack,
+    pieces: Uint32Array,
+  ): { frames: WantedFrame<Span>[]; missing: Span[] } {
+    const frames: WantedFrame<Span>[] = [];
+    const missing: Span[] = [];
+    for (let from = 0; from < pieces.length;) {
+      const number = this.frameOf(pieces, from);
+      let to = from + 1;
+      while (to < pieces.length && this.frameOf(pieces, to) === number) to++;
+      const frame = pack.frame(number);
+      if (frame === undefined) missing.push({ from, to });
+      else frames.push({ frame, tag: { from, to } });
+      from = to;
+    }
+    return { frames, missing };
   }
 
   private frameOf(pieces: Uint32Array, i: number): number {
@@ -475,41 +494,71 @@ class Pass {
     }
   }
 
-  /** Opens one frame and deals with its pieces. `bytes` is undefined where reading failed or the footer has no such frame. */
-  private async frame(
-    pack: OpenPack,
+  /** Goes through the frames from `at` on as long as that needs no waiting; returns the index of the first one that does. */
+  private quickFrames(piece: LoadedPiece<Span>, work: PackWork, at: number): number {
+    const { frames, failure } = piece;
+    if (failure !== undefined) return at;
+    for (let i = at; i < frames.length; i++) {
+      const wanted = frames[i];
+      const bytes = wanted === undefined ? undefined : piece.bytesOf(wanted.frame);
+      if (wanted === undefined || bytes === undefined) return i;
+      if (this.quick(work, wanted, bytes) !== 'done') return i;
+      this.frames++;
+    }
+    return frames.length;
+  }
+
+  /**
+   * The common case, a chunk that is used once and whole: straight to its place in the slot. `full`: the slot has no room for it;
+   * `bad`: the frame is not right, and `lastTaken` is the place; `other`: not the common case.
+   */
+  private quick(
     work: PackWork,
-    number: number,
-    frame: FooterFrame | undefined,
-    bytes: Buffer | undefined,
-    span: Span,
+    { frame, tag }: WantedFrame<Span>,
+    bytes: Buffer,
+  ): 'done' | 'full' | 'bad' | 'other' {
+    if (this.options.mode !== 'write' || frame.count !== 1 || tag.to !== tag.from + 1)
+      return 'other';
+    const { batch } = this;
+    const piece = work.pieces[tag.from] ?? 0;
+    const length = pieceLength(batch, piece);
+    if (batch.skip[piece] !== 0 || batch.sub[piece] !== 0 || frame.plainBytes > length)
+      return 'other';
+    if (this.bad === piece) return 'bad';
+    if (!this.writer.fits(roundUp(length, BLOCK_BYTES))) return 'full';
+    if (this.direct(work.single, frame, bytes, piece, length)) return 'done';
+    this.bad = piece;
+    return 'bad';
+  }
+
+  /** Opens one frame and deals with its pieces. */
+  private async frame(
+    loaded: LoadedPiece<Span>,
+    work: PackWork,
+    wanted: WantedFrame<Span>,
   ): Promise<void> {
-    const { packId } = pack;
-    this.frames++;
+    const { packId } = loaded.pack;
+    const { frame, tag } = wanted;
+    const { number } = frame;
     const { pieces } = work;
-    if (
-      frame?.count === 1 &&
-      bytes !== undefined &&
-      this.options.mode === 'write' &&
-      span.to === span.from + 1
-    ) {
-      // The common case, a chunk that is used once and whole: straight to its place in the slot.
-      const piece = pieces[span.from] ?? 0;
-      const length = pieceLength(this.batch, piece);
-      if (
-        this.batch.skip[piece] === 0 &&
-        this.batch.sub[piece] === 0 &&
-        frame.plainBytes <= length
-      ) {
-        if (!this.writer.fits(roundUp(length, BLOCK_BYTES))) await this.writer.next();
-        if (this.direct(work.single, frame, bytes, piece, length)) return;
+    const bytes = loaded.failure === undefined ? loaded.bytesOf(frame) : undefined;
+    this.frames++;
+    if (bytes !== undefined) {
+      let quick = this.quick(work, wanted, bytes);
+      if (quick === 'full') {
+        await this.writer.next();
+        quick = this.quick(work, wanted, bytes);
+      }
+      if (quick === 'done') return;
+      if (quick === 'bad') {
+        this.bad = undefined;
         // It stays in the slot as what it is to become: the slow way fills it, or zeros do.
-        await this.again(packId, number, [piece], this.lastTaken);
+        await this.again(packId, number, [pieces[tag.from] ?? 0], this.lastTaken);
         return;
       }
     }
     let chunks: FrameChunks | undefined;
-    if (frame !== undefined && bytes !== undefined) {
+    if (bytes !== undefined) {
       try {
         const into = frame.compression === 0 ? undefined : this.scratchOf(frame.plainBytes);
         chunks = this.verified(packId, work.sealer, number, bytes, into);
@@ -517,7 +566,7 @@ class Pass {
         if (!isKind(error, 'damaged')) throw error;
       }
     }
-    const mine = pieces.subarray(span.from, span.to);
+    const mine = pieces.subarray(tag.from, tag.to);
     if (chunks === undefined) {
       await this.again(packId, number, mine, undefined);
       return;

@@ -9,7 +9,7 @@ import { alignedMemory } from '../memory.js';
 import { contextOf, type RepositoryHandle } from '../repo/handle.js';
 import type { PackReadContext } from '../repo/pack-reader.js';
 import type { Store } from '../repo/store.js';
-import { fromPortableError, runWorkers } from '../workers.js';
+import { fromPortableError, runWorkers, warmWorkers } from '../workers.js';
 import type { Batch } from './batch.js';
 import {
   RestoreCore,
@@ -26,6 +26,12 @@ import type { FromCore, RestoreJob, ToCore } from './worker.js';
 
 /** Threads by default: what the machine this was measured on has, and what reading and hashing at disk speed needs. */
 export const DEFAULT_WORKERS = 2;
+const RESTORE_WORKER = new URL('./worker.js', import.meta.url);
+
+/** Starts the threads of a restore that is to come, while the repository is being opened. */
+export function warmRestore(workers = DEFAULT_WORKERS): void {
+  warmWorkers(RESTORE_WORKER, workers);
+}
 
 /** One core, wherever it runs. */
 export interface Core {
@@ -211,7 +217,7 @@ export async function withCores<T>(
   };
   options.signal?.addEventListener('abort', aborted, { once: true });
   const jobs = cores.map((core) => core.job);
-  const threads = runWorkers<RestoreJob, undefined>(new URL('./worker.js', import.meta.url), jobs, {
+  const threads = runWorkers<RestoreJob, undefined>(RESTORE_WORKER, jobs, {
     what,
     signal,
     transfer: (index) => [jobs[index]?.port].filter((port) => port !== undefined),

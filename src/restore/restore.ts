@@ -3,7 +3,7 @@ import { constants } from 'node:fs';
 import { unlink } from 'node:fs/promises';
 
 import type { Clock } from '../clock.js';
-import { growTarget, type GrowReport } from '../devices/grow.js';
+import type { GrowReport } from '../devices/grow.js';
 import { openReadDevice } from '../devices/open.js';
 import { closeFd, openFd } from '../devices/raw-io.js';
 import { readPartitionTable } from '../devices/table.js';
@@ -12,7 +12,7 @@ import type { EventSink } from '../events.js';
 import { formatBytes } from '../human.js';
 import type { Image } from '../image.js';
 import { rereadPartitions } from '../syscalls.js';
-import { convertImage, requireQemuImg, type VmFormat } from './convert.js';
+import type { VmFormat } from './convert.js';
 import {
   examineTarget,
   openTarget,
@@ -99,6 +99,8 @@ export async function restore(
   const facts = await examine(source, options);
   refuseTarget(facts, options.force);
   if (format !== 'raw') {
+    // The NBD server behind it is only loaded for who needs it.
+    const { convertImage, requireQemuImg } = await import('./convert.js');
     await requireQemuImg();
     const image = await source.image();
     try {
@@ -124,8 +126,12 @@ export async function restore(
     facts.kind === 'block' ? (facts.sizeBytes ?? source.sizeBytes) : source.sizeBytes;
   let grown: GrowReport | undefined;
   if (targetBytes > source.sizeBytes) {
-    if (options.grow) grown = await growTarget(target);
-    else await hintAtGrowing(target, targetBytes - source.sizeBytes, events);
+    if (options.grow) {
+      const { growTarget } = await import('../devices/grow.js');
+      grown = await growTarget(target);
+    } else {
+      await hintAtGrowing(target, targetBytes - source.sizeBytes, events);
+    }
   }
   return {
     target,

@@ -14,7 +14,10 @@ export class SingleChunks {
   private readonly ctx: PackReadContext;
   private readonly sealer: Sealer;
   private readonly aad = Buffer.alloc(16 + FRAME_HEADER_BYTES);
+  /** Of the header in `aad`. Much less code than Buffer's own methods, and compiled much sooner. */
+  private readonly header = new DataView(this.aad.buffer, this.aad.byteOffset + 16);
   private readonly nonce = Buffer.alloc(NONCE_BYTES);
+  private readonly nonceNumber = new DataView(this.nonce.buffer, this.nonce.byteOffset);
   /** Room for what a frame holds; used anew for each. */
   private plain = Buffer.alloc(0);
 
@@ -31,22 +34,23 @@ export class SingleChunks {
    */
   open(frame: FooterFrame, bytes: Buffer, into: Buffer): Buffer | undefined {
     const { storedBytes, plainBytes } = frame;
+    const { header } = this;
+    if (bytes.length !== FRAME_HEADER_BYTES + storedBytes || into.length !== plainBytes)
+      return undefined;
+    this.aad.set(bytes.subarray(0, FRAME_HEADER_BYTES), 16);
     if (
-      bytes.length !== FRAME_HEADER_BYTES + storedBytes ||
-      into.length !== plainBytes ||
-      bytes.readUInt32LE(0) !== FRAME_MAGIC ||
-      bytes[4] !== FrameType.chunks ||
-      bytes[5] !== frame.compression ||
-      bytes.readUInt16LE(6) !== 1 ||
-      bytes.readUInt32LE(8) !== frame.number ||
-      bytes.readUInt32LE(12) !== storedBytes ||
-      bytes.readUInt32LE(16) !== plainBytes ||
-      bytes.readUInt32LE(20) !== CHUNK_ENTRY_BYTES
+      header.getUint32(0, true) !== FRAME_MAGIC ||
+      header.getUint8(4) !== FrameType.chunks ||
+      header.getUint8(5) !== frame.compression ||
+      header.getUint16(6, true) !== 1 ||
+      header.getUint32(8, true) !== frame.number ||
+      header.getUint32(12, true) !== storedBytes ||
+      header.getUint32(16, true) !== plainBytes ||
+      header.getUint32(20, true) !== CHUNK_ENTRY_BYTES
     ) {
       return undefined;
     }
-    bytes.copy(this.aad, 16, 0, FRAME_HEADER_BYTES);
-    this.nonce.writeUInt32LE(frame.number, 0);
+    this.nonceNumber.setUint32(0, frame.number, true);
     if (this.plain.length < storedBytes) this.plain = Buffer.allocUnsafeSlow(storedBytes * 2);
     const sealed = bytes.subarray(FRAME_HEADER_BYTES);
     const plain = this.sealer.open(this.nonce, this.aad, sealed, this.plain);

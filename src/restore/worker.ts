@@ -3,7 +3,7 @@ import type { MessagePort } from 'node:worker_threads';
 
 import { B2Error } from '../errors.js';
 import { adoptAligned } from '../memory.js';
-import { contextOf, type RepositoryHandle } from '../repo/handle.js';
+import { contextOf, loadNative, type RepositoryHandle } from '../repo/handle.js';
 import { openStore } from '../repo/store-url.js';
 import { serveWorker, toPortableError, type PortableError } from '../workers.js';
 import type { Batch } from './batch.js';
@@ -120,4 +120,4 @@ serveWorker<RestoreJob, undefined>(async ({ handle, slab, port }, context) => {
     await store.close();
   }
   return undefined;
-});
+}, loadNative);

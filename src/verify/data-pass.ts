@@ -10,7 +10,7 @@ import {
   verifiedChunks,
   type PackReadContext,
 } from '../repo/pack-reader.js';
-import { bulkRead, readSlots, type PackFrames } from '../restore/bulk-read.js';
+import { bulkRead, readSlots, type LoadedPiece, type PackFrames } from '../restore/bulk-read.js';
 import { SingleChunks } from '../restore/single.js';
 import { roundUp } from '../units.js';
 
@@ -187,6 +187,21 @@ export async function verifyPass(
     return true;
   };
 
+  /** Goes through the frames from `at` on as long as they are right and hold one chunk; returns the index of the first that does not. */
+  const quickFrames = (piece: LoadedPiece<number>, at: number): number => {
+    const { pack, frames, failure } = piece;
+    const single = sealers.get(pack)?.single;
+    if (failure !== undefined || single === undefined) return at;
+    for (let i = at; i < frames.length; i++) {
+      const wanted = frames[i];
+      const bytes = wanted === undefined ? undefined : piece.bytesOf(wanted.frame);
+      if (wanted === undefined || bytes === undefined) return i;
+      if (!quick(single, pack, wanted.frame, wanted.tag, bytes)) return i;
+      totals.frames++;
+    }
+    return frames.length;
+  };
+
   const check = async (
     pack: OpenPack,
     frame: FooterFrame,
@@ -195,9 +210,8 @@ export async function verifyPass(
   ): Promise<void> => {
     const opener = sealers.get(pack);
     if (opener === undefined) throw new Error('a pack without a sealer');
-    const { sealer, single } = opener;
+    const { sealer } = opener;
     totals.frames++;
-    if (bytes !== undefined && quick(single, pack, frame, chunk, bytes)) return;
     const at = {
       packId: pack.packId,
       frame: frame.number,
@@ -254,13 +268,12 @@ export async function verifyPass(
       before = piece.pack;
     }
     totals.storedBytes += piece.readBytes;
-    for (const { frame, tag } of piece.frames) {
-      await check(
-        piece.pack,
-        frame,
-        tag,
-        piece.failure === undefined ? piece.bytesOf(frame) : undefined,
-      );
+    for (let at = 0; ; at++) {
+      at = quickFrames(piece, at);
+      const wanted = piece.frames[at];
+      if (wanted === undefined) break;
+      const bytes = piece.failure === undefined ? piece.bytesOf(wanted.frame) : undefined;
+      await check(piece.pack, wanted.frame, wanted.tag, bytes);
     }
     host.progress(piece.readBytes);
   }

@@ -1,5 +1,5 @@
 /** The thread of `verifyPacks`. */
-import { contextOf, type RepositoryHandle } from '../repo/handle.js';
+import { contextOf, loadNative, type RepositoryHandle } from '../repo/handle.js';
 import { openStore } from '../repo/store-url.js';
 import { serveWorker } from '../workers.js';
 import {
@@ -38,4 +38,4 @@ serveWorker<DataJob, DataTotals, DataMessage>(async ({ handle, list, control }, 
   } finally {
     await store.close();
   }
-});
+}, loadNative);

@@ -4,7 +4,7 @@ import type { EventSink } from '../events.js';
 import { startProgress } from '../progress.js';
 import { contextOf, type RepositoryHandle } from '../repo/handle.js';
 import type { Store } from '../repo/store.js';
-import { abortError, runWorkers } from '../workers.js';
+import { abortError, runWorkers, warmWorkers } from '../workers.js';
 import {
   claimPack,
   verifyPass,
@@ -24,6 +24,12 @@ export type {
 } from './data-pass.js';
 
 const DEFAULT_WORKERS = 2;
+const DATA_WORKER = new URL('./data-worker.js', import.meta.url);
+
+/** Starts the threads of a {@link verifyPacks} that is to come, while the repository is being opened. */
+export function warmVerify(workers = DEFAULT_WORKERS): void {
+  warmWorkers(DATA_WORKER, workers);
+}
 
 export interface VerifyPacksOptions {
   readonly handle: RepositoryHandle;
@@ -98,7 +104,7 @@ export async function verifyPacks(
   } else {
     const job: DataJob = { handle, list: packs, control };
     results = await runWorkers<DataJob, DataTotals, DataMessage>(
-      new URL('./data-worker.js', import.meta.url),
+      DATA_WORKER,
       Array.from({ length: workers }, () => job),
       {
         what: `verifying ${store.url}`,

@@ -101,6 +101,8 @@ export interface WatchSession {
    * (a device without mounted file systems cannot be frozen, the bound on the freeze would not hold, the device is absent …).
    */
   point(request: PointRequest): Promise<CapturedPoint>;
+  /** Hash (hex) of the commit of a point that this session made, for pinning it; undefined if it is none of the last 256. */
+  hashOf(seq: number): string | undefined;
   /** Compares the whole device again while capture goes on. */
   resync(): void;
   /** Tries for a last exact point for at most `finalMs`, records the clean stop, and ends. */

@@ -263,7 +263,8 @@ describe('points in a repository', () => {
           stageBytes: 4 * 1024 * 1024,
           onEvent: (e) => {
             if (e.type === 'point') points.push(e.point);
-            else if (e.type !== 'spill' && e.type !== 'busy') troubles.push(e);
+            else if (e.type === 'lost' || e.type === 'late' || e.type === 'outage')
+              troubles.push(e);
           },
         });
         try {

@@ -41,6 +41,54 @@ describe('parseConfig', () => {
     });
   });
 
+  it('reads the settings of watch', async () => {
+    const text = `
+watch:
+  interval: 500ms
+  source: trace
+  freeze-limit: 0s
+  devices:
+    - /dev/sda
+    - {device: /dev/sdb, volume: web/data, interval: 5s, pre-point: 'psql -c x', hook-limit: 1m}
+`;
+    expect(await parseConfig(text, 'c.yaml')).toEqual({
+      'watch.interval': 500,
+      'watch.source': 'trace',
+      'watch.freeze-limit': 0,
+      'watch.devices': [
+        { device: '/dev/sda' },
+        {
+          device: '/dev/sdb',
+          volume: 'web/data',
+          interval: 5000,
+          'pre-point': 'psql -c x',
+          'hook-limit': 60_000,
+        },
+      ],
+    });
+  });
+
+  it.each([
+    ['watch: 5', /"watch" must be a mapping, not the number 5/],
+    ['watch: {intervall: 1s}', /unknown key "watch.intervall"/],
+    ['watch: {interval: 5}', /"watch.interval" must be a duration/],
+    ['watch: {interval: fast}', /"watch.interval": "fast" is not a duration/],
+    ['watch: {source: nbd}', /"watch.source" must be one of auto, trace, scan, not the string/],
+    ['watch: {devices: /dev/sda}', /"watch.devices" must be a list of devices, not the string/],
+    ['watch: {devices: [5]}', /"watch.devices\[0\]" must be a path, not the number 5/],
+    ['watch: {devices: [{volume: v}]}', /"watch.devices\[0\]" names no device/],
+    ['watch: {devices: [/a, {device: /a}]}', /"watch.devices\[1\]": \/a is in the list twice/],
+    ['watch: {devices: [{device: /a, hook: x}]}', /unknown key "watch.devices\[0\].hook"/],
+    ['watch: {devices: [{device: /a, interval: 1}]}', /"watch.devices\[0\].interval" must be/],
+    [
+      'watch: {devices: [{device: /a, __proto__: {}}]}',
+      /unknown key "watch.devices\[0\].__proto__"/,
+    ],
+  ])('refuses %j', async (text, message) => {
+    const error: unknown = await parseConfig(text, 'c.yaml').catch((e: unknown) => e);
+    expect(error).toMatchObject({ kind: 'config', message: expect.stringMatching(message) });
+  });
+
   it('suggests the key that was meant', async () => {
     await expect(parseConfig('password_file: /x', 'c')).rejects.toMatchObject({
       hint: 'Did you mean "password-file"?',

@@ -1,3 +1,4 @@
+import { spawnSync } from 'node:child_process';
 import { describe, expect, test } from 'vitest';
 import { B2Error } from '../../src/errors.js';
 import {
@@ -6,6 +7,7 @@ import {
   runWorkers,
   serveWorker,
   toPortableError,
+  warmWorkers,
   workerFile,
 } from '../../src/workers.js';
 
@@ -81,6 +83,63 @@ describe('runWorkers', () => {
       { what },
     );
     expect(new Int32Array(shared)[0]).toBe(7);
+  });
+
+  test('threads that wait already take the jobs, and their errors and aborts come through', async () => {
+    warmWorkers(FIXTURE, 1);
+    const messages: string[] = [];
+    const results = await runWorkers<Job, unknown, string>(
+      FIXTURE,
+      [
+        { do: 'echo', value: 1 },
+        { do: 'echo', value: 2 },
+      ],
+      { what, onMessage: (index, message) => messages.push(`${index}: ${message}`) },
+    );
+    expect(results).toEqual([
+      { got: 1, index: 0 },
+      { got: 2, index: 1 },
+    ]);
+    expect(messages.sort()).toEqual(['0: hello from 0', '1: hello from 1']);
+
+    warmWorkers(FIXTURE, 2);
+    const shared = new SharedArrayBuffer(4);
+    const failed = runWorkers<Job, unknown>(FIXTURE, [{ do: 'wait', shared }, { do: 'fail' }], {
+      what,
+    });
+    expect(await caught(failed)).toMatchObject({ kind: 'no-space' });
+    expect(new Int32Array(shared)[0]).toBe(1);
+
+    warmWorkers(FIXTURE, 1);
+    const died = runWorkers<Job, unknown>(FIXTURE, [{ do: 'exit' }], { what });
+    expect(await caught(died)).toMatchObject({ kind: 'failed' });
+
+    warmWorkers(FIXTURE, 1);
+    const stop = new AbortController();
+    const spinning = runWorkers<Job, unknown>(FIXTURE, [{ do: 'spin' }], {
+      what,
+      signal: stop.signal,
+      onMessage: () => stop.abort(),
+    });
+    expect(await caught(spinning)).toMatchObject({ kind: 'interrupted' });
+  });
+
+  test('a job that cannot be sent to a thread that waits leaves no thread', async () => {
+    warmWorkers(FIXTURE, 1);
+    const job = { do: 'echo', value: () => 1 };
+    const error = await caught(runWorkers<Job, unknown>(FIXTURE, [job], { what }));
+    expect(error).toMatchObject({ name: 'DataCloneError' });
+  });
+
+  test('threads that were started in vain do not keep the process', () => {
+    const module = new URL('../../dist/workers.js', import.meta.url);
+    const script = `import { warmWorkers } from ${JSON.stringify(module.href)};
+      warmWorkers(new URL(${JSON.stringify(FIXTURE.href)}), 2);`;
+    const done = spawnSync(process.execPath, ['--input-type=module', '-e', script], {
+      timeout: 30_000,
+    });
+    expect(done.signal).toBeNull();
+    expect(done.status).toBe(0);
   });
 
   test('a B2Error of a worker arrives whole, and the others are told to stop', async () => {

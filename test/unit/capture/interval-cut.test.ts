@@ -336,6 +336,41 @@ describe('interval cut', () => {
     expect(cut.decide()).toMatchObject({ kind: 'holds', loNs: 1000, instantNs: 1400 });
   });
 
+  it('takes unknown blocks in runs, and counts what was issued to them while they were read', () => {
+    const cut = new IntervalCut(5000);
+    cut.invalidate(10);
+    expect(cut.unknownBlocks).toBe(5000);
+    const first = cut.nextRun(0, 3000);
+    expect(first).toEqual({ block: 0, count: 2048 });
+    cut.takeRun(0, 2048);
+    expect(cut.unknownBlocks).toBe(2952);
+    // Block 3000 is read, written and acknowledged; then block 5, which is read after that.
+    const rest = cut.nextRun(2048, 3000);
+    expect(rest).toEqual({ block: 2048, count: 2048 });
+    cut.takeRun(2048, 2048);
+    cut.issued(3000, 1, 110);
+    cut.completed(3000, 1, 120);
+    cut.issued(5, 1, 130);
+    cut.completed(5, 1, 140);
+    cut.staged(2048, 2048, 190);
+    cut.staged(0, 2048, 200);
+    expect(cut.nextRun(4096, 3000)).toEqual({ block: 4096, count: 904 });
+    cut.takeRun(4096, 904);
+    // One that was not read after all is unknown again, and found wherever the search begins.
+    cut.unreadRun(4096, 904);
+    expect(cut.nextRun(0, 5000)).toEqual({ block: 4096, count: 904 });
+    cut.takeRun(4096, 904);
+    cut.staged(4096, 904, 210);
+    expect(cut.nextRun(0, 5000)).toBeUndefined();
+    expect(cut.unknownBlocks).toBe(0);
+    cut.advance(300);
+    expect(cut.decide()).toEqual({ kind: 'again', loNs: 130, hiNs: 120 });
+    expect([...cut.take(130, 10)]).toEqual([3000]);
+    cut.staged(3000, 1, 305);
+    cut.advance(310);
+    expect(cut.decide()).toEqual({ kind: 'holds', loNs: 130, hiNs: 140, instantNs: 140 });
+  });
+
   it('wants blocks again whose commit failed', () => {
     const cut = new IntervalCut(10);
     cut.completed(3, 2, 50);

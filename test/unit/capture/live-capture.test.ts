@@ -119,10 +119,11 @@ async function withCapture(
     device,
     sink,
     clock: systemClock,
-    intervalMs: 10,
+    // Points come when they are asked for.
+    intervalMs: 60_000,
     pollMs: 1,
     retryMs: 5,
-    attemptMs: 10_000,
+    attemptMs: 60_000,
     onEvent: (e) => void events.push(e),
     ...options,
   });
@@ -334,7 +335,7 @@ describe('live capture', () => {
   });
 
   it('another writer of the volume ends it', async () => {
-    await withCapture(10 * BLOCK, {}, async ({ capture, sink, write }) => {
+    await withCapture(10 * BLOCK, { intervalMs: 10 }, async ({ capture, sink, write }) => {
       await capture.point();
       sink.fail = new B2Error('lost-claim', 'another b2 has taken over');
       write(1, 1);

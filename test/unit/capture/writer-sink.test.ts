@@ -1,7 +1,8 @@
 /** What live capture stages must be what the repository gives back, through failures of the store too. */
 import { describe, expect, it } from 'vitest';
 import { Staging } from '../../../src/capture/staging.js';
-import { WriterSink, piecesOf } from '../../../src/capture/writer-sink.js';
+import { piecesOf } from '../../../src/capture/pieces.js';
+import { WriterSink } from '../../../src/capture/writer-sink.js';
 import { Coverage, PointClass } from '../../../src/format/commit.js';
 import { VolumeWriter } from '../../../src/repo/volume-writer.js';
 import { CHUNK_BYTES, checkPoint, digestOf, newModel, seeded } from '../../support/model-volume.js';

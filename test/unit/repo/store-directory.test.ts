@@ -1,6 +1,7 @@
 import { spawn } from 'node:child_process';
 import fs from 'node:fs';
 import {
+  cp,
   lstat,
   mkdir,
   mkdtemp,
@@ -16,6 +17,7 @@ import { tmpdir } from 'node:os';
 import path from 'node:path';
 import { afterEach, beforeEach, describe, expect, test } from 'vitest';
 import { B2Error } from '../../../src/errors.js';
+import { encodeConfig } from '../../../src/format/config.js';
 import { type FileCalls, systemFileCalls, temporaryName } from '../../../src/fs.js';
 import { alignedMemory } from '../../../src/memory.js';
 import { currentIdentity } from '../../../src/process-identity.js';
@@ -219,6 +221,107 @@ describe('a file system that went away', () => {
     await expect(store.openAppend('packs/c', 'create')).rejects.toMatchObject(gone);
     await expect(store.delete('packs/a')).rejects.toMatchObject(gone);
     expect(await readdir(root)).toEqual([]);
+  });
+
+  /** A `config` of a repository with that id. */
+  const config = (id: string, label = 'first'): Buffer =>
+    encodeConfig({
+      id: id.repeat(32),
+      created: '2026-01-01T00:00:00Z',
+      encryption: 'none',
+      chunkBytes: 65_536,
+      packBytes: 16 * 1024 * 1024,
+      keys: [
+        {
+          kind: 'none',
+          id: '0123456789abcdef',
+          label,
+          created: '2026-01-01T00:00:00Z',
+          master: Buffer.alloc(32).toString('base64'),
+        },
+      ],
+      mac: Buffer.alloc(32).toString('base64'),
+    });
+  const gone = {
+    kind: 'io',
+    message: expect.stringContaining('not the one that was opened') as string,
+  };
+
+  test('and comes back as another directory is gone on with, if it is the same repository', async () => {
+    const store = await openHere();
+    await store.put('config', config('a'));
+    await store.put('packs/a', Buffer.from('x'));
+    const before = await store.openAppend('packs/open', 'create');
+    await before.append(Buffer.from('1'));
+    await before.sync();
+
+    await rename(root, `${root}-moved`);
+    await mkdir(root);
+    await expect(store.put('packs/b', Buffer.from('y'))).rejects.toMatchObject(gone);
+    // Of another repository, or of one whose config cannot be read: not this one.
+    await mkdir(path.join(root, 'packs'));
+    for (const bytes of [config('b'), Buffer.from('config'), Buffer.of()]) {
+      await writeFile(path.join(root, 'config'), bytes);
+      await expect(store.put('packs/b', Buffer.from('y'))).rejects.toMatchObject(gone);
+      await expect(listed(store)).rejects.toMatchObject(gone);
+    }
+    await rm(path.join(root, 'config'));
+    await symlink(path.join(`${root}-moved`, 'config'), path.join(root, 'config'));
+    await expect(store.put('packs/b', Buffer.from('y'))).rejects.toMatchObject(gone);
+    expect(await readdir(path.join(root, 'packs'))).toEqual([]);
+
+    await rm(root, { recursive: true });
+    await cp(`${root}-moved`, root, { recursive: true });
+    await Promise.all(['b', 'c', 'd'].map((n) => store.put(`packs/${n}`, Buffer.from(n))));
+    await store.put('new/deep/e', Buffer.from('e'));
+    expect((await listed(store)).map(({ name }) => name).toSorted()).toEqual([
+      'config',
+      'new/deep/e',
+      'packs/a',
+      'packs/b',
+      'packs/c',
+      'packs/d',
+      'packs/open',
+    ]);
+    expect(fs.existsSync(path.join(root, 'packs/b'))).toBe(true);
+    expect(fs.existsSync(path.join(`${root}-moved`, 'packs/b'))).toBe(false);
+    // What was open stays with the old one, so nothing of it may be acknowledged.
+    await before.append(Buffer.from('2')).catch(() => undefined);
+    await expect(before.sync()).rejects.toMatchObject({ kind: 'io' });
+    await before.close();
+    const after = await store.openAppend('packs/open', 'existing');
+    expect(after.sizeBytes).toBe(1);
+    await after.append(Buffer.from('3'));
+    await after.sync();
+    await after.close();
+    expect(String(await store.get('packs/open'))).toBe('13');
+  });
+
+  test('and comes back with another key added to its config is the same repository', async () => {
+    await mkdir(root);
+    await writeFile(path.join(root, 'config'), config('a'));
+    const store = await openHere();
+    await rename(root, `${root}-moved`);
+    await mkdir(root);
+    await expect(listed(store)).rejects.toMatchObject(gone);
+    await writeFile(path.join(root, 'config'), config('a', 'second'));
+    expect((await listed(store)).map(({ name }) => name)).toEqual(['config']);
+    // And again, as one that it knows by those bytes.
+    await rename(root, `${root}-again`);
+    await cp(`${root}-again`, root, { recursive: true });
+    await store.put('x', Buffer.from('x'));
+    expect(await readdir(root)).toContain('x');
+  });
+
+  test('a write into a directory that is known already does not reach another repository', async () => {
+    const store = await openHere();
+    await store.put('config', config('a'));
+    await store.put('packs/a', Buffer.from('x'));
+    await rename(root, `${root}-moved`);
+    await mkdir(path.join(root, 'packs'), { recursive: true });
+    await expect(store.put('packs/b', Buffer.from('y'))).rejects.toMatchObject(gone);
+    await expect(store.openAppend('packs/c', 'create')).rejects.toMatchObject(gone);
+    expect(await readdir(path.join(root, 'packs'))).toEqual([]);
   });
 
   test('directories removed behind its back are made again', async () => {

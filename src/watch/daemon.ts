@@ -1,0 +1,426 @@
+/**
+ * Several watched devices in one process over one open repository. Each has a session of its own; one that fails ends no other. What
+ * the sessions tell comes out of one place; requests (points by hand, compares) and changes of the settings go in at one.
+ *
+ * Life of a device here: its session is started; if that fails for a reason that can pass by itself, it is started again after a pause
+ * that doubles from 5 s up to 5 minutes; otherwise it stays failed until the configuration is loaded again. The daemon ends when it is stopped, or
+ * when every device has failed for good.
+ */
+import type { CapturedPoint } from '../capture/live-capture.js';
+import type { Clock } from '../clock.js';
+import { B2Error, ExitCode, isKind, messageOf } from '../errors.js';
+import { PointClass } from '../format/commit.js';
+import { formatTimeNs } from '../human.js';
+import { classOf, type ControlHandler, type PointAnswer, type PointOrder } from './control.js';
+import { deviceReport, pointReport, type DeviceReport, type WatchReport } from './report.js';
+import type { WatchEvent, WatchSession, WatchStatus } from './types.js';
+
+/** A device and how it is to be watched. Two with the same `key` need no new session. */
+export interface WatchTarget {
+  /** As the user named it; no two of one daemon are the same. */
+  readonly device: string;
+  /** Says everything that a running session cannot be told: volume, interval, source. */
+  readonly key: string;
+  /** Hooks quiesce an application: then class `app` is the best there is. */
+  readonly hasHooks: boolean;
+}
+
+/** A point to be looked up and, with a name, pinned. */
+export interface PinOrder {
+  readonly volumeId: string;
+  readonly volume: string;
+  readonly point: CapturedPoint;
+  /** Hash of its commit, in hex, where that is known already. */
+  readonly hash: string | undefined;
+  readonly name: string | undefined;
+  readonly tags: readonly string[];
+}
+
+/** Names points in the repository. */
+export interface Pinner {
+  /** Refuses a name that is taken (`exists`) or cannot be one (`usage`), before anything is captured for it. */
+  check(volumeId: string, name: string): Promise<void>;
+  /** Hash of the point's commit, in hex; pinned under `name` if there is one. */
+  pin(order: PinOrder): Promise<string>;
+}
+
+export interface DaemonOptions<T extends WatchTarget> {
+  readonly startSession: (target: T, onEvent: (event: WatchEvent) => void) => WatchSession;
+  readonly pinner: Pinner;
+  readonly repository: { readonly url: string; readonly id: string };
+  readonly clock: Clock;
+  /** Hears of everything, at once; must not throw. */
+  readonly onEvent: (event: WatchEvent) => void;
+  /** Time for a last exact point when stopping. */
+  readonly finalMs: number;
+  /** First pause before a device that failed is tried again. Default 5000. */
+  readonly retryMs?: number;
+}
+
+/** How the daemon ended. */
+export interface DaemonEnd {
+  /** Why: what {@link WatchDaemon.stop} was told, or that nothing was left to watch. */
+  readonly reason: string;
+  readonly devices: readonly DeviceReport[];
+  /** Devices that had failed at the end. */
+  readonly failed: readonly { readonly device: string; readonly error: B2Error }[];
+}
+
+const RETRY_MS = 5_000;
+const MAX_RETRY_MS = 300_000;
+
+/** One device, whichever session it has at present. */
+interface Entry<T> {
+  target: T;
+  session: WatchSession;
+  /** Why the session has ended by itself. */
+  error: B2Error | undefined;
+  /** It is started again by itself. */
+  isRetrying: boolean;
+  /** Ends the pause. */
+  readonly removed: AbortController;
+  /** Settles when nothing of this device goes on any more. */
+  life: Promise<void>;
+}
+
+function asB2Error(error: unknown, device: string): B2Error {
+  return error instanceof B2Error
+    ? error
+    : new B2Error('failed', `watching ${device}: ${messageOf(error)}`, { cause: error });
+}
+
+/** See {@link WatchDaemon.isReady}. A source that has to read the device before it can tell changes shows that as a scan. */
+function isTakenUp(e: Entry<WatchTarget>): boolean {
+  if (e.error !== undefined) return true;
+  const { state, scan } = e.session.status();
+  // Why it has failed is not known yet for a moment.
+  if (state === 'failed') return false;
+  return state !== 'starting' || scan !== undefined;
+}
+
+/** See the file comment. */
+export class WatchDaemon<T extends WatchTarget> implements ControlHandler {
+  /** Resolves when the daemon has ended; never rejects. */
+  readonly done: Promise<DaemonEnd>;
+  private readonly o: DaemonOptions<T>;
+  private readonly since: string;
+  private entries: Entry<T>[] = [];
+  /** Totals of sessions that a change of settings or a failure has ended, by device. */
+  private readonly earlier = new Map<string, { points: number; losses: number }>();
+  /** The last problem that was told of each device. */
+  private readonly problems = new Map<string, string>();
+  private stopReason: string | undefined;
+  private finish: (end: DaemonEnd) => void = () => undefined;
+  private wasReady = false;
+  private changing: Promise<void> = Promise.resolve();
+
+  constructor(options: DaemonOptions<T>) {
+    this.o = options;
+    this.since = formatTimeNs(options.clock.nowNs());
+    this.done = new Promise((resolve) => {
+      this.finish = resolve;
+    });
+  }
+
+  /** Starts the sessions. To be called once. */
+  start(targets: readonly T[]): void {
+    for (const target of targets) this.add(target);
+  }
+
+  /**
+   * True once every device has been taken up: its changes are captured, even if all of it has yet to be read, or it waits for
+   * something that only a person can bring (the device, the repository), or has failed; not all of them failed for good.
+   */
+  get isReady(): boolean {
+    this.wasReady ||= this.entries.length > 0 && this.isAnyLeft && this.entries.every(isTakenUp);
+    return this.wasReady;
+  }
+
+  private get isAnyLeft(): boolean {
+    return this.entries.some((e) => e.error === undefined || e.isRetrying);
+  }
+
+  get stopping(): boolean {
+    return this.stopReason !== undefined;
+  }
+
+  status(): WatchReport {
+    return {
+      pid: process.pid,
+      repository: this.o.repository.url,
+      repositoryId: this.o.repository.id,
+      since: this.since,
+      stopping: this.stopping,
+      devices: this.entries.map((e) => this.reportOf(e)),
+    };
+  }
+
+  /** A durable point of one device now, pinned if it is given a name; see {@link PointOrder}. */
+  async point(order: PointOrder, signal: AbortSignal): Promise<PointAnswer> {
+    const entry = this.find(order.volume);
+    const before = entry.session.status();
+    if (order.name !== undefined && before.volumeId !== undefined)
+      await this.o.pinner.check(before.volumeId, order.name);
+    const { point, note } = await this.bestPoint(entry, order, signal);
+    const status = entry.session.status();
+    const { volume, volumeId } = status;
+    if (volume === undefined || volumeId === undefined)
+      throw new B2Error('failed', `${status.device} has a point but no volume`);
+    const { name, tags } = order;
+    const known = entry.session.hashOf(point.seq);
+    const hash = await this.o.pinner.pin({ volumeId, volume, point, hash: known, name, tags });
+    return {
+      volume,
+      volumeId,
+      device: status.device,
+      sizeBytes: status.sizeBytes,
+      point: pointReport(point),
+      hash,
+      ...(name === undefined ? {} : { name }),
+      ...(note === undefined ? {} : { note }),
+    };
+  }
+
+  resync(volume: string): { readonly volume: string } {
+    const { session } = this.find(volume);
+    session.resync();
+    const { volume: name, device } = session.status();
+    return { volume: name ?? device };
+  }
+
+  /**
+   * Watches `targets` from now on: new devices are started, others stopped with a last point, those with another key stopped and
+   * started, failed ones tried again. Resolves with what was done, in words.
+   */
+  async apply(targets: readonly T[]): Promise<readonly string[]> {
+    const done: string[] = [];
+    const before = this.changing;
+    const change = (async () => {
+      await before;
+      if (this.stopping) return;
+      const wanted = new Map(targets.map((t) => [t.device, t]));
+      const gone = this.entries.filter((e) => !wanted.has(e.target.device));
+      const changed = this.entries.filter((e) => {
+        const target = wanted.get(e.target.device);
+        return target !== undefined && (target.key !== e.target.key || e.error !== undefined);
+      });
+      for (const e of this.entries) e.target = wanted.get(e.target.device) ?? e.target;
+      await Promise.all([...gone, ...changed].map((e) => this.remove(e)));
+      for (const e of gone) done.push(`${e.target.device} is not watched any more`);
+      if (this.stopping) return;
+      for (const target of targets) {
+        if (this.entries.some((e) => e.target.device === target.device)) continue;
+        const isNew = !changed.some((e) => e.target.device === target.device);
+        done.push(`${target.device} is ${isNew ? 'watched from now on' : 'started again'}`);
+        this.add(target);
+      }
+      this.check();
+    })();
+    this.changing = change.catch(() => undefined);
+    await change;
+    return done;
+  }
+
+  /** Tries for a last exact point of every device and ends. Only the first call counts. */
+  stop(reason: string): void {
+    if (this.stopping) return;
+    this.stopReason = reason;
+    void this.changing
+      .then(() => Promise.all(this.entries.map((e) => this.end(e))))
+      .then(() => this.finishNow(reason));
+  }
+
+  private find(text: string): Entry<T> {
+    if (this.stopping)
+      throw new B2Error('interrupted', 'the watch is being stopped', {
+        hint: 'Ask again when it runs.',
+      });
+    const found =
+      this.entries.find((e) => {
+        const s = e.session.status();
+        return s.volumeId === text || s.volume === text || s.device === text;
+      }) ?? this.entries.find((e) => e.target.device === text);
+    if (found === undefined)
+      throw new B2Error('not-found', `this watch has no device or volume "${text}"`, {
+        hint: '"b2 status" lists what is watched.',
+      });
+    if (found.error !== undefined)
+      throw new B2Error('failed', `${text} is not captured at present: ${found.error.message}`, {
+        cause: found.error,
+        ...(found.error.hint === undefined ? {} : { hint: found.error.hint }),
+      });
+    return found;
+  }
+
+  private async bestPoint(
+    entry: Entry<T>,
+    order: PointOrder,
+    signal: AbortSignal,
+  ): Promise<{ readonly point: CapturedPoint; readonly note: string | undefined }> {
+    const { session } = entry;
+    if (order.class !== undefined)
+      return {
+        point: await session.point({ pointClass: classOf(order.class), signal }),
+        note: undefined,
+      };
+    let note: string | undefined;
+    const better = entry.target.hasHooks ? [PointClass.app, PointClass.fs] : [PointClass.fs];
+    for (const pointClass of better) {
+      try {
+        return { point: await session.point({ pointClass, signal }), note };
+      } catch (error) {
+        if (signal.aborted || isKind(error, 'interrupted')) throw error;
+        note ??= messageOf(error);
+      }
+    }
+    return { point: await session.point({ pointClass: PointClass.crash, signal }), note };
+  }
+
+  private reportOf(e: Entry<T>): DeviceReport {
+    const status: WatchStatus = e.session.status();
+    const before = this.earlier.get(e.target.device);
+    return deviceReport({
+      ...status,
+      ...(e.error === undefined ? {} : { state: 'failed' as const, lagMs: undefined }),
+      points: status.points + (before?.points ?? 0),
+      losses: status.losses + (before?.losses ?? 0),
+      lastProblem:
+        status.lastProblem ??
+        (e.error === undefined
+          ? undefined
+          : { atNs: this.o.clock.nowNs(), message: e.error.message, hint: e.error.hint }),
+    });
+  }
+
+  private tell(event: WatchEvent): void {
+    if (event.type === 'problem') this.problems.set(event.device, event.problem.message);
+    this.o.onEvent(event);
+  }
+
+  private add(target: T): void {
+    const entry: Entry<T> = {
+      target,
+      session: this.startSession(target),
+      error: undefined,
+      isRetrying: false,
+      removed: new AbortController(),
+      life: Promise.resolve(),
+    };
+    this.entries.push(entry);
+    entry.life = this.live(entry);
+  }
+
+  private startSession(target: T): WatchSession {
+    return this.o.startSession(target, (event) => this.tell(event));
+  }
+
+  /** Follows a device until it is removed or has failed for good. */
+  private async live(e: Entry<T>): Promise<void> {
+    const { signal } = e.removed;
+    let pauseMs = this.o.retryMs ?? RETRY_MS;
+    for (;;) {
+      const { session } = e;
+      session.ready.then(
+        () => {
+          if (e.session === session) pauseMs = this.o.retryMs ?? RETRY_MS;
+        },
+        () => undefined, // `done` tells
+      );
+      try {
+        await session.done;
+        return;
+      } catch (error) {
+        e.error = asB2Error(error, e.target.device);
+      }
+      e.isRetrying = e.error.retryable && !signal.aborted && !this.stopping;
+      const { message, hint } = e.error;
+      if (this.problems.get(e.target.device) !== message)
+        this.tell({
+          type: 'problem',
+          device: e.target.device,
+          problem: { atNs: this.o.clock.nowNs(), message, hint },
+        });
+      if (e.isRetrying)
+        this.tell({
+          type: 'notice',
+          device: e.target.device,
+          message: `${e.target.device} is tried again in ${Math.round(pauseMs / 1000)} s`,
+        });
+      if (!e.isRetrying) {
+        this.check();
+        return;
+      }
+      this.check();
+      await this.o.clock.sleep(pauseMs, signal);
+      if (signal.aborted || this.stopping) return;
+      pauseMs = Math.min(2 * pauseMs, MAX_RETRY_MS);
+      this.remember(e);
+      e.error = undefined;
+      e.isRetrying = false;
+      e.session = this.startSession(e.target);
+    }
+  }
+
+  private remember(e: Entry<T>): void {
+    const { points, losses } = e.session.status();
+    const before = this.earlier.get(e.target.device);
+    this.earlier.set(e.target.device, {
+      points: points + (before?.points ?? 0),
+      losses: losses + (before?.losses ?? 0),
+    });
+  }
+
+  /** Stops what goes on with a device; it stays in the list. */
+  private async end(e: Entry<T>): Promise<void> {
+    e.removed.abort();
+    if (e.error === undefined) {
+      try {
+        await e.session.stop(this.o.finalMs);
+      } catch (error) {
+        e.error ??= asB2Error(error, e.target.device);
+      }
+    }
+    await e.life;
+  }
+
+  private async remove(e: Entry<T>): Promise<void> {
+    await this.end(e);
+    this.remember(e);
+    this.entries = this.entries.filter((other) => other !== e);
+  }
+
+  /** Looks whether anything is left to do. */
+  private check(): void {
+    if (!this.isAnyLeft && this.entries.length > 0 && !this.stopping) {
+      const reason = 'no device is left to watch';
+      this.stopReason = reason;
+      this.finishNow(reason);
+    }
+  }
+
+  private finishNow(reason: string): void {
+    this.finish({
+      reason,
+      devices: this.entries.map((e) => this.reportOf(e)),
+      failed: this.entries.flatMap((e) =>
+        e.error === undefined ? [] : [{ device: e.target.device, error: e.error }],
+      ),
+    });
+  }
+}
+
+/**
+ * The exit code of an end, and what to throw instead where all failed: one device's own error, or one that names all.
+ */
+export function outcomeOf(end: DaemonEnd): { readonly code: ExitCode } {
+  const { failed, devices } = end;
+  const [first] = failed;
+  if (first === undefined) return { code: ExitCode.ok };
+  if (failed.length < devices.length) return { code: ExitCode.partial };
+  if (devices.length === 1) throw first.error;
+  throw new B2Error(
+    'failed',
+    `none of the ${devices.length} devices could be watched: ${failed.map((f) => `${f.device}: ${f.error.message}`).join('; ')}`,
+    first.error.hint === undefined ? {} : { hint: first.error.hint },
+  );
+}

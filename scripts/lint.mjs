@@ -12,7 +12,14 @@ const root = dirname(dirname(fileURLToPath(import.meta.url)));
 const bin = (name) => join(root, 'node_modules', '.bin', name);
 const node = (script, ...args) => [process.execPath, join(root, 'scripts', script), ...args];
 
-const SHELL_SCRIPTS = ['scripts/setup-system.sh', '.ci/run'];
+const SHELL_SCRIPTS = [
+  'scripts/setup-system.sh',
+  '.ci/run',
+  ...['build-image.sh', 'run-in-vm.sh', 'watch-systemd.sh', 'watch-systemd.guest.sh'].map(
+    (name) => `test/lab/${name}`,
+  ),
+  ...['customize.sh', 'initrd-init', 'lab-job', 'lab-reboot'].map((n) => `test/lab/guest/${n}`),
+];
 
 const CHECKS = {
   types: [bin('tsc'), '-p', root, '--noEmit'],

@@ -1,15 +1,17 @@
 /**
- * The FUSE kernel protocol (linux/fuse.h, version 7.31 and newer), as far as a read-only file system needs it. Pure bytes: requests in, replies
+ * The FUSE kernel protocol (linux/fuse.h, version 7.31 and newer), as far as a read-only file system, and one file that can be written, need it. Pure bytes: requests in, replies
  * out. Numbers are in the byte order of the machine, which the kernel shares with us; this program runs on little-endian ones.
  *
  * A request: u32 length, u32 opcode, u64 unique, u64 node, u32 uid, gid, pid, u16 extensions, u16 padding; then its own fields.
  * A reply: u32 length, i32 −errno, u64 unique; then its own fields.
  */
 
+import { decodeName } from '../files/names.js';
+
 /** Bytes of the header of a request, and of a reply. */
 export const IN_HEADER_BYTES = 40;
 export const OUT_HEADER_BYTES = 16;
-/** What we tell the kernel that it may write at once; nothing is ever written here. */
+/** What we tell the kernel that it may write at once: only the replay of a journal writes. */
 export const MAX_WRITE_BYTES = 4096;
 /** The kernel refuses to hand requests to a smaller buffer: FUSE_MIN_READ_BUFFER, and room for a write. */
 export const REQUEST_BUFFER_BYTES = 8192 + MAX_WRITE_BYTES;
@@ -43,6 +45,8 @@ export const Opcode = {
   release: 18,
   fsync: 20,
   setxattr: 21,
+  getxattr: 22,
+  listxattr: 23,
   removexattr: 24,
   init: 26,
   opendir: 27,
@@ -72,7 +76,9 @@ export const Errno = {
   EISDIR: 21,
   ENOTTY: 25,
   EROFS: 30,
+  ERANGE: 34,
   ENOSYS: 38,
+  ENODATA: 61,
   EPROTO: 71,
   ESTALE: 116,
 } as const;
@@ -119,21 +125,32 @@ export type Request =
       readonly offset: number;
       readonly whence: number;
     }
-  | { readonly op: 'statfs' | 'nothing' | 'interrupt' | 'destroy' }
+  /** `size`: room for the answer; 0 asks how long it is. */
+  | { readonly op: 'getxattr'; readonly name: Buffer; readonly size: number }
+  | { readonly op: 'listxattr'; readonly size: number }
+  | { readonly op: 'statfs' | 'readlink' | 'nothing' | 'interrupt' | 'destroy' }
   | { readonly op: 'refused'; readonly errno: Errno };
+
+export type NodeKind = 'directory' | 'file' | 'symlink' | 'fifo' | 'socket' | 'block' | 'character';
 
 /** Attributes of a node. Times are nanoseconds since 1970. */
 export interface Attributes {
   readonly node: number;
-  readonly kind: 'directory' | 'file';
+  readonly kind: NodeKind;
   readonly sizeBytes: number;
   /** Allocated, in units of 512 bytes. */
   readonly blocks: number;
   readonly mtimeNs: bigint;
+  /** Default: `mtimeNs`. */
+  readonly atimeNs?: bigint;
+  readonly ctimeNs?: bigint;
+  /** The low 12 bits of the mode. */
   readonly permissions: number;
   readonly links: number;
   readonly uid: number;
   readonly gid: number;
+  /** Of a device node, as the kernel packs it into 32 bits. Default 0. */
+  readonly rdev?: number;
 }
 
 // Flags of INIT.
@@ -149,10 +166,17 @@ const WANTED =
 /** Flags of an open file: keep what the page cache has of it; of a directory: its list may be cached. */
 export const OPEN_KEEP_CACHE = 1 << 1;
 
-const S_IFDIR = 0o040000;
-const S_IFREG = 0o100000;
-const DT_DIR = 4;
-const DT_REG = 8;
+/** Type bits of the mode; the types of directory entries are the same, shifted. */
+const MODE_OF: Readonly<Record<NodeKind, number>> = {
+  fifo: 0o010000,
+  character: 0o020000,
+  directory: 0o040000,
+  block: 0o060000,
+  file: 0o100000,
+  symlink: 0o120000,
+  socket: 0o140000,
+};
+const DIRENT_SHIFT = 12;
 const O_ACCMODE = 3;
 const ENTRY_BYTES = 128;
 const ATTR_AT_IN_ENTRY = 40;
@@ -192,6 +216,8 @@ const FIELD_BYTES: Readonly<Record<number, number>> = {
   [Opcode.batchForget]: 8,
   [Opcode.readdirplus]: 40,
   [Opcode.lseek]: 24,
+  [Opcode.getxattr]: 8,
+  [Opcode.listxattr]: 8,
 };
 
 /** The request that follows `header`. Never throws: what is too short or senseless is `refused` with EINVAL. */
@@ -210,7 +236,7 @@ export function parseRequest(header: Header, bytes: Buffer): Request {
     case Opcode.lookup: {
       const end = bytes.indexOf(0, body);
       if (end <= body) return refused(Errno.EINVAL);
-      return { op: 'lookup', name: bytes.toString('utf8', body, end) };
+      return { op: 'lookup', name: decodeName(bytes.subarray(body, end)) };
     }
     case Opcode.forget:
       return { op: 'forget', items: [{ node: header.node, count: number64(bytes, body) }] };
@@ -263,7 +289,15 @@ export function parseRequest(header: Header, bytes: Buffer): Request {
     case Opcode.destroy:
       return { op: 'destroy' };
     case Opcode.readlink:
-      return refused(Errno.EINVAL);
+      return { op: 'readlink' };
+    case Opcode.getxattr: {
+      const end = bytes.indexOf(0, body + 8);
+      if (end <= body + 8) return refused(Errno.EINVAL);
+      const name = Buffer.from(bytes.subarray(body + 8, end));
+      return { op: 'getxattr', name, size: bytes.readUInt32LE(body) };
+    }
+    case Opcode.listxattr:
+      return { op: 'listxattr', size: bytes.readUInt32LE(body) };
     case Opcode.ioctl:
       return refused(Errno.ENOTTY);
     case Opcode.setattr:
@@ -283,7 +317,7 @@ export function parseRequest(header: Header, bytes: Buffer): Request {
     case Opcode.fallocate:
       return refused(Errno.EROFS);
     default:
-      // The kernel remembers ENOSYS and does without from then on (flush, getxattr, statx, …).
+      // The kernel remembers ENOSYS and does without from then on (flush, statx, …).
       return refused(Errno.ENOSYS);
   }
 }
@@ -315,21 +349,23 @@ export function initReply(request: Extract<Request, { op: 'init' }>): Buffer | u
   return reply;
 }
 
+const NS = 1_000_000_000n;
+
 function writeAttributes(into: Buffer, at: number, a: Attributes): void {
-  const seconds = a.mtimeNs / 1_000_000_000n;
-  const nanoseconds = Number(a.mtimeNs % 1_000_000_000n);
   into.writeBigUInt64LE(BigInt(a.node), at);
   into.writeBigUInt64LE(BigInt(a.sizeBytes), at + 8);
   into.writeBigUInt64LE(BigInt(a.blocks), at + 16);
-  for (const t of [0, 1, 2]) {
-    into.writeBigUInt64LE(seconds, at + 24 + 8 * t);
-    into.writeUInt32LE(nanoseconds, at + 48 + 4 * t);
+  for (const [i, ns] of [a.atimeNs ?? a.mtimeNs, a.mtimeNs, a.ctimeNs ?? a.mtimeNs].entries()) {
+    // Before 1970 the seconds are negative and the nanoseconds count forward from there.
+    const seconds = (ns - (((ns % NS) + NS) % NS)) / NS;
+    into.writeBigInt64LE(seconds, at + 24 + 8 * i);
+    into.writeUInt32LE(Number(ns - seconds * NS), at + 48 + 4 * i);
   }
-  into.writeUInt32LE((a.kind === 'directory' ? S_IFDIR : S_IFREG) | a.permissions, at + 60);
+  into.writeUInt32LE(MODE_OF[a.kind] | a.permissions, at + 60);
   into.writeUInt32LE(a.links, at + 64);
   into.writeUInt32LE(a.uid, at + 68);
   into.writeUInt32LE(a.gid, at + 72);
-  into.writeUInt32LE(0, at + 76); // device number
+  into.writeUInt32LE(a.rdev ?? 0, at + 76);
   into.writeUInt32LE(64 * 1024, at + 80); // the preferred size of reads
   into.writeUInt32LE(0, at + 84);
 }
@@ -380,6 +416,20 @@ export function openReply(handle: number, flags: number): Buffer {
   const reply = Buffer.alloc(16);
   reply.writeBigUInt64LE(BigInt(handle), 0);
   reply.writeUInt32LE(flags, 8);
+  return reply;
+}
+
+/** The answer to WRITE: bytes written. */
+export function writeReply(length: number): Buffer {
+  const reply = Buffer.alloc(8);
+  reply.writeUInt32LE(length, 0);
+  return reply;
+}
+
+/** The answer to GETXATTR and LISTXATTR when they ask for the length. */
+export function xattrSizeReply(length: number): Buffer {
+  const reply = Buffer.alloc(8);
+  reply.writeUInt32LE(length, 0);
   return reply;
 }
 
@@ -439,7 +489,7 @@ export class DirectoryReply {
     part.writeBigUInt64LE(BigInt(inode), at);
     part.writeBigUInt64LE(BigInt(next), at + 8);
     part.writeUInt32LE(name.length, at + 16);
-    part.writeUInt32LE(kind === 'directory' ? DT_DIR : DT_REG, at + 20);
+    part.writeUInt32LE(MODE_OF[kind] >> DIRENT_SHIFT, at + 20);
     name.copy(part, at + DIRENT_BYTES);
     this.#parts.push(part);
     this.#bytes += part.length;

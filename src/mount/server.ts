@@ -1,17 +1,14 @@
 /**
- * A mount that is being served: attaches, reads the kernel's requests in a thread of its own and answers them here, until it is
- * unmounted by somebody, or by {@link Mounted.close}. The main thread never waits for the kernel, so it cannot wait for itself.
+ * A mount that is being served: attaches and answers the kernel's requests, until it is unmounted by somebody, or by
+ * {@link Mounted.close}.
  */
-import { closeSync, writeFileSync, writeSync, writevSync } from 'node:fs';
-import { Worker } from 'node:worker_threads';
+import { closeSync, writeFileSync } from 'node:fs';
 
 import type { Clock } from '../clock.js';
-import { B2Error, errnoOf, messageOf } from '../errors.js';
+import { B2Error, messageOf } from '../errors.js';
 import type { EventSink } from '../events.js';
-import { workerFile } from '../workers.js';
 import { attach, detach, type Attached } from './attach.js';
-import { wakePipe } from './native.js';
-import type { ReaderMessage, ReaderStart } from './reader-worker.js';
+import { FuseChannel } from './channel.js';
 import { MountSession } from './session.js';
 import type { MountTree } from './tree.js';
 
@@ -83,11 +80,7 @@ class MountServer implements Mounted {
   readonly session: MountSession;
   readonly #attached: Attached;
   readonly #events: EventSink;
-  readonly #pending = new SharedArrayBuffer(4);
-  readonly #wake = wakePipe();
-  readonly #worker: Worker;
-  readonly #onExit: () => void;
-  #isGone = false;
+  readonly #channel: FuseChannel;
   #closing: Promise<void> | undefined;
 
   constructor(options: ServeMountOptions, attached: Attached) {
@@ -98,105 +91,30 @@ class MountServer implements Mounted {
     this.session = new MountSession({
       root: tree.root(),
       totalBytes: async () => (await tree.volumes()).reduce((sum, v) => sum + v.sizeBytes, 0),
-      reply: (header, payload) => this.#reply(header, payload),
+      reply: (header, payload) => this.#channel.reply(header, payload),
       events: options.events,
       uid: process.geteuid?.() ?? 0,
       gid: process.getegid?.() ?? 0,
+      xattrs: tree.hasFiles,
     });
-    const start: ReaderStart = {
-      b2Reader: true,
+    this.#channel = new FuseChannel({
       fuseFd: attached.fuseFd,
-      wakeFd: this.#wake.readFd,
-      pending: this.#pending,
+      handle: (bytes) => this.session.handle(bytes),
+      events: options.events,
       maxPending: MAX_PENDING,
-    };
-    this.#worker = new Worker(workerFile(new URL('./reader-worker.js', import.meta.url)), {
-      workerData: start,
-      name: 'b2 mount',
     });
-    // The end of the process waits for its threads, and this one waits for the kernel.
-    this.#onExit = () => this.#wakeReader();
-    process.on('exit', this.#onExit);
     this.ended = this.#serve();
     // Who is interested awaits it; a failure before that is not unhandled.
     this.ended.catch(() => undefined);
   }
 
-  #wakeReader(): void {
-    try {
-      writeSync(this.#wake.writeFd, 'x');
-    } catch {
-      return; // the pipe is full: it is awake
-    }
-    const pending = new Int32Array(this.#pending);
-    Atomics.store(pending, 0, 0);
-    Atomics.notify(pending, 0);
-  }
-
-  #reply(header: Buffer, payload: Uint8Array | undefined): boolean {
-    try {
-      if (payload === undefined) writeSync(this.#attached.fuseFd, header);
-      else writevSync(this.#attached.fuseFd, [header, payload]);
-      return true;
-    } catch (error) {
-      const code = errnoOf(error);
-      // ENOENT: who asked was interrupted. ENODEV and ENOTCONN: unmounted.
-      if (code === 'ENOENT' || code === 'ENODEV' || code === 'ENOTCONN' || code === 'EBADF')
-        return false;
-      this.#events({
-        type: 'warning',
-        message: `the kernel did not take an answer: ${messageOf(error)}`,
-      });
-      return false;
-    }
-  }
-
   async #serve(): Promise<void> {
-    const under = new Set<Promise<void>>();
-    const pending = new Int32Array(this.#pending);
-    const done = (): void => {
-      Atomics.sub(pending, 0, 1);
-      Atomics.notify(pending, 0);
-    };
     try {
-      await new Promise<void>((resolve, reject) => {
-        this.#worker.on('message', (message: ReaderMessage) => {
-          if (message.type === 'end') return resolve();
-          const all = Buffer.from(
-            message.bytes.buffer,
-            message.bytes.byteOffset,
-            message.bytes.byteLength,
-          );
-          for (let at = 0; at + 4 <= all.length;) {
-            const length = all.readUInt32LE(at);
-            const handled = this.session.handle(all.subarray(at, at + length)).finally(() => {
-              under.delete(handled);
-              done();
-            });
-            under.add(handled);
-            at += Math.max(4, length);
-          }
-        });
-        this.#worker.on('error', reject);
-        this.#worker.on('exit', (code) => {
-          reject(
-            new B2Error(
-              'failed',
-              `the thread that reads the kernel's requests ended (exit ${code})`,
-            ),
-          );
-        });
-      });
+      await this.#channel.ended;
     } finally {
-      this.#isGone = true;
-      await this.#worker.terminate();
-      process.off('exit', this.#onExit);
-      await Promise.all(under);
       await this.session.close();
       // With the last descriptor the connection ends: whoever still has a file open there gets errors.
       closeSync(this.#attached.fuseFd);
-      closeSync(this.#wake.readFd);
-      closeSync(this.#wake.writeFd);
       await detach(this.#attached.device).catch((error: unknown) => {
         this.#events({ type: 'warning', message: messageOf(error) });
       });
@@ -210,7 +128,7 @@ class MountServer implements Mounted {
   }
 
   async #close(): Promise<void> {
-    if (!this.#isGone) {
+    if (!this.#channel.isGone) {
       try {
         const how = await detach(this.#attached.device);
         if (how === 'detached') {
@@ -227,7 +145,7 @@ class MountServer implements Mounted {
       } catch (error) {
         this.#events({ type: 'warning', message: messageOf(error) });
       }
-      if (!this.#isGone) this.#wakeReader();
+      this.#channel.stop();
     }
     await this.ended;
   }

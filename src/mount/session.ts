@@ -1,6 +1,7 @@
 /** Answers the kernel's requests from a tree: node ids, open files and directories, bounds on memory. Knows no /dev/fuse. */
-import { messageOf, isKind } from '../errors.js';
+import { errnoOf, messageOf, isKind } from '../errors.js';
 import type { EventSink } from '../events.js';
+import { encodeName } from '../files/names.js';
 import {
   DirectoryReply,
   Errno,
@@ -17,6 +18,7 @@ import {
   replyHeader,
   seekReply,
   statfsReply,
+  xattrSizeReply,
   type Attributes,
   type Header,
   type Request,
@@ -43,7 +45,17 @@ export interface SessionOptions {
   readonly events: EventSink;
   readonly uid: number;
   readonly gid: number;
+  /** True if nodes may have extended attributes; otherwise the kernel is told once that there are none. */
+  readonly xattrs: boolean;
 }
+
+/** What file systems inside may answer; anything else is an I/O error, and told. */
+const ERRNO_OF: Readonly<Record<string, Errno>> = {
+  ENODATA: Errno.ENODATA,
+  ENOTSUP: Errno.ENODATA,
+  EOPNOTSUPP: Errno.ENODATA,
+  ERANGE: Errno.ERANGE,
+};
 
 interface KnownNode {
   readonly id: number;
@@ -157,6 +169,8 @@ export class MountSession {
 
   #errnoOf(error: unknown, request: Request): number {
     if (error instanceof Refusal) return error.errno;
+    const known = ERRNO_OF[errnoOf(error) ?? ''];
+    if (known !== undefined) return known;
     // A snapshot or point that went away while somebody looked at it.
     if (request.op === 'lookup' && isKind(error, 'not-found')) return Errno.ENOENT;
     this.#warn(`${request.op}: answered with an I/O error: ${messageOf(error)}`);
@@ -192,7 +206,8 @@ export class MountSession {
       }
       case 'open': {
         const { node } = this.#known(header.node);
-        if (node.kind !== 'file') throw new Refusal(Errno.EISDIR);
+        if (node.kind !== 'file')
+          throw new Refusal(node.kind === 'directory' ? Errno.EISDIR : Errno.EINVAL);
         if (request.writing) throw new Refusal(Errno.EROFS);
         return this.#openFile(unique, node);
       }
@@ -260,6 +275,26 @@ export class MountSession {
         this.#send(unique, seekReply(found));
         return;
       }
+      case 'readlink': {
+        const { node } = this.#known(header.node);
+        if (node.kind !== 'symlink' || node.readlink === undefined) throw new Refusal(Errno.EINVAL);
+        this.#send(unique, await node.readlink());
+        return;
+      }
+      case 'getxattr':
+      case 'listxattr': {
+        if (!this.#options.xattrs) throw new Refusal(Errno.ENOSYS);
+        const { xattrs } = this.#known(header.node).node;
+        const value =
+          request.op === 'listxattr'
+            ? ((await xattrs?.list()) ?? Buffer.alloc(0))
+            : await xattrs?.get(request.name);
+        if (value === undefined) throw new Refusal(Errno.ENODATA);
+        if (request.size === 0) this.#send(unique, xattrSizeReply(value.length));
+        else if (value.length > request.size) throw new Refusal(Errno.ERANGE);
+        else this.#send(unique, value);
+        return;
+      }
       case 'statfs':
         this.#send(unique, statfsReply(await this.#options.totalBytes()));
         return;
@@ -284,7 +319,7 @@ export class MountSession {
   /** The node id of what a name stands for, counted as one lookup. */
   #remember(parent: KnownNode, name: string, node: TreeNode): KnownNode {
     // A directory has one place; a file may be reached by several, and is one file then, with one page cache.
-    const mapKey = node.kind === 'file' ? node.key : `${parent.id}/${name}/${node.key}`;
+    const mapKey = node.kind === 'directory' ? `${parent.id}/${name}/${node.key}` : node.key;
     let known = this.#ids.get(mapKey);
     if (known === undefined) {
       known = { id: this.#nextNode++, node, parent: parent.id, mapKey, lookups: 0 };
@@ -310,9 +345,16 @@ export class MountSession {
     const { uid, gid } = this.#options;
     const { node, id } = known;
     const common = { node: id, mtimeNs: node.mtimeNs, uid, gid };
-    if (node.kind === 'directory') {
-      return { attributes: this.#directoryAttributes(known, node), valid: ATTRIBUTES_VALID_MS };
+    const own = await node.attributes?.();
+    if (own !== undefined) {
+      return { attributes: { ...own, node: id, kind: node.kind }, valid: ATTRIBUTES_VALID_MS };
     }
+    if (node.kind === 'directory') {
+      // Of the root of a file system they are known when somebody has looked into it.
+      const valid = node.attributes === undefined ? ATTRIBUTES_VALID_MS : 0;
+      return { attributes: this.#directoryAttributes(known, node), valid };
+    }
+    if (node.kind !== 'file') throw new Error('a node without attributes');
     const allocated = await node.allocatedBytes();
     const blocks = Math.ceil((allocated ?? node.sizeBytes) / 512);
     const attributes: Attributes = {
@@ -431,7 +473,7 @@ export class MountSession {
       while (at >= 2) {
         const listed = await this.#entryAt(open, at - 2);
         if (listed === undefined) break;
-        const bytes = Buffer.from(listed.name);
+        const bytes = encodeName(listed.name);
         if (!reply.fits(bytes)) {
           open.waiting = listed;
           open.given--;

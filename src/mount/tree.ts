@@ -4,21 +4,23 @@
  *     HOST/DEVICE/latest/disk.img, p1.img, …
  *     HOST/DEVICE/snapshots/NAME/…
  *     HOST/DEVICE/points/2026-11-22/15/15-04-05.123456789Z-#12/…
+ *     …/p1/etc/fstab   with `files`: the file systems inside
  *
  * Times in names are UTC. Points are read from the timeline while a directory is listed, never all at once. A file is the image of a
  * point and does not change; `latest` is looked up anew every time.
  */
 import type { Clock } from '../clock.js';
-import type { DeviceFacts } from '../devices/device.js';
-import { readPartitionTable, type Readable } from '../devices/table.js';
+import { readPartitionTable } from '../devices/table.js';
 import { B2Error, isKind, messageOf } from '../errors.js';
 import { PointClass } from '../format/commit.js';
 import type { CommitRecord } from '../format/segment.js';
+import { readableImage } from '../files/layout.js';
 import type { Image } from '../image.js';
 import { choosePoint } from '../repo/point.js';
 import type { Repository } from '../repo/repository.js';
 import { listVolumes, type VolumeMeta } from '../repo/volume.js';
 import type { When } from '../when.js';
+import type { FilesSource, FilesView } from './files-view.js';
 import {
   dayName,
   dayOf,
@@ -30,10 +32,28 @@ import {
   volumePaths,
   type Span,
 } from './names.js';
+import type { Attributes, NodeKind } from './protocol.js';
 import { VolumeView, type HistoryUse } from './volume-view.js';
 
+/** Attributes of what lies in a file system inside. */
+export type TreeAttributes = Omit<Attributes, 'node' | 'kind'>;
+
+/** Extended attributes. Names are bytes. */
+export interface TreeXattrs {
+  /** Undefined where there is none of that name. */
+  get(name: Buffer): Promise<Uint8Array | undefined>;
+  /** Names, each with a NUL behind it. */
+  list(): Promise<Uint8Array>;
+}
+
+interface TreeCommon {
+  /** Undefined (or absent): those that fit what the tree itself shows. */
+  readonly attributes?: () => Promise<TreeAttributes | undefined>;
+  readonly xattrs?: TreeXattrs;
+}
+
 /** A directory. `key` tells apart what the same path shows at different times. */
-export interface TreeDirectory {
+export interface TreeDirectory extends TreeCommon {
   readonly kind: 'directory';
   readonly key: string;
   readonly mtimeNs: bigint;
@@ -43,7 +63,7 @@ export interface TreeDirectory {
 }
 
 /** A file that never changes. Equal `key`, equal bytes. */
-export interface TreeFile {
+export interface TreeFile extends TreeCommon {
   readonly kind: 'file';
   readonly key: string;
   readonly mtimeNs: bigint;
@@ -53,7 +73,16 @@ export interface TreeFile {
   open(): Promise<OpenFile>;
 }
 
-export type TreeNode = TreeDirectory | TreeFile;
+/** What else lies in file systems. */
+export interface TreeSpecial extends TreeCommon {
+  readonly kind: Exclude<NodeKind, 'directory' | 'file'>;
+  readonly key: string;
+  readonly mtimeNs: bigint;
+  /** Of a symbolic link. */
+  readonly readlink?: () => Promise<Uint8Array>;
+}
+
+export type TreeNode = TreeDirectory | TreeFile | TreeSpecial;
 
 export interface TreeEntry {
   readonly node: TreeNode;
@@ -85,6 +114,8 @@ export interface MountTreeOptions {
   /** Only the point that it means, of every volume that has one. */
   readonly at?: When | undefined;
   readonly warn: (message: string) => void;
+  /** Shows the file systems inside as directories. Closed with the tree. */
+  readonly files?: FilesView | undefined;
   /** How long {@link TreeFile.allocatedBytes} may take, in ms. */
   readonly patienceMs?: number;
 }
@@ -205,6 +236,11 @@ export class MountTree {
     return this.#volumesDirectory([]);
   }
 
+  /** True if the file systems inside are shown. */
+  get hasFiles(): boolean {
+    return this.#options.files !== undefined;
+  }
+
   /** Images open now. */
   get openImages(): number {
     return [...this.#views.values()].reduce((n, v) => n + v.openImages, 0);
@@ -213,6 +249,7 @@ export class MountTree {
   async close(): Promise<void> {
     this.#isClosed = true;
     await this.#counts;
+    await this.#options.files?.close();
     for (const view of this.#views.values()) await view.close();
   }
 
@@ -443,7 +480,11 @@ export class MountTree {
       mtimeNs: point.instantNs,
       lookup: async (name) => {
         if (name === disk.name) return entry(disk);
-        if (!/^p[1-9]\d*\.img$/.test(name)) return undefined;
+        if (!/^p[1-9]\d*\.img$/.test(name)) {
+          const { files } = this.#options;
+          const node = await files?.directory(this.#source(view, point), name);
+          return node === undefined ? undefined : { node, isVolatile: false };
+        }
         const part = (await this.#partitions(view, point)).find((p) => p.name === name);
         return part === undefined ? undefined : entry(part);
       },
@@ -451,7 +492,29 @@ export class MountTree {
         yield { name: disk.name, kind: 'file' } as const;
         for (const part of await this.#partitions(view, point))
           yield { name: part.name, kind: 'file' } as const;
+        const { files } = this.#options;
+        for (const name of (await files?.names(this.#source(view, point))) ?? [])
+          yield { name, kind: 'directory' } as const;
       }.bind(this),
+    };
+  }
+
+  #source(view: VolumeView, point: Point): FilesSource {
+    return {
+      key: `${view.meta.id}:${point.seq}`,
+      name: `${view.meta.name} #${point.seq}`,
+      mtimeNs: point.instantNs,
+      openImage: async () => {
+        const use = await view.open(point.seq);
+        const { image } = use;
+        return {
+          sizeBytes: image.sizeBytes,
+          logicalBlockBytes: image.logicalBlockBytes,
+          read: (into, offset) => image.read(into, offset),
+          extents: (offset, length, limit) => image.extents(offset, length, limit),
+          close: () => use.close(),
+        };
+      },
     };
   }
 
@@ -620,30 +683,4 @@ async function seekIn(
     at = run.offset + run.length;
   }
   return what === 'hole' ? part.sizeBytes : undefined;
-}
-
-/** An image as the readers of partition tables want a device. */
-function readableImage(image: Image, name: string): Readable {
-  const facts: DeviceFacts = {
-    path: name,
-    realPath: name,
-    // Finds a table that counts in other sectors than the device, which Linux would show through a loop device with that sector size.
-    kind: 'file',
-    sizeBytes: image.sizeBytes,
-    logicalBlockBytes: image.logicalBlockBytes,
-    physicalBlockBytes: image.logicalBlockBytes,
-    readOnly: true,
-    devNumber: undefined,
-    partitionOf: undefined,
-    identity: {},
-    diskSequence: undefined,
-  };
-  return {
-    facts,
-    read: async (into, offset) => {
-      const length = Math.max(0, Math.min(into.byteLength, image.sizeBytes - offset));
-      await image.read(into.subarray(0, length), offset);
-      return length;
-    },
-  };
 }

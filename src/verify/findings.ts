@@ -15,7 +15,8 @@ export type Severity = 'damage' | 'unreadable' | 'note';
  * - `pack`: a pack that cannot be opened, or is another; `missing`: a pack that is used and not there; `footer`; `frame`: a damaged frame;
  *   `absent`: a frame that is used and not there; `place`: a record that names blocks which its chunk does not have; `leftover`: bytes or packs
  *   of a crash;
- * - `quarantine`: frames set aside by repair; `rollback`: older than what this machine has seen; `differs`: not what the device holds.
+ * - `quarantine`: frames set aside by repair; `rollback`: older than what this machine has seen; `differs`: not what the device holds;
+ * - `filesystem`: a file system of an image is not sound; `boot`: a machine did not start from an image.
  */
 export type FindingKind =
   | 'config'
@@ -38,7 +39,9 @@ export type FindingKind =
   | 'leftover'
   | 'quarantine'
   | 'rollback'
-  | 'differs';
+  | 'differs'
+  | 'filesystem'
+  | 'boot';
 
 /** A frame and where it lies in its pack, header included, where that is known. */
 export interface FramePlace {

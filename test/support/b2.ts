@@ -3,7 +3,9 @@ import { execFile, type ChildProcess } from 'node:child_process';
 import { fileURLToPath } from 'node:url';
 import type { TempDir } from './tmp.js';
 
-export const PROGRAM = fileURLToPath(new URL('../../bin/b2', import.meta.url));
+/** `B2_TEST_PROGRAM`: another build than the one here (the benchmarks, which are compiled elsewhere). */
+export const PROGRAM =
+  process.env['B2_TEST_PROGRAM'] ?? fileURLToPath(new URL('../../bin/b2', import.meta.url));
 
 export interface Ended {
   /** Exit code; undefined if a signal ended it. */
@@ -36,7 +38,7 @@ export function jsonLines(text: string): Record<string, unknown>[] {
     .map((line) => JSON.parse(line) as Record<string, unknown>);
 }
 
-/** b2 with a repository, a cache and a configuration below one directory, and nothing of the user's. */
+/** b2 with a repository, a cache, its state and a configuration below one directory, and nothing of the user's. */
 export class B2 {
   readonly env: Variables;
   readonly repository: string;
@@ -51,6 +53,8 @@ export class B2 {
       TZ: 'UTC',
       B2_CONFIG: '/dev/null',
       B2_CACHE_DIR: dir.join('cache'),
+      // Records of clean stops; root's lie below /var/lib/b2 else.
+      XDG_STATE_HOME: dir.join('state'),
       B2_REPOSITORY: repository,
       ...env,
     };

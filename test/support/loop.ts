@@ -100,7 +100,8 @@ export async function makeFileSystem(type: FileSystem, device: string): Promise<
 
 export interface Mount {
   readonly path: string;
-  unmount(): Promise<void>;
+  /** With `options` of umount(8). */
+  unmount(...options: readonly string[]): Promise<void>;
 }
 
 /** Mounts `device` on a new directory `name` of `dir`; unmounted at the latest with the directory. */
@@ -114,11 +115,11 @@ export async function mountDevice(
   mkdirSync(path, { recursive: true });
   await runTool('mount', ...(options === undefined ? [] : ['-o', options]), device, path);
   let isMounted = true;
-  const unmount = async (): Promise<void> => {
+  const unmount = async (...options: readonly string[]): Promise<void> => {
     if (!isMounted) return;
     isMounted = false;
-    await runTool('umount', path);
+    await runTool('umount', ...options, path);
   };
-  dir.onRemove(unmount);
+  dir.onRemove(() => unmount());
   return { path, unmount };
 }

@@ -52,6 +52,7 @@ export class TestKernel {
     this.session = new MountSession({
       root,
       totalBytes: () => Promise.resolve(1024 * 1024),
+      xattrs: false,
       reply: (header, payload) => {
         const unique = header.readBigUInt64LE(8);
         const length = OUT_HEADER_BYTES + (payload?.byteLength ?? 0);

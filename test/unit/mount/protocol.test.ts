@@ -111,12 +111,30 @@ describe('requests', () => {
         errno: Errno.EROFS,
       });
     }
-    for (const opcode of [0, 25, 22, 52, 4096, 4_294_967_295]) {
+    for (const opcode of [0, 25, 52, 4096, 4_294_967_295]) {
       expect(parse(request(opcode, 1, 1n, Buffer.alloc(100)))).toEqual({
         op: 'refused',
         errno: Errno.ENOSYS,
       });
     }
+  });
+
+  it('for extended attributes carry a name and room', () => {
+    const body = Buffer.concat([Buffer.alloc(8), Buffer.from('user.x\0')]);
+    body.writeUInt32LE(77, 0);
+    expect(parse(request(Opcode.getxattr, 1, 1n, body))).toEqual({
+      op: 'getxattr',
+      name: Buffer.from('user.x'),
+      size: 77,
+    });
+    expect(parse(request(Opcode.listxattr, 1, 1n, body.subarray(0, 8)))).toEqual({
+      op: 'listxattr',
+      size: 77,
+    });
+    // A name without its end.
+    expect(parse(request(Opcode.getxattr, 1, 1n, body.subarray(0, 14)))).toMatchObject({
+      op: 'refused',
+    });
   });
 
   it('a read of more than was agreed on is refused', () => {

@@ -1,0 +1,32 @@
+/** An image under a throw-away overlay, which remembers what reading it has failed with. */
+import type { Image } from '../image.js';
+import { openTemporaryOverlay, type WritableImage } from '../nbd/index.js';
+
+export interface ThrowAway {
+  readonly image: WritableImage;
+  readonly failures: readonly unknown[];
+}
+
+/** Failures that are kept: the first ones tell. */
+const KEPT = 100;
+
+/** Takes `base` over: it is closed with the overlay. */
+export async function throwAwayOverlay(base: Image, directory?: string): Promise<ThrowAway> {
+  const failures: unknown[] = [];
+  const told = (error: unknown): never => {
+    if (failures.length < KEPT) failures.push(error);
+    throw error;
+  };
+  const watched: Image = {
+    sizeBytes: base.sizeBytes,
+    logicalBlockBytes: base.logicalBlockBytes,
+    read: (into, offset) => base.read(into, offset).catch(told),
+    extents: (offset, length, limit) => base.extents(offset, length, limit).catch(told),
+    close: () => base.close(),
+  };
+  const image = await openTemporaryOverlay({
+    base: watched,
+    ...(directory === undefined ? {} : { directory }),
+  });
+  return { image, failures };
+}

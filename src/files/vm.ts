@@ -1,0 +1,496 @@
+/**
+ * The backend `vm`: the kernel of a tiny virtual machine mounts the file systems. No privilege is needed, nothing of this machine
+ * is touched by what is in the image, and logical volumes and copies of mounted btrfs meet no originals.
+ *
+ *     image → overlay (this process) → NBD → QEMU, one disk for each file system → mount in the guest
+ *
+ * QEMU's standard streams are the line to the guest. QEMU is killed when this process ends, however it does; files are there only
+ * while the guest starts.
+ */
+import { spawn, type ChildProcess } from 'node:child_process';
+import { mkdtemp, readFile, rm, writeFile } from 'node:fs/promises';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { Readable } from 'node:stream';
+
+import {
+  acceleratorArguments,
+  acceleratorsToTry,
+  KVM_PATIENCE_MS,
+  qemuName,
+  rememberKvmFails,
+  type Accelerator,
+} from '../boot/qemu.js';
+import type { Clock } from '../clock.js';
+import { B2Error, ioError } from '../errors.js';
+import type { EventSink } from '../events.js';
+import type { Image } from '../image.js';
+import { serveNbd, type NbdServer } from '../nbd/index.js';
+import {
+  driverOf,
+  lastLine,
+  mountText,
+  tellNotes,
+  type Environment,
+  type Running,
+} from './environment.js';
+import { FrameParser } from './frames.js';
+import { buildGuest, findGuestKernel, findStaticBusybox, ModuleTree } from './guest.js';
+import { findAreas, type FoundArea } from './layout.js';
+import { script } from './names.js';
+import { throwAwayOverlay } from './overlay.js';
+import { childEnd, collectText, findProgram, outputOf, TOOL_ENV } from './tools.js';
+
+export interface VmOptions {
+  /** Taken over, also when opening rejects. */
+  readonly image: Image;
+  /** What gets a disk in the guest: everything that holds files or volumes. */
+  readonly areas: readonly FoundArea[];
+  readonly clock: Clock;
+  readonly events: EventSink;
+  readonly cacheDir: string;
+}
+
+/** Without KVM a loaded machine takes long; a guest that hangs takes for ever. */
+const TCG_PATIENCE_MS = 240_000;
+/** Slots of the guest's bus. */
+const MAX_DISKS = 24;
+/** For the log of a large xfs or btrfs. */
+const MEMORY = '768M';
+/** Leaves room for the names of sockets, which unix bounds. */
+const MAX_DIRECTORY_BYTES = 70;
+/** Bytes that wait for a slow reader. */
+const WAITING_BYTES = 4 * 1024 * 1024;
+
+/** Why no tiny VM can be started here, in words; undefined where one can. */
+export async function vmLacks(): Promise<string | undefined> {
+  const qemu = qemuName();
+  if (qemu === undefined) return `b2 knows none for ${process.arch}`;
+  const missing: string[] = [];
+  if (findProgram(qemu) === undefined) missing.push(qemu);
+  if (findStaticBusybox() === undefined) missing.push('a static busybox');
+  for (const tool of ['find', 'tar']) if (findProgram(tool) === undefined) missing.push(tool);
+  if ((await findGuestKernel()) === undefined)
+    missing.push('a kernel in /boot that may be read, with its modules in /lib/modules');
+  return missing.length === 0 ? undefined : `missing: ${missing.join(', ')}`;
+}
+
+/** Starts the guest. Kinds `unsupported`, `io`, `failed`. */
+export async function openVmEnvironment(options: VmOptions): Promise<Environment> {
+  const { image, failures } = await throwAwayOverlay(options.image);
+  let directory: string | undefined;
+  let server: NbdServer | undefined;
+  try {
+    const parent = Buffer.byteLength(tmpdir()) <= MAX_DIRECTORY_BYTES ? tmpdir() : '/tmp';
+    directory = await mkdtemp(join(parent, 'b2-vm-')).catch((error: unknown) => {
+      throw ioError('make a directory in', parent, error);
+    });
+    server = await serveNbd({
+      exports: [{ name: '', open: () => Promise.resolve(image) }],
+      listen: { socketPath: join(directory, 's') },
+    });
+    const guest = await prepare(options);
+    const line = await start(options, guest, directory);
+    return new VmEnvironment(line, server, guest, failures, options.events);
+  } catch (error) {
+    await server?.close().catch(() => undefined);
+    await image.close().catch(() => undefined);
+    throw error;
+  } finally {
+    if (directory !== undefined) await rm(directory, { recursive: true, force: true });
+  }
+}
+
+interface Guest {
+  readonly kernel: string;
+  readonly archive: Buffer;
+  readonly disks: readonly FoundArea[];
+  readonly tree: ModuleTree;
+}
+
+const NTFS_PROGRAMS = ['ntfs-3g', 'ntfsrecover'];
+
+async function prepare({ areas }: VmOptions): Promise<Guest> {
+  const kernel = await findGuestKernel();
+  if (kernel === undefined) throw new Error('vmLacks was not asked');
+  const tree = await ModuleTree.read(kernel.modules);
+  const disks = areas.slice(0, MAX_DISKS);
+  const hasContainer = disks.some((d) => d.holds === 'container');
+  const lvm = hasContainer ? findProgram('lvm') : undefined;
+  const wanted = new Set(disks.flatMap((d) => driverOf(d.type) ?? []));
+  // What may be in a logical volume is not known yet.
+  if (lvm !== undefined)
+    for (const driver of ['lvm', 'ext4', 'xfs', 'btrfs', 'vfat']) wanted.add(driver);
+  const programs = [lvm, findProgram('filefrag')].filter((p) => p !== undefined);
+  if (wanted.has('ntfs3') && !tree.has('ntfs3')) {
+    wanted.add('fuse');
+    for (const name of NTFS_PROGRAMS) {
+      const program = findProgram(name);
+      if (program !== undefined) programs.push(program);
+    }
+  }
+  const archive = await buildGuest({ kernel, drivers: [...wanted], programs });
+  return { kernel: kernel.image, archive, disks, tree };
+}
+
+/** One QEMU: the line to its guest. */
+interface Line {
+  readonly child: ChildProcess;
+  readonly ended: Promise<number>;
+  readonly parser: FrameParser;
+}
+
+async function start(options: VmOptions, guest: Guest, directory: string): Promise<Line> {
+  const { cacheDir } = options;
+  await writeFile(join(directory, 'initrd'), guest.archive, { mode: 0o600 });
+  const accelerators = await acceleratorsToTry(cacheDir);
+  for (const accelerator of accelerators) {
+    const line = await startWith(options, guest, directory, accelerator);
+    if (line !== undefined) return line;
+    if (accelerator === 'kvm') await rememberKvmFails(cacheDir);
+  }
+  const log = await readFile(join(directory, 'console'), 'latin1').catch(() => '');
+  const lines = log.replace(/[^\n\x20-\x7e]/g, '').split('\n');
+  // The reason of a panic stands before its trace.
+  const said = lines.find((line) => line.includes('Kernel panic')) ?? lastLine(lines.join('\n'));
+  throw new B2Error(
+    'failed',
+    `the tiny virtual machine did not come to life${said === '' ? '' : `: ${said}`}`,
+    {
+      hint: `It is started from ${guest.kernel}; a machine that is very busy may need another try.`,
+    },
+  );
+}
+
+function blockDevice(name: string, value: object): readonly string[] {
+  return ['-blockdev', JSON.stringify({ 'node-name': name, ...value })];
+}
+
+function diskArguments(guest: Guest, socket: string): readonly string[] {
+  return guest.disks.flatMap((disk, i) => [
+    ...blockDevice(`n${i}`, { driver: 'nbd', server: { type: 'unix', path: socket }, export: '' }),
+    ...blockDevice(`d${i}`, {
+      driver: 'raw',
+      offset: disk.offsetBytes,
+      size: Math.floor(disk.sizeBytes / 512) * 512,
+      file: `n${i}`,
+    }),
+    '-device',
+    `virtio-blk-pci,drive=d${i},serial=${disk.name}`,
+  ]);
+}
+
+/** Undefined where the guest did not come to life; an error where QEMU itself cannot be started. */
+async function startWith(
+  { clock }: VmOptions,
+  guest: Guest,
+  directory: string,
+  accelerator: Accelerator,
+): Promise<Line | undefined> {
+  const qemu = findProgram(qemuName() ?? '');
+  if (qemu === undefined) throw new Error('vmLacks was not asked');
+  const args = [
+    '-nodefaults',
+    '-no-user-config',
+    '-display',
+    'none',
+    '-nic',
+    'none',
+    '-no-reboot',
+    '-m',
+    MEMORY,
+    '-smp',
+    '1',
+    ...acceleratorArguments(accelerator),
+    '-kernel',
+    guest.kernel,
+    '-initrd',
+    join(directory, 'initrd'),
+    '-append',
+    'console=ttyS0 loglevel=4 panic=-1 mitigations=off nokaslr',
+    '-chardev',
+    `file,id=console,path=${join(directory, 'console')}`,
+    '-serial',
+    'chardev:console',
+    '-chardev',
+    'stdio,id=line,signal=off',
+    '-device',
+    'virtio-serial-pci,max_ports=2',
+    '-device',
+    'virtserialport,chardev=line,nr=1,name=b2',
+    ...diskArguments(guest, join(directory, 's')),
+  ];
+  // The kernel kills QEMU when we end: also when nobody can clean up.
+  const leash = findProgram('setpriv');
+  const [program, all] =
+    leash === undefined ? [qemu, args] : [leash, ['--pdeathsig', 'KILL', '--', qemu, ...args]];
+  const child = spawn(program, all, {
+    stdio: ['pipe', 'pipe', 'pipe'],
+    env: { ...TOOL_ENV },
+    cwd: '/',
+    detached: true,
+  });
+  const ended = childEnd(child, qemu);
+  ended.catch(() => undefined);
+  child.stdin.on('error', () => undefined);
+  const said = collectText(child.stderr);
+  const parser = new FrameParser();
+  const late = new AbortController();
+  const patience = accelerator === 'kvm' ? KVM_PATIENCE_MS : TCG_PATIENCE_MS;
+  const state = await Promise.race([
+    firstFrame(child.stdout, parser),
+    ended.then(() => 'ended' as const),
+    clock.sleep(patience, late.signal).then(() => 'late' as const),
+  ]);
+  late.abort();
+  if (state === 'ready') return { child, ended, parser };
+  child.kill('SIGKILL');
+  const status = await ended;
+  if (state === 'ended' && status !== 0 && accelerator === 'tcg') {
+    throw new B2Error(
+      'failed',
+      `QEMU ended while the tiny virtual machine started: ${lastLine(said()) || `status ${status}`}`,
+    );
+  }
+  return undefined;
+}
+
+function firstFrame(stdout: Readable, parser: FrameParser): Promise<'ready' | 'ended'> {
+  return new Promise((resolve, reject) => {
+    const onData = (piece: Buffer): void => {
+      try {
+        if (!parser.take(piece).some((frame) => frame.type === 'ready')) return;
+        stdout.off('data', onData);
+        stdout.pause();
+        resolve('ready');
+      } catch (error) {
+        reject(error instanceof Error ? error : new Error(String(error)));
+      }
+    };
+    stdout.on('data', onData);
+    stdout.once('end', () => resolve('ended'));
+  });
+}
+
+/** The script that runs now. */
+interface Current {
+  readonly stdout: Readable;
+  readonly resolve: (end: { readonly status: number; readonly stderr: string }) => void;
+  readonly reject: (error: Error) => void;
+}
+
+class VmEnvironment implements Environment {
+  readonly backend = 'vm';
+  readonly failures: readonly unknown[];
+  readonly #line: Line;
+  readonly #server: NbdServer;
+  readonly #guest: Guest;
+  readonly #events: EventSink;
+  readonly #mounted = new Map<string, Promise<string>>();
+  #current: Current | undefined;
+  /** Ends with the script that was given last. */
+  #turn: Promise<unknown> = Promise.resolve();
+  #broken: Error | undefined;
+  #closing: Promise<void> | undefined;
+
+  constructor(
+    line: Line,
+    server: NbdServer,
+    guest: Guest,
+    failures: readonly unknown[],
+    events: EventSink,
+  ) {
+    this.#line = line;
+    this.#server = server;
+    this.#guest = guest;
+    this.#events = events;
+    this.failures = failures;
+    const { child, ended } = line;
+    child.stdout?.on('data', (piece: Buffer) => this.#take(piece));
+    child.stdout?.pause();
+    const gone = (): void =>
+      this.#break(new B2Error('failed', 'the tiny virtual machine has ended unexpectedly'));
+    ended.then(gone, gone);
+  }
+
+  #break(error: Error): void {
+    this.#broken ??= error;
+    const current = this.#current;
+    this.#current = undefined;
+    if (current === undefined) return;
+    current.stdout.destroy(error);
+    current.reject(error);
+  }
+
+  #take(piece: Buffer): void {
+    try {
+      for (const frame of this.#line.parser.take(piece)) {
+        const current = this.#current;
+        if (current === undefined) continue;
+        if (frame.type === 'data') {
+          // Nobody may want it any more: then it is only taken off the line.
+          if (current.stdout.destroyed) continue;
+          if (!current.stdout.push(frame.bytes)) this.#line.child.stdout?.pause();
+        } else if (frame.type === 'end') {
+          this.#current = undefined;
+          if (!current.stdout.destroyed) current.stdout.push(null);
+          current.resolve({ status: frame.status, stderr: frame.stderr });
+        }
+      }
+    } catch (error) {
+      this.#break(error instanceof Error ? error : new Error(String(error)));
+    }
+  }
+
+  run(text: Buffer): Running {
+    const resume = (): void => void this.#line.child.stdout?.resume();
+    const stdout = new Readable({
+      highWaterMark: WAITING_BYTES,
+      read: resume,
+      destroy: (error, done) => {
+        resume();
+        done(error);
+      },
+    });
+    const ended = this.#turn.then(
+      () =>
+        new Promise<{ readonly status: number; readonly stderr: string }>((resolve, reject) => {
+          if (this.#broken !== undefined) {
+            stdout.destroy(this.#broken);
+            return reject(this.#broken);
+          }
+          this.#current = { stdout, resolve, reject };
+          this.#line.child.stdin?.write(`${text.toString('base64')}\n`);
+          resume();
+        }),
+    );
+    this.#turn = ended.catch(() => undefined);
+    return { stdout, ended };
+  }
+
+  mount(area: FoundArea): Promise<string> {
+    let mounted = this.#mounted.get(area.name);
+    if (mounted === undefined) {
+      mounted = this.#mount(area);
+      this.#mounted.set(area.name, mounted);
+      mounted.catch(() => this.#mounted.delete(area.name));
+    }
+    return mounted;
+  }
+
+  async #mount(area: FoundArea): Promise<string> {
+    const known = driverOf(area.type);
+    const isNtfs = known === 'ntfs3' && !this.#guest.tree.has('ntfs3');
+    const driver = isNtfs ? 'fuse' : known;
+    if (driver === undefined || !this.#guest.tree.has(driver) || (isNtfs && !hasNtfs())) {
+      throw new B2Error(
+        'unsupported',
+        `the ${area.type} in ${area.name} cannot be read here: ${this.#guest.kernel} has no driver for it`,
+        isNtfs ? { hint: 'apt-get install ntfs-3g' } : {},
+      );
+    }
+    const dir = `/fs/${area.name}`;
+    const device =
+      area.sizeBytes === 0
+        ? Buffer.from(`dev=/dev/${area.name}\n`)
+        : script`for b in /sys/block/vd*; do [ "$(cat $b/serial)" = ${area.name} ] && dev=/dev/\${b##*/}; done\n`;
+    const asked = Buffer.concat([
+      device,
+      Buffer.from(`dir=${dir}; mkdir -p "$dir"
+while read -r module; do insmod "$module" 2>/dev/null; done </m/${driver}
+${isNtfs ? NTFS_TEXT : mountText(driver)}
+status=$?
+[ $status = 0 ] || dmesg | grep -v '^$' | tail -n 1 >&2
+exit $status
+`),
+    ]);
+    const { status, stderr } = await outputOf(this.run(asked));
+    if (status === 0) {
+      tellNotes(stderr, area.name, this.#events);
+      return dir;
+    }
+    const [first] = this.failures;
+    if (first instanceof B2Error) throw first;
+    throw new B2Error(
+      'io',
+      `the ${area.type} in ${area.name} cannot be mounted in the tiny virtual machine: ${lastLine(stderr)}`,
+      { hint: '"b2 restore" of the whole volume and fsck of the copy may help.' },
+    );
+  }
+
+  async openContainers(): Promise<readonly FoundArea[]> {
+    if (findProgram('lvm') === undefined) {
+      throw new B2Error('unsupported', 'looking into LVM needs its tools', {
+        hint: 'apt-get install lvm2',
+      });
+    }
+    const { status, stdout, stderr } = await outputOf(this.run(Buffer.from(LVM_TEXT)));
+    if (status !== 0) {
+      const [first] = this.failures;
+      if (first instanceof B2Error) throw first;
+      throw new B2Error('io', `the logical volumes cannot be started: ${lastLine(stderr)}`);
+    }
+    const areas: FoundArea[] = [];
+    for (const line of stdout.toString().split('\n')) {
+      const [, name, size] = /^\s*(\S+\/\S+)\/(\d+)$/.exec(line) ?? [];
+      if (name === undefined) continue;
+      const head = await outputOf(
+        this.run(script`dd ${`if=/dev/${name}`} bs=${`${SIGNATURE_BYTES}`} count=1\n`),
+      );
+      if (head.status !== 0) continue; // a pool of thin volumes is no device
+      const image = imageOfHead(head.stdout, Number(size));
+      for (const area of await findAreas(image, name)) {
+        // A partition table in a logical volume is the disk of a virtual machine: another image.
+        if (area.name === 'disk') areas.push({ ...area, name, sizeBytes: 0 });
+      }
+    }
+    return areas;
+  }
+
+  close(): Promise<void> {
+    this.#closing ??= this.#close();
+    return this.#closing;
+  }
+
+  async #close(): Promise<void> {
+    // The guest's disks are thrown away: it needs no time to say goodbye.
+    this.#line.child.kill('SIGKILL');
+    await this.#line.ended.catch(() => undefined);
+    await this.#server.close().catch(() => undefined);
+  }
+}
+
+function hasNtfs(): boolean {
+  return NTFS_PROGRAMS.every((name) => findProgram(name) !== undefined);
+}
+
+/** ntfsrecover carries out what Windows has committed in the log; where it cannot, what is there is shown as it is, and said. */
+const NTFS_TEXT = `ntfsrecover "$dev" >/tmp/recover 2>&1 || echo "b2-note: the log of this NTFS could not be replayed ($(tail -n 1 /tmp/recover)): what Windows changed last may be missing" >&2
+ntfs-3g -o ro "$dev" "$dir"`;
+
+/** Starts every logical volume and says `VG/LV/BYTES` of each. */
+const LVM_TEXT = `while read -r module; do insmod "$module" 2>/dev/null; done </m/lvm
+mkdir -p /etc/lvm
+config='global{thin_check_executable="" cache_check_executable=""} activation{udev_sync=0 udev_rules=0 verify_udev_operations=1} devices{obtain_device_list_from_udev=0 external_device_info_source="none" use_devicesfile=0} backup{backup=0 archive=0}'
+lvm vgchange --config "$config" --activate y --sysinit >/tmp/lvm 2>&1
+lvm vgmknodes --config "$config" >>/tmp/lvm 2>&1
+lvm lvs --config "$config" --noheadings --nosuffix --units b --separator / -o vg_name,lv_name,lv_size
+`;
+
+/** As much of a volume's beginning as signatures lie in. */
+const SIGNATURE_BYTES = 1024 * 1024;
+
+/** An image of which only the beginning is known. */
+function imageOfHead(head: Buffer, sizeBytes: number): Image {
+  return {
+    sizeBytes,
+    logicalBlockBytes: 512,
+    read: (into, offset) => {
+      into.fill(0);
+      head.copy(into, 0, Math.min(offset, head.length));
+      return Promise.resolve();
+    },
+    extents: (offset, length) => Promise.resolve([{ offset, length, hole: false }]),
+    close: () => Promise.resolve(),
+  };
+}

@@ -1,0 +1,367 @@
+/**
+ * The file systems inside the points of a mount, as directories. A file system is mounted (by a {@link KernelEnvironment}, in a
+ * namespace of its own) when somebody first looks into its directory, and unmounted when nobody has for a while; a process there
+ * (files/agent.ts) answers for it, so that this one never waits for its own mount.
+ */
+import { B2Error, errnoOf } from '../errors.js';
+import type { Clock } from '../clock.js';
+import type { EventSink } from '../events.js';
+import { FilesAgent } from '../files/agent-client.js';
+import type { AgentAnswers, AgentQuestion, AgentStat } from '../files/agent-protocol.js';
+import { kernelLacks, openKernelEnvironment, type KernelEnvironment } from '../files/kernel.js';
+import { findAreas, type FoundArea } from '../files/layout.js';
+import { decodeName, encodeName } from '../files/names.js';
+import type { Image } from '../image.js';
+import type { NodeKind } from './protocol.js';
+import type {
+  OpenFile,
+  TreeAttributes,
+  TreeDirectory,
+  TreeEntry,
+  TreeListed,
+  TreeNode,
+  TreeXattrs,
+} from './tree.js';
+
+/** How long a mounted file system that nobody looks at stays. */
+const IDLE_MS = 60_000;
+/** Points whose file systems are mounted at most; the one that is idle the longest goes first. */
+const OPEN_POINTS = 8;
+/** Points whose areas are remembered. */
+const REMEMBERED_POINTS = 256;
+
+/** A point of a volume. */
+export interface FilesSource {
+  /** Tells points apart. */
+  readonly key: string;
+  /** For messages. */
+  readonly name: string;
+  readonly mtimeNs: bigint;
+  readonly openImage: () => Promise<Image>;
+}
+
+interface Opened {
+  readonly environment: KernelEnvironment;
+  readonly agent: FilesAgent;
+}
+
+interface Shared {
+  readonly opened: Promise<Opened>;
+  users: number;
+  idle: NodeJS.Timeout | undefined;
+}
+
+/** An area of a point, mounted when it is asked for. */
+interface Root {
+  readonly source: FilesSource;
+  readonly area: FoundArea;
+}
+
+const KIND_OF_TYPE: Readonly<Record<number, NodeKind>> = {
+  0o010000: 'fifo',
+  0o020000: 'character',
+  0o040000: 'directory',
+  0o060000: 'block',
+  0o100000: 'file',
+  0o120000: 'symlink',
+  0o140000: 'socket',
+};
+const TYPE_BITS = 0o170000;
+
+export interface FilesViewOptions {
+  readonly clock: Clock;
+  readonly events: EventSink;
+}
+
+export class FilesView {
+  readonly #options: FilesViewOptions;
+  readonly #areas = new Map<string, Promise<readonly FoundArea[]>>();
+  readonly #points = new Map<string, Shared>();
+  readonly #closing = new Set<Promise<void>>();
+  /** Attributes of roots that have been mounted. */
+  readonly #roots = new Map<string, AgentStat>();
+  #isClosed = false;
+
+  constructor(options: FilesViewOptions) {
+    this.#options = options;
+  }
+
+  /** Names of the directories of a point: `p1`, or `disk` without a partition table. */
+  async names(source: FilesSource): Promise<readonly string[]> {
+    return (await this.#areasOf(source)).map((area) => area.name);
+  }
+
+  /** The directory of that name; undefined where there is none. */
+  async directory(source: FilesSource, name: string): Promise<TreeDirectory | undefined> {
+    const area = (await this.#areasOf(source)).find((a) => a.name === name);
+    if (area === undefined) return undefined;
+    const root: Root = { source, area };
+    const key = `${source.key}:${area.name}`;
+    return this.#directory(root, Buffer.alloc(0), `root:${key}`, source.mtimeNs, async () => {
+      const stat = this.#roots.get(key);
+      return stat === undefined ? undefined : attributesOf(stat);
+    });
+  }
+
+  /** Points whose file systems are mounted now. */
+  get openPoints(): number {
+    return this.#points.size;
+  }
+
+  /** Unmounts everything, in use or not. */
+  async close(): Promise<void> {
+    this.#isClosed = true;
+    for (const [key, shared] of this.#points) {
+      clearTimeout(shared.idle);
+      this.#points.delete(key);
+      this.#end(shared);
+    }
+    await Promise.all(this.#closing);
+  }
+
+  #areasOf(source: FilesSource): Promise<readonly FoundArea[]> {
+    const known = this.#areas.get(source.key);
+    if (known !== undefined) return known;
+    const found = readAreas(source);
+    this.#areas.set(source.key, found);
+    // A store that was away may be back.
+    found.catch(() => this.#areas.delete(source.key));
+    for (const old of this.#areas.keys()) {
+      if (this.#areas.size <= REMEMBERED_POINTS) break;
+      this.#areas.delete(old);
+    }
+    return found;
+  }
+
+  /** Asks the agent about a path below a root. The mount stays for as long as this takes, and a while. */
+  async #ask<Q extends AgentQuestion>(root: Root, question: Q): Promise<AgentAnswers[Q['op']]> {
+    return this.#use(root, ({ agent }) => agent.ask(question));
+  }
+
+  async #use<T>(root: Root, fn: (opened: Opened, directory: string) => Promise<T>): Promise<T> {
+    const shared = this.#take(root);
+    try {
+      const opened = await shared.opened;
+      const directory = await opened.environment.mount(root.area);
+      await this.#rememberRoot(root, opened, directory);
+      try {
+        return await fn(opened, directory);
+      } catch (error) {
+        // What reading the image has failed with says more than the EIO that came of it.
+        const [first] = errnoOf(error) === 'EIO' ? opened.environment.failures : [];
+        throw first ?? error;
+      }
+    } finally {
+      this.#give(root.source.key, shared);
+    }
+  }
+
+  async #rememberRoot(root: Root, { agent }: Opened, directory: string): Promise<void> {
+    const key = `${root.source.key}:${root.area.name}`;
+    if (this.#roots.has(key)) return;
+    this.#roots.set(key, await agent.ask({ op: 'lstat', path: Buffer.from(directory) }));
+  }
+
+  /** Counts a user; {@link #give} takes it back. */
+  #take(root: Root): Shared {
+    if (this.#isClosed) throw new B2Error('failed', 'the mount is being taken down');
+    const { key } = root.source;
+    let shared = this.#points.get(key);
+    if (shared === undefined) {
+      shared = { opened: this.#open(root), users: 0, idle: undefined };
+      this.#points.set(key, shared);
+      const mine = shared;
+      mine.opened.catch(() => {
+        if (this.#points.get(key) === mine) this.#points.delete(key);
+      });
+      this.#makeRoom(key);
+    }
+    clearTimeout(shared.idle);
+    shared.users++;
+    // The one used last is the last of the map.
+    this.#points.delete(key);
+    this.#points.set(key, shared);
+    return shared;
+  }
+
+  #give(key: string, shared: Shared): void {
+    shared.users--;
+    if (shared.users > 0 || this.#points.get(key) !== shared) return;
+    clearTimeout(shared.idle);
+    shared.idle = setTimeout(() => this.#drop(key, shared), IDLE_MS);
+    shared.idle.unref();
+  }
+
+  #makeRoom(except: string): void {
+    for (const [key, shared] of this.#points) {
+      if (this.#points.size <= OPEN_POINTS) return;
+      if (shared.users === 0 && key !== except) this.#drop(key, shared);
+    }
+  }
+
+  #drop(key: string, shared: Shared): void {
+    if (shared.users > 0 || this.#points.get(key) !== shared) return;
+    clearTimeout(shared.idle);
+    this.#points.delete(key);
+    this.#end(shared);
+  }
+
+  #end(shared: Shared): void {
+    const ending = shared.opened
+      .then(async ({ agent, environment }) => {
+        await agent.close();
+        await environment.close();
+      })
+      .catch(() => undefined)
+      .finally(() => this.#closing.delete(ending));
+    this.#closing.add(ending);
+  }
+
+  async #open({ source, area }: Root): Promise<Opened> {
+    const lacks = await kernelLacks(area);
+    if (lacks !== undefined) {
+      throw new B2Error('unsupported', `${source.name}, ${area.name} (${area.type}): ${lacks}`, {
+        hint: '"b2 ls", "b2 cat" and "b2 restore --path" can read it with --backend vm.',
+      });
+    }
+    const { clock, events } = this.#options;
+    const environment = await openKernelEnvironment(await source.openImage(), clock, events);
+    return { environment, agent: new FilesAgent(environment) };
+  }
+
+  /** `relative` is empty for the root, else begins with a slash. */
+  #directory(
+    root: Root,
+    relative: Buffer,
+    key: string,
+    mtimeNs: bigint,
+    attributes: () => Promise<TreeAttributes | undefined>,
+  ): TreeDirectory {
+    const at = (name: string): Buffer =>
+      Buffer.concat([relative, Buffer.from('/'), encodeName(name)]);
+    return {
+      kind: 'directory',
+      key,
+      mtimeNs,
+      attributes,
+      xattrs: this.#xattrs(root, relative),
+      lookup: async (name): Promise<TreeEntry | undefined> => {
+        try {
+          const stat = await this.#pathAsk(root, at(name), (path) => ({ op: 'lstat', path }));
+          return { node: this.#node(root, at(name), stat), isVolatile: false };
+        } catch (error) {
+          if (errnoOf(error) === 'ENOENT') return undefined;
+          throw error;
+        }
+      },
+      list: async function* (this: FilesView): AsyncGenerator<TreeListed> {
+        const all = await this.#pathAsk(root, relative, (path) => ({ op: 'readdir', path }));
+        for (const { name, type } of all) {
+          yield { name: decodeName(name), kind: KIND_OF_TYPE[type & TYPE_BITS] ?? 'file' };
+        }
+      }.bind(this),
+    };
+  }
+
+  #pathAsk<Q extends AgentQuestion>(
+    root: Root,
+    relative: Buffer,
+    question: (path: Buffer) => Q,
+  ): Promise<AgentAnswers[Q['op']]> {
+    return this.#use(root, ({ agent }, directory) =>
+      agent.ask(question(Buffer.concat([Buffer.from(directory), relative]))),
+    );
+  }
+
+  #node(root: Root, relative: Buffer, stat: AgentStat): TreeNode {
+    const { source, area } = root;
+    // Subvolumes of btrfs count their inodes each for itself; a file with several names is one.
+    const key = `inode:${source.key}:${area.name}:${stat.device}:${stat.inode}`;
+    const attributes = (): Promise<TreeAttributes> => Promise.resolve(attributesOf(stat));
+    const kind = KIND_OF_TYPE[stat.mode & TYPE_BITS] ?? 'file';
+    const { mtimeNs, sizeBytes } = stat;
+    if (kind === 'directory') return this.#directory(root, relative, key, mtimeNs, attributes);
+    const common = { key, mtimeNs, attributes, xattrs: this.#xattrs(root, relative) };
+    if (kind === 'file') {
+      return {
+        ...common,
+        kind,
+        sizeBytes,
+        allocatedBytes: () => Promise.resolve(stat.blocks * 512),
+        open: () => this.#openFile(root, relative, sizeBytes),
+      };
+    }
+    if (kind !== 'symlink') return { ...common, kind };
+    return {
+      ...common,
+      kind,
+      readlink: () => this.#pathAsk(root, relative, (path) => ({ op: 'readlink', path })),
+    };
+  }
+
+  #xattrs(root: Root, relative: Buffer): TreeXattrs {
+    return {
+      get: (name) => this.#pathAsk(root, relative, (path) => ({ op: 'getxattr', path, name })),
+      list: () => this.#pathAsk(root, relative, (path) => ({ op: 'listxattr', path })),
+    };
+  }
+
+  async #openFile(root: Root, relative: Buffer, sizeBytes: number): Promise<OpenFile> {
+    // An open file keeps its file system mounted.
+    const shared = this.#take(root);
+    let isClosed = false;
+    const release = (): void => {
+      if (isClosed) return;
+      isClosed = true;
+      this.#give(root.source.key, shared);
+    };
+    try {
+      const handle = await this.#pathAsk(root, relative, (path) => ({ op: 'open', path }));
+      return {
+        sizeBytes,
+        read: async (into, offset) => {
+          const { length } = into;
+          const bytes = await this.#ask(root, { op: 'read', handle, offset, length });
+          if (bytes.length !== length)
+            throw new B2Error('io', `a file of ${root.source.name} ended too early`);
+          into.set(bytes);
+        },
+        seek: (offset, what) => this.#ask(root, { op: 'seek', handle, offset, what }),
+        close: async () => {
+          if (isClosed) return;
+          await this.#ask(root, { op: 'close', handle }).catch(() => undefined);
+          release();
+        },
+      };
+    } catch (error) {
+      release();
+      throw error;
+    }
+  }
+}
+
+async function readAreas(source: FilesSource): Promise<readonly FoundArea[]> {
+  const image = await source.openImage();
+  try {
+    const areas = await findAreas(image, source.name);
+    return areas.filter((area) => area.holds === 'files' && area.devices === 1);
+  } finally {
+    await image.close();
+  }
+}
+
+function attributesOf(stat: AgentStat): TreeAttributes {
+  return {
+    sizeBytes: stat.sizeBytes,
+    blocks: stat.blocks,
+    mtimeNs: stat.mtimeNs,
+    atimeNs: stat.atimeNs,
+    ctimeNs: stat.ctimeNs,
+    permissions: stat.mode & 0o7777,
+    links: stat.links,
+    uid: stat.uid,
+    gid: stat.gid,
+    // st_rdev as glibc packs it is what the kernel wants for the small numbers that devices have.
+    rdev: Number(stat.rdev & 0xffff_ffffn),
+  };
+}

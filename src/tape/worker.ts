@@ -1,0 +1,115 @@
+/** The thread side of {@link PackPool}: does what src/tape/pool.ts asks of it. */
+import type { MessagePort } from 'node:worker_threads';
+
+import { contextOf, type RepositoryHandle } from '../repo/handle.js';
+import { openStore } from '../repo/store-url.js';
+import { serveWorker, toPortableError, type PortableError } from '../workers.js';
+import { MapStore } from './map-store.js';
+import { PackWork, type BuildJob, type PackChecked, type TakenChunk } from './pack-work.js';
+
+export interface TapeJob {
+  readonly handle: RepositoryHandle;
+  readonly port: MessagePort;
+}
+
+/** Buffers move with the messages, both ways. */
+export type ToWork =
+  | {
+      readonly type: 'build';
+      readonly id: number;
+      readonly job: BuildJob;
+      readonly buffer: ArrayBuffer;
+    }
+  | {
+      readonly type: 'check';
+      readonly id: number;
+      readonly packId: string;
+      readonly buffer: ArrayBuffer;
+      readonly length: number;
+    }
+  | {
+      readonly type: 'take';
+      readonly id: number;
+      readonly packId: string;
+      readonly buffer: ArrayBuffer;
+      readonly length: number;
+      readonly keys: Uint32Array;
+    }
+  | { readonly type: 'end' };
+
+export type WorkAnswer =
+  | { readonly type: 'built'; readonly length: number }
+  | { readonly type: 'checked'; readonly result: PackChecked }
+  | {
+      readonly type: 'taken';
+      readonly taken: readonly TakenChunk[];
+      readonly bytes: ArrayBuffer;
+      readonly damaged: PackChecked['damaged'];
+    };
+
+export type FromWork = { readonly id: number; readonly buffer: ArrayBuffer } & (
+  | { readonly answer: WorkAnswer; readonly error?: undefined }
+  | { readonly answer?: undefined; readonly error: PortableError }
+);
+
+/** Does one thing. Shared with the pool, which does it in its own thread where there are no others. */
+export async function doWork(
+  work: PackWork,
+  message: Exclude<ToWork, { readonly type: 'end' }>,
+): Promise<WorkAnswer> {
+  switch (message.type) {
+    case 'build':
+      return { type: 'built', length: await work.build(message.job, Buffer.from(message.buffer)) };
+    case 'check': {
+      const bytes = Buffer.from(message.buffer, 0, message.length);
+      return { type: 'checked', result: await work.check(message.packId, bytes) };
+    }
+    case 'take': {
+      const bytes = Buffer.from(message.buffer, 0, message.length);
+      const { taken, bytes: out, damaged } = await work.take(message.packId, bytes, message.keys);
+      return { type: 'taken', taken, bytes: out.buffer, damaged };
+    }
+  }
+}
+
+serveWorker<TapeJob, undefined>(async ({ handle, port }, context) => {
+  const store =
+    handle.storeUrl === undefined ? new MapStore('the tape') : await openStore(handle.storeUrl);
+  try {
+    const work = new PackWork(contextOf(handle, store));
+    await new Promise<void>((resolve) => {
+      let last: Promise<void> = Promise.resolve();
+      const end = (): void => {
+        void last.then(() => {
+          port.close();
+          resolve();
+        });
+      };
+      context.signal.addEventListener('abort', end, { once: true });
+      port.on('message', (message: ToWork) => {
+        if (message.type === 'end') {
+          end();
+          return;
+        }
+        const { id, buffer } = message;
+        last = last.then(async () => {
+          try {
+            const answer = await doWork(work, message);
+            port.postMessage({ id, buffer, answer } satisfies FromWork, [
+              buffer,
+              ...(answer.type === 'taken' ? [answer.bytes] : []),
+            ]);
+          } catch (error) {
+            port.postMessage({ id, buffer, error: toPortableError(error) } satisfies FromWork, [
+              buffer,
+            ]);
+          }
+        });
+      });
+      if (context.isAborted()) end();
+    });
+  } finally {
+    await store.close();
+  }
+  return undefined;
+});

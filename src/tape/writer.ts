@@ -1,0 +1,204 @@
+/** Writes the files of a tape: tar archives, cut into records of one size. */
+import type { TapeDrive } from '../devices/tape/drive.js';
+import {
+  TAR_END_BYTES,
+  encodeTarComment,
+  encodeTarHeader,
+  tarPaddedBytes,
+} from '../format/tape-tar.js';
+import { tapeComment, type TapeFileId, type TapeFileKind } from '../format/tape.js';
+import { roundUp } from '../units.js';
+
+/** Bytes handed to the drive at once, about. */
+const BATCH_BYTES = 4 * 1024 * 1024;
+
+/** Where a member came to lie. */
+export interface MemberPlace {
+  readonly file: number;
+  /** In which its header begins. */
+  readonly record: number;
+  /** Offset in the file behind it. */
+  readonly end: number;
+}
+
+/** A border between members at which the archive could be ended. */
+interface Border {
+  readonly offset: number;
+  /** The bytes before it that lie in the same record. */
+  readonly prefix: Buffer;
+}
+
+/**
+ * One cartridge being written. The head of the drive must be where `file` begins. When the cartridge takes no more, the head goes back
+ * to the last border between members behind which there is room for the end of an archive, so that `tar` finds a whole one in every file.
+ */
+export class TapeWriter {
+  /** The drive has warned, or the cartridge is full: end what is open and change the cartridge. */
+  nearEnd = false;
+  /** The cartridge takes no more: what was added last is not on it. */
+  isFull = false;
+  /** Records that are on the cartridge. */
+  records = 0;
+  readonly #drive: TapeDrive;
+  readonly #recordBytes: number;
+  readonly #cartridgeId: string;
+  readonly #mtime: number;
+  readonly #batch: Buffer;
+  #fill = 0;
+  #file: number;
+  /** Records of this file that are on the cartridge. */
+  #fileRecords = 0;
+  #open = false;
+  #borders: Border[] = [];
+
+  /** `mtime`: seconds since 1970, for the archives. */
+  constructor(
+    drive: TapeDrive,
+    options: {
+      readonly recordBytes: number;
+      readonly cartridgeId: string;
+      readonly file: number;
+      readonly mtime: number;
+    },
+  ) {
+    this.#drive = drive;
+    this.#recordBytes = options.recordBytes;
+    this.#cartridgeId = options.cartridgeId;
+    this.#mtime = options.mtime;
+    this.#file = options.file;
+    this.#batch = Buffer.allocUnsafeSlow(roundUp(BATCH_BYTES, options.recordBytes));
+  }
+
+  /** The file that is open, or that comes next. */
+  get file(): number {
+    return this.#file;
+  }
+
+  get isOpen(): boolean {
+    return this.#open;
+  }
+
+  /** Bytes of all records that are on the cartridge. */
+  get bytes(): number {
+    return this.records * this.#recordBytes;
+  }
+
+  /** Bytes of the open file so far. */
+  get fileBytes(): number {
+    return this.#fileRecords * this.#recordBytes + this.#fill;
+  }
+
+  /** Members of the open file that end here or before stay on the cartridge, whatever comes. */
+  get safeBytes(): number {
+    return (this.#fileRecords - 1) * this.#recordBytes - TAR_END_BYTES;
+  }
+
+  /** Begins a file. */
+  async beginFile(kind: TapeFileKind, sessionId: string): Promise<void> {
+    if (this.#open) throw new Error('a file is open');
+    const id: TapeFileId = { cartridgeId: this.#cartridgeId, sessionId, file: this.#file, kind };
+    this.#fill = 0;
+    this.#fileRecords = 0;
+    this.#borders = [];
+    this.#open = true;
+    await this.#put([encodeTarComment(tapeComment(id), this.#mtime)]);
+  }
+
+  /** Adds a member. If the cartridge becomes full, `isFull` says so, and {@link endFile} what of the file is on it. */
+  async addMember(name: string, data: Buffer): Promise<MemberPlace> {
+    const start = this.fileBytes;
+    this.#noteBorder(start);
+    const header = encodeTarHeader({
+      name,
+      sizeBytes: data.length,
+      type: 'file',
+      mtime: this.#mtime,
+    });
+    const padding = Buffer.alloc(tarPaddedBytes(data.length) - data.length);
+    await this.#put([header, data, padding]);
+    const end = start + header.length + data.length + padding.length;
+    return { file: this.#file, record: Math.floor(start / this.#recordBytes), end };
+  }
+
+  /** Hands whole records to the drive, so that only a part of one waits. */
+  async settle(): Promise<void> {
+    await this.#flush(this.#fill - (this.#fill % this.#recordBytes));
+  }
+
+  /**
+   * Ends the file and writes its mark, or marks. Resolves to the bytes of it that are on the cartridge: members that end behind them are not. 0: nothing of
+   * the file is there, and it counts as not begun.
+   */
+  async endFile(marks = 1): Promise<number> {
+    let kept = this.fileBytes;
+    if (!this.isFull) {
+      this.#noteBorder(kept);
+      await this.#put([Buffer.alloc(roundUp(kept + TAR_END_BYTES, this.#recordBytes) - kept)]);
+      await this.#flush(this.#fill);
+    }
+    if (this.isFull) kept = await this.#cut();
+    this.#fill = 0;
+    this.#open = false;
+    const { earlyWarning } = await this.#drive.writeMarks(marks);
+    if (earlyWarning) this.nearEnd = true;
+    if (kept > 0) this.#file++;
+    this.#fileRecords = 0;
+    return kept;
+  }
+
+  /** Goes back to the last border that leaves room for the end of the archive, and ends it there. */
+  async #cut(): Promise<number> {
+    const flushed = this.#fileRecords * this.#recordBytes;
+    const border = this.#borders.findLast(
+      (b) => roundUp(b.offset + TAR_END_BYTES, this.#recordBytes) <= flushed,
+    );
+    const record = border === undefined ? 0 : Math.floor(border.offset / this.#recordBytes);
+    const back = this.#fileRecords - record;
+    if (back > 0) await this.#drive.backRecords(back);
+    this.records -= back;
+    this.#fileRecords = record;
+    if (border === undefined) return 0;
+    this.#fill = 0;
+    this.isFull = false;
+    const length =
+      roundUp(border.offset + TAR_END_BYTES, this.#recordBytes) - record * this.#recordBytes;
+    await this.#put([border.prefix, Buffer.alloc(length - border.prefix.length)]);
+    await this.#flush(this.#fill);
+    const fits = !this.isFull;
+    this.isFull = true;
+    return fits ? border.offset : 0;
+  }
+
+  #noteBorder(offset: number): void {
+    const inRecord = offset % this.#recordBytes;
+    const prefix = Buffer.from(this.#batch.subarray(this.#fill - inRecord, this.#fill));
+    const safe = this.safeBytes;
+    // The last safe one may be needed; those before it never are.
+    const first = this.#borders.findLastIndex((b) => b.offset <= safe);
+    if (first > 0) this.#borders = this.#borders.slice(first);
+    this.#borders.push({ offset, prefix });
+  }
+
+  async #put(parts: readonly Buffer[]): Promise<void> {
+    for (const part of parts) {
+      for (let at = 0; at < part.length && !this.isFull;) {
+        const n = part.copy(this.#batch, this.#fill, at);
+        at += n;
+        this.#fill += n;
+        if (this.#fill === this.#batch.length) await this.#flush(this.#fill);
+      }
+    }
+  }
+
+  /** Writes the first `bytes` of the batch, a whole number of records. */
+  async #flush(bytes: number): Promise<void> {
+    if (bytes === 0 || this.isFull) return;
+    const { records, earlyWarning, full } = await this.#drive.write(this.#batch.subarray(0, bytes));
+    this.#fileRecords += records;
+    this.records += records;
+    if (earlyWarning || full) this.nearEnd = true;
+    this.isFull = full;
+    this.#batch.copyWithin(0, records * this.#recordBytes, this.#fill);
+    this.#fill -= records * this.#recordBytes;
+  }
+}

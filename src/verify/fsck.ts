@@ -1,0 +1,221 @@
+/**
+ * Restore test without a restore: every file system of an image is mounted, its journal replayed, unmounted and checked by its own
+ * checker, on a throw-away overlay. Nothing in the repository changes, and nothing of this machine is touched (a mount namespace of
+ * its own; see files/kernel.ts). Root only: a checker needs a block device.
+ */
+import type { Clock } from '../clock.js';
+import { B2Error, messageOf } from '../errors.js';
+import type { EventSink } from '../events.js';
+import { kernelLacks, openKernelEnvironment, type KernelEnvironment } from '../files/kernel.js';
+import { findAreas, type FoundArea } from '../files/layout.js';
+import { findProgram, outputOf } from '../files/tools.js';
+import type { Image } from '../image.js';
+
+/**
+ * - `sound`: the checker found nothing; `how` says what was done;
+ * - `faulty`: it did, or the file system cannot be mounted; `message` has its words;
+ * - `unchecked`: nothing can be said here; `message` says why.
+ */
+export type FileSystemState = 'sound' | 'faulty' | 'unchecked';
+
+/** One file system of an image. JSON-able. */
+export interface FileSystemCheck {
+  /** `p2` for a partition, `disk` for a device without a partition table. */
+  readonly name: string;
+  readonly type: string;
+  readonly state: FileSystemState;
+  /** "mounted, journal replayed, e2fsck -fn". */
+  readonly how?: string;
+  readonly message?: string;
+}
+
+export interface FsckOptions {
+  /** For messages: the volume. */
+  readonly name: string;
+  readonly clock: Clock;
+  readonly events: EventSink;
+}
+
+interface Checker {
+  readonly tool: string;
+  readonly shown: string;
+  /** Shell text with `$dev`; its status decides. */
+  readonly script: string;
+  /** Before it, where the kernel could not mount: replays a journal, if the checker's package can. */
+  readonly replay?: string;
+  /** False: without a mount before, a journal would be taken for damage. */
+  readonly worksUnmounted: boolean;
+  readonly isFaulty: (status: number) => boolean;
+}
+
+const anyFault = (status: number): boolean => status !== 0;
+const E2FSCK: Checker = {
+  tool: 'e2fsck',
+  shown: 'e2fsck -fn',
+  script: 'e2fsck -fn "$dev"',
+  replay: 'e2fsck -fy -E journal_only "$dev"',
+  worksUnmounted: true,
+  // 4: errors left; 8 and more: it could not work. 1 and 2 are of the super block's counters.
+  isFaulty: (status) => status >= 4,
+};
+/** A FAT that is mounted says so in its boot sector (at 37, or 65 where the table's size at 22 is 0: FAT32): that alone is no fault. */
+const FAT = `said=$(fsck.fat -n "$dev"); status=$?
+case $said in *'Dirty bit is set'*)
+  at=37
+  [ "$(od -An -tu2 -j22 -N2 "$dev" | tr -d ' ')" != 0 ] || at=65
+  printf '\\0' | dd of="$dev" bs=1 seek=$at conv=notrunc status=none
+  said=$(fsck.fat -n "$dev"); status=$?
+esac
+printf '%s\\n' "$said"
+(exit $status)`;
+
+const CHECKERS: Readonly<Record<string, Checker>> = {
+  ext2: E2FSCK,
+  ext3: E2FSCK,
+  ext4: E2FSCK,
+  xfs: {
+    tool: 'xfs_repair',
+    shown: 'xfs_repair -n',
+    script: 'xfs_repair -n "$dev"',
+    worksUnmounted: false,
+    isFaulty: anyFault,
+  },
+  btrfs: {
+    tool: 'btrfs',
+    shown: 'btrfs check --readonly',
+    script: 'btrfs check --readonly "$dev"',
+    worksUnmounted: false,
+    isFaulty: anyFault,
+  },
+  vfat: {
+    tool: 'fsck.fat',
+    shown: 'fsck.fat -n',
+    script: FAT,
+    worksUnmounted: true,
+    isFaulty: anyFault,
+  },
+  ntfs: {
+    tool: 'ntfsfix',
+    shown: 'ntfsfix -n',
+    script: 'ntfsfix -n "$dev"',
+    worksUnmounted: true,
+    isFaulty: anyFault,
+  },
+};
+
+/** What a script of ours ends with when there is no loop device. */
+const NO_LOOP = 90;
+const KEEP_LINES = 4;
+
+/**
+ * Checks every file system of the image (swap and the like are left out). Takes `image` over. Rejects with what reading the image
+ * failed with (`damaged`, `io`): then a checker's words mean nothing; and with `unsupported` without root.
+ */
+export async function checkFileSystems(
+  image: Image,
+  options: FsckOptions,
+): Promise<readonly FileSystemCheck[]> {
+  let areas: readonly FoundArea[];
+  try {
+    if (process.geteuid?.() !== 0)
+      throw new B2Error('unsupported', 'only root can have the file systems of an image checked', {
+        hint: '"b2 verify --boot" needs no privilege.',
+      });
+    areas = (await findAreas(image, options.name)).filter((a) => a.holds !== 'none');
+  } catch (error) {
+    await image.close();
+    throw error;
+  }
+  const environment = await openKernelEnvironment(image, options.clock, options.events);
+  try {
+    const checks: FileSystemCheck[] = [];
+    for (const area of areas) {
+      const check = await checkOne(environment, area);
+      if (check.state !== 'sound' && environment.failures.length > 0) throw environment.failures[0];
+      checks.push({ name: area.name, type: area.type, ...check });
+    }
+    return checks;
+  } finally {
+    await environment.close();
+  }
+}
+
+async function checkOne(
+  environment: KernelEnvironment,
+  area: FoundArea,
+): Promise<Omit<FileSystemCheck, 'name' | 'type'>> {
+  if (area.holds === 'container')
+    return { state: 'unchecked', message: 'file systems in logical volumes are not checked' };
+  if (area.devices > 1)
+    return { state: 'unchecked', message: `it spreads over ${area.devices} devices` };
+  const checker = CHECKERS[area.type];
+  const lack = await kernelLacks(area);
+  if (checker === undefined && lack !== undefined) return { state: 'unchecked', message: lack };
+  let mounted: string | undefined;
+  if (lack === undefined) {
+    try {
+      mounted = await environment.mount(area);
+    } catch (error) {
+      return { state: 'faulty', message: messageOf(error) };
+    }
+  }
+  const replayed = mounted === undefined ? '' : 'mounted, journal replayed';
+  if (checker === undefined) return { state: 'sound', how: replayed };
+  if (findProgram(checker.tool) === undefined) {
+    const message = `there is no ${checker.tool} here`;
+    return mounted === undefined
+      ? { state: 'unchecked', message }
+      : { state: 'sound', how: `${replayed}; ${message}` };
+  }
+  if (mounted === undefined && !checker.worksUnmounted)
+    return { state: 'unchecked', message: lack ?? 'it cannot be mounted here' };
+  return runChecker(environment, area, checker, mounted);
+}
+
+async function runChecker(
+  environment: KernelEnvironment,
+  area: FoundArea,
+  checker: Checker,
+  mounted: string | undefined,
+): Promise<Omit<FileSystemCheck, 'name' | 'type'>> {
+  // Written once and unmounted, a file system has no journal left to replay.
+  const before =
+    mounted === undefined
+      ? ''
+      : `mount -o remount,rw ${mounted} 2>/dev/null; umount ${mounted} || exit ${NO_LOOP}\n`;
+  const replay = mounted === undefined ? (checker.replay ?? ':') : ':';
+  const script = `trap '' HUP INT TERM
+${before}dev=
+for again in 1 2 3 4 5; do
+  dev=$(losetup --find --show --offset ${area.offsetBytes} --sizelimit ${area.sizeBytes} ${environment.disk}) || dev=
+  [ -z "$dev" ] || break
+  sleep 0.2
+done
+[ -n "$dev" ] || exit ${NO_LOOP}
+${replay} >/dev/null 2>&1
+( ${checker.script}
+) 2>&1
+status=$?
+losetup --detach "$dev"
+exit $status
+`;
+  const { status, stdout, stderr } = await outputOf(environment.run(Buffer.from(script)));
+  if (status === NO_LOOP)
+    return { state: 'unchecked', message: `no loop device: ${stderr.trim()}` };
+  const how = mounted === undefined ? checker.shown : `mounted, journal replayed, ${checker.shown}`;
+  if (!checker.isFaulty(status)) return { state: 'sound', how };
+  return {
+    state: 'faulty',
+    how,
+    message: `${checker.shown} ended with ${status}: ${lastLines(stdout.toString('utf8'))}`,
+  };
+}
+
+function lastLines(text: string): string {
+  return text
+    .split('\n')
+    .map((line) => line.trim())
+    .filter((line) => line !== '')
+    .slice(-KEEP_LINES)
+    .join(' / ');
+}

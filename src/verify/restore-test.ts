@@ -1,0 +1,108 @@
+/** Restore tests of points: their file systems are checked, a machine is started from them. What is wrong becomes a finding. */
+import { bootImage, type BootResult } from '../boot/boot.js';
+import type { Clock } from '../clock.js';
+import { isKind, messageOf } from '../errors.js';
+import type { EventSink } from '../events.js';
+import type { Image } from '../image.js';
+import type { Finding } from './findings.js';
+import { checkFileSystems, type FileSystemCheck } from './fsck.js';
+
+export interface TestedPoint {
+  readonly volumeId: string;
+  readonly volume: string;
+  readonly seq: number;
+}
+
+export interface RestoreTestOptions {
+  readonly clock: Clock;
+  readonly events: EventSink;
+  readonly signal?: AbortSignal | undefined;
+}
+
+function objectOf({ volumeId }: TestedPoint): string {
+  return `volumes/${volumeId}`;
+}
+
+/** Reading failed: the data passes of verify say where; here it is why nothing else can be said. */
+function readFailure(point: TestedPoint, kind: 'filesystem' | 'boot', error: unknown): Finding {
+  if (!isKind(error, 'damaged', 'io', 'not-found')) throw error;
+  return {
+    severity: isKind(error, 'damaged') ? 'damage' : 'unreadable',
+    kind,
+    object: objectOf(point),
+    message: `point #${point.seq} of volume ${point.volume} cannot be read: ${messageOf(error)}`,
+    hint: 'Run "b2 verify --data all": it says which points need the damaged places.',
+  };
+}
+
+/** Checks every file system of the image, which is taken over. */
+export async function testFileSystems(
+  image: Image,
+  point: TestedPoint,
+  options: RestoreTestOptions,
+): Promise<{ readonly checks: readonly FileSystemCheck[]; readonly findings: readonly Finding[] }> {
+  let checks: readonly FileSystemCheck[];
+  try {
+    checks = await checkFileSystems(image, { name: point.volume, ...options });
+  } catch (error) {
+    return { checks: [], findings: [readFailure(point, 'filesystem', error)] };
+  }
+  const findings = checks.flatMap((check): readonly Finding[] => {
+    if (check.state === 'sound') return [];
+    const what = `the ${check.type} in ${check.name} of point #${point.seq} of volume ${point.volume}`;
+    const isFaulty = check.state === 'faulty';
+    return [
+      {
+        severity: isFaulty ? 'damage' : 'note',
+        kind: 'filesystem',
+        object: objectOf(point),
+        message: `${what} ${isFaulty ? 'is not sound' : 'was not checked'}: ${check.message ?? ''}`,
+        ...(isFaulty
+          ? {
+              hint: 'If the data are whole (b2 verify --data all), the file system was like that on the device: check it there.',
+            }
+          : {}),
+      },
+    ];
+  });
+  return { checks, findings };
+}
+
+/** Starts a machine from the image, which is taken over, alone on no network, and waits for the text on its console. */
+export async function testBoot(
+  image: Image,
+  point: TestedPoint,
+  options: RestoreTestOptions & {
+    readonly cacheDir: string;
+    readonly console: string;
+    readonly timeoutMs: number;
+    readonly memoryBytes?: number | undefined;
+    readonly screenshot?: string | undefined;
+  },
+): Promise<{ readonly result: BootResult | undefined; readonly findings: readonly Finding[] }> {
+  const { console: text, ...rest } = options;
+  let result: BootResult;
+  try {
+    result = await bootImage(image, {
+      ...rest,
+      name: point.volume,
+      checks: { console: text },
+      network: false,
+    });
+  } catch (error) {
+    return { result: undefined, findings: [readFailure(point, 'boot', error)] };
+  }
+  if (result.ok) return { result, findings: [] };
+  return {
+    result,
+    findings: [
+      {
+        severity: 'damage',
+        kind: 'boot',
+        object: objectOf(point),
+        message: `no machine started from point #${point.seq} of volume ${point.volume}: ${result.why ?? ''}`,
+        hint: `Look at it: "b2 boot ${point.volume} --at #${point.seq}". The console must be on the serial port (console=ttyS0).`,
+      },
+    ],
+  };
+}

@@ -1,0 +1,486 @@
+import { execFileSync } from 'node:child_process';
+import {
+  mkdirSync,
+  readFileSync,
+  readdirSync,
+  renameSync,
+  rmSync,
+  statSync,
+  writeFileSync,
+} from 'node:fs';
+import { afterEach, describe, expect, it } from 'vitest';
+import { systemClock } from '../../../src/clock.js';
+import { ignoreEvents } from '../../../src/events.js';
+import { FileDrive } from '../../../src/devices/tape/file-drive.js';
+import { VolumeHistory } from '../../../src/repo/history.js';
+import { choosePoint, openBlockMap } from '../../../src/repo/point.js';
+import { listVolumes } from '../../../src/repo/volume.js';
+import {
+  openTapeView,
+  restoreFromTape,
+  type TapeRestoreOptions,
+  type TapeRestoreResult,
+} from '../../../src/tape/import.js';
+import { importRepository, type ImportResult } from '../../../src/tape/import-repository.js';
+import { verifyTape } from '../../../src/tape/verify.js';
+import { openImage } from '../../../src/repo/point.js';
+import { Repository } from '../../../src/repo/repository.js';
+import { openDirectoryStore } from '../../../src/repo/store-directory.js';
+import { verify } from '../../../src/verify/verify.js';
+import type { CartridgeSource } from '../../../src/tape/media.js';
+import { parseWhen } from '../../../src/when.js';
+import { testImage } from '../../support/scan-bed.js';
+import { BED_ENVIRONMENT, PASSWORD, TapeBed, tapeFiles } from '../../support/tape-bed.js';
+
+const MIB = 1024 * 1024;
+const beds: TapeBed[] = [];
+afterEach(async () => {
+  for (const bed of beds.splice(0)) await bed.remove();
+});
+
+async function newBed(...args: Parameters<typeof TapeBed.make>): Promise<TapeBed> {
+  const bed = await TapeBed.make(...args);
+  beds.push(bed);
+  return bed;
+}
+
+async function restore(
+  bed: TapeBed,
+  drive: FileDrive,
+  at = 'latest',
+  more: Partial<TapeRestoreOptions> = {},
+): Promise<{ result: TapeRestoreResult; bytes: Buffer }> {
+  const events: unknown[] = [];
+  const view = await openTapeView(drive, [PASSWORD], BED_ENVIRONMENT, (text) => events.push(text));
+  try {
+    const [volume] = await listVolumes(view.repo, () => undefined);
+    if (volume === undefined) throw new Error('no volume');
+    const history = await VolumeHistory.open(view.repo, volume.id);
+    const { commit } = await choosePoint(
+      history,
+      volume,
+      parseWhen(at, systemClock.nowNs()),
+      () => undefined,
+    );
+    const target = bed.dir.join(
+      `restored-${Math.trunc(performance.timeOrigin + performance.now())}`,
+    );
+    const result = await restoreFromTape({
+      drive,
+      view,
+      map: await openBlockMap(history, commit.seq),
+      volumeId: volume.id,
+      commit,
+      needs: [],
+      target,
+      force: true,
+      verify: true,
+      workers: 0,
+      clock: systemClock,
+      events: (e) => bed.events.push(e),
+      ...more,
+    });
+    await history.close();
+    return { result, bytes: readFileSync(target) };
+  } finally {
+    await view.repo.close();
+  }
+}
+
+describe('one cartridge', () => {
+  it('holds a point that restores from it alone, and every file is a tar archive', async () => {
+    const bed = await newBed();
+    const image = testImage(1, 14 * MIB + 1000);
+    await bed.capture(image);
+    const path = bed.cartridge('c1');
+    const drive = await FileDrive.open(`file:${path}`);
+    const done = await bed.export(drive, [await bed.point()]);
+    expect(done.isWhole).toBe(true);
+    expect(done.cartridges).toMatchObject([{ label: 'SET-001', verified: true, firstFile: 1 }]);
+    const files = tapeFiles(path);
+    expect(files.length).toBeGreaterThan(4);
+    for (const file of files) execFileSync('tar', ['-b', '128', '-tf', `${path}/${file}`]);
+    const { result, bytes } = await restore(bed, drive);
+    expect(result).toMatchObject({ isWhole: true, missingRanges: [], damaged: [] });
+    expect(bytes.equals(image)).toBe(true);
+    await drive.close();
+  });
+});
+
+describe('several cartridges', () => {
+  it('a set goes on over as many as it takes, and any copy of a directory will do', async () => {
+    const bed = await newBed();
+    const image = testImage(2, 30 * MIB);
+    await bed.capture(image);
+    const { drive, source, path } = await bed.library('lib', '?size=5M&reserve=1500K');
+    const done = await bed.export(drive, [await bed.point()], { source });
+    expect(done.cartridges.length).toBeGreaterThan(2);
+    expect(done.cartridges.map((c) => c.full).slice(0, -1)).not.toContain(false);
+    for (const [i] of done.cartridges.entries())
+      for (const file of tapeFiles(path(i + 1)))
+        execFileSync('tar', ['-b', '128', '-tf', `${path(i + 1)}/${file}`]);
+    await drive.close();
+    const again = await bed.library('lib');
+    const { result, bytes } = await restore(bed, again.drive, 'latest', { source: again.source });
+    expect(result).toMatchObject({
+      isWhole: true,
+      cartridges: done.cartridges.map((c) => c.label),
+    });
+    expect(bytes.equals(image)).toBe(true);
+    await again.drive.close();
+  });
+
+  it('without an early warning the archives are whole all the same', async () => {
+    const bed = await newBed({ encryption: 'none' });
+    const image = testImage(3, 30 * MIB);
+    await bed.capture(image);
+    const { drive, source, path } = await bed.library('lib', '?size=4M&fault=nowarn');
+    const done = await bed.export(drive, [await bed.point()], { source });
+    expect(done.cartridges.length).toBeGreaterThan(2);
+    for (const [i] of done.cartridges.entries())
+      for (const file of tapeFiles(path(i + 1)))
+        execFileSync('tar', ['-b', '128', '-tf', `${path(i + 1)}/${file}`]);
+    await drive.close();
+    const again = await bed.library('lib');
+    const { result, bytes } = await restore(bed, again.drive, 'latest', { source: again.source });
+    expect(result).toMatchObject({ isWhole: true, missingPacks: [] });
+    expect(bytes.equals(image)).toBe(true);
+    await again.drive.close();
+  });
+});
+
+describe('incremental sets', () => {
+  it('write only what the set does not hold; every point of the set restores', async () => {
+    const bed = await newBed();
+    const first = testImage(4, 10 * MIB);
+    await bed.capture(first);
+    const { drive, source } = await bed.library('lib');
+    const one = await bed.export(drive, [await bed.point()]);
+    const second = Buffer.from(first);
+    testImage(5, 300_000).copy(second, 3 * MIB + 4096);
+    await bed.capture(second);
+    const two = await bed.export(drive, [await bed.point()], { sinceLast: true });
+    expect(two.setId).toBe(one.setId);
+    expect(two.chunks).toBeLessThan(12);
+    expect(two.cartridges).toMatchObject([
+      { label: 'SET-001', firstFile: one.cartridges[0]?.endFile },
+    ]);
+    expect(two.points[0]?.needs).toEqual(['SET-001']);
+    const none = await bed.export(drive, [await bed.point()], { sinceLast: true });
+    expect(none.chunks).toBe(0);
+    for (const [at, image] of [
+      ['latest', second],
+      ['#1', first],
+    ] as const) {
+      const { result, bytes } = await restore(bed, drive, at, { source });
+      expect(result.isWhole).toBe(true);
+      expect(bytes.equals(image)).toBe(true);
+    }
+    await drive.close();
+  });
+});
+
+/** Brings the repository back into a new place, and checks every whole point of it bit for bit. */
+async function bringBack(
+  bed: TapeBed,
+  drive: FileDrive,
+  source: CartridgeSource | undefined,
+  images: ReadonlyMap<number, Buffer>,
+): Promise<ImportResult> {
+  const place = bed.dir.join(`back-${images.size}-${readdirSync(bed.dir.join('.')).length}`);
+  mkdirSync(place);
+  const result = await importRepository({
+    drive,
+    source,
+    store: await openDirectoryStore(place),
+    secrets: [PASSWORD],
+    env: BED_ENVIRONMENT,
+    workers: 0,
+    clock: systemClock,
+    events: (e) => bed.events.push(e),
+  });
+  const repo = await Repository.open(await openDirectoryStore(place), [PASSWORD], BED_ENVIRONMENT);
+  const [volume] = await listVolumes(repo, () => undefined);
+  if (volume === undefined) throw new Error('no volume');
+  const history = await VolumeHistory.open(repo, volume.id);
+  for (const point of result.points) {
+    const image = await openImage(history, volume, point.seq);
+    const bytes = Buffer.alloc(image.sizeBytes);
+    const read = image.read(bytes, 0);
+    if (!point.whole) {
+      await expect(read).rejects.toMatchObject({ kind: 'damaged' });
+      continue;
+    }
+    await read;
+    const expected = images.get(point.seq);
+    if (expected === undefined) throw new Error(`no image of point ${point.seq}`);
+    expect(bytes.equals(expected)).toBe(true);
+  }
+  if (result.isWhole) {
+    const report = await verify(repo, {
+      dataShare: 1,
+      storeUrl: undefined,
+      workers: 0,
+      events: ignoreEvents,
+    });
+    expect(report.findings.filter((f) => f.severity !== 'note')).toEqual([]);
+  }
+  await history.close();
+  await repo.close();
+  return result;
+}
+
+describe('a repository from tapes alone', () => {
+  it('has every point of the set again; with a cartridge missing, those that do not need it', async () => {
+    const bed = await newBed();
+    const images = new Map<number, Buffer>();
+    const first = testImage(6, 14 * MIB + 512);
+    images.set(1, first);
+    await bed.capture(first, 'v', 'first');
+    const { drive, source, path } = await bed.library('lib', '?size=4M&reserve=1200K');
+    const one = await bed.export(drive, [await bed.point()], { source });
+    expect(one.cartridges.length).toBeGreaterThan(1);
+    const second = Buffer.from(first);
+    testImage(7, 2 * MIB).copy(second, 5 * MIB);
+    images.set(2, second);
+    await bed.capture(second);
+    await bed.export(drive, [await bed.point()], { source, sinceLast: true });
+    // A third point that shares nothing with the others.
+    const third = testImage(8, 14 * MIB + 512);
+    images.set(3, third);
+    await bed.capture(third);
+    const three = await bed.export(drive, [await bed.point()], { source, sinceLast: true });
+    await drive.close();
+
+    const all = await bed.library('lib');
+    const whole = await bringBack(bed, all.drive, all.source, images);
+    expect(whole.points.map((p) => [p.seq, p.whole])).toEqual([
+      [1, true],
+      [2, true],
+      [3, true],
+    ]);
+    expect(whole).toMatchObject({ isWhole: true, missingCartridges: [], damagedPacks: [] });
+    await all.drive.close();
+
+    // Without the second cartridge, which the first two points need.
+    const last = three.cartridges.at(-1)?.number ?? 0;
+    const rest = Array.from({ length: last }, (_, i) => last - i).filter((n) => n !== 2);
+    const some = await bed.library('lib', '', rest);
+    const part = await bringBack(bed, some.drive, some.source, images);
+    expect(part.missingCartridges).toEqual(['SET-002']);
+    const wholeNow = new Map(part.points.map((p) => [p.seq, p.whole]));
+    expect(wholeNow.get(1)).toBe(false);
+    const needs =
+      three.points[0]?.needs.includes('SET-002') === true ||
+      three.cartridges.some((c) => c.label === 'SET-002');
+    expect(wholeNow.get(3)).toBe(!needs);
+    expect(part.points.find((p) => p.seq === 1)?.missingCartridges).toEqual(['SET-002']);
+    await some.drive.close();
+    expect(tapeFiles(path(1)).length).toBeGreaterThan(2);
+  });
+});
+
+describe('damage on a cartridge', () => {
+  async function oneCartridge(): Promise<{
+    bed: TapeBed;
+    drive: FileDrive;
+    path: string;
+    image: Buffer;
+  }> {
+    const bed = await newBed();
+    const image = testImage(9, 14 * MIB);
+    await bed.capture(image);
+    const path = bed.cartridge('c1');
+    const drive = await FileDrive.open(`file:${path}`);
+    await bed.export(drive, [await bed.point()], { dataFileBytes: MIB });
+    await drive.close();
+    return { bed, drive: await FileDrive.open(`file:${path}`), path, image };
+  }
+
+  async function expectRest(
+    bed: TapeBed,
+    drive: FileDrive,
+    image: Buffer,
+    mostBytes: number,
+  ): Promise<void> {
+    const { result, bytes } = await restore(bed, drive);
+    expect(result.isWhole).toBe(false);
+    const missing = result.missingRanges.reduce((sum, r) => sum + r.length, 0);
+    expect(missing).toBeGreaterThan(0);
+    expect(missing).toBeLessThanOrEqual(mostBytes);
+    const expected = Buffer.from(image);
+    for (const r of result.missingRanges) expected.fill(0, r.offset, r.offset + r.length);
+    expect(bytes.equals(expected)).toBe(true);
+  }
+
+  async function check(bed: TapeBed, drive: FileDrive): ReturnType<typeof verifyTape> {
+    const view = await openTapeView(drive, [PASSWORD], BED_ENVIRONMENT, () => undefined);
+    try {
+      return await verifyTape({
+        drive,
+        view,
+        workers: 0,
+        clock: systemClock,
+        events: (e) => bed.events.push(e),
+      });
+    } finally {
+      await view.repo.close();
+    }
+  }
+
+  it('a flipped bit is found and named, and costs one frame', async () => {
+    const { bed, drive, path, image } = await oneCartridge();
+    expect((await check(bed, drive)).findings).toEqual([]);
+    const file = `${path}/000003.tar`;
+    const bytes = readFileSync(file);
+    bytes.writeUInt8((bytes[200_000] ?? 0) ^ 4, 200_000);
+    writeFileSync(file, bytes);
+    const found = await check(bed, drive);
+    expect(found.findings).toMatchObject([{ kind: 'pack', file: 3, record: 0, points: ['v #1'] }]);
+    expect(found.findings[0]?.frames?.length).toBe(1);
+    await expectRest(bed, drive, image, 5 * 65_536);
+    await drive.close();
+  });
+
+  it('a torn record and one that cannot be read cost what lay in them', async () => {
+    const { bed, path, image } = await oneCartridge();
+    const bad = await FileDrive.open(`file:${path}?fault=bad@3:4`);
+    const found = await check(bed, bad);
+    expect(found.findings.map((f) => f.kind).toSorted()).toEqual(['pack', 'record']);
+    expect(found.findings.find((f) => f.kind === 'record')).toMatchObject({ file: 3, record: 4 });
+    await expectRest(bed, bad, image, 30 * 65_536);
+    await bad.close();
+    const file = `${path}/000003.tar`;
+    writeFileSync(file, readFileSync(file).subarray(0, statSync(file).size - 70_000));
+    const torn = await FileDrive.open(`file:${path}`);
+    const again = await check(bed, torn);
+    expect(again.findings.length).toBeGreaterThan(0);
+    expect(again.findings.every((f) => f.file === 3)).toBe(true);
+    await torn.close();
+  });
+
+  it('a lost file mark is found, and costs nothing', async () => {
+    const { bed, path, image } = await oneCartridge();
+    const two = Buffer.concat([
+      readFileSync(`${path}/000002.tar`),
+      readFileSync(`${path}/000003.tar`),
+    ]);
+    writeFileSync(`${path}/000002.tar`, two);
+    rmSync(`${path}/000003.tar`);
+    const count = tapeFiles(path).length;
+    for (let n = 4; n <= count; n++)
+      renameSync(
+        `${path}/${String(n).padStart(6, '0')}.tar`,
+        `${path}/${String(n - 1).padStart(6, '0')}.tar`,
+      );
+    const drive = await FileDrive.open(`file:${path}`);
+    const found = await check(bed, drive);
+    expect(found.findings.filter((f) => f.kind !== 'record')).toEqual([]);
+    expect(found.findings[0]?.message).toContain('a file mark is lost');
+    const { result, bytes } = await restore(bed, drive);
+    expect(result.isWhole).toBe(true);
+    expect(bytes.equals(image)).toBe(true);
+    await drive.close();
+  });
+
+  it('a directory and contents that are destroyed cost nothing while one copy is left', async () => {
+    const { bed, drive, path, image } = await oneCartridge();
+    const file = `${path}/000001.tar`;
+    writeFileSync(file, Buffer.alloc(statSync(file).size, 0x55));
+    const { result, bytes } = await restore(bed, drive);
+    expect(result.isWhole).toBe(true);
+    expect(bytes.equals(image)).toBe(true);
+    await drive.close();
+  });
+});
+
+describe('what is refused, and what goes on', () => {
+  it('a cartridge pulled in the middle fails the export; the next one overwrites what was left and is whole', async () => {
+    const bed = await newBed();
+    const image = testImage(10, 10 * MIB);
+    await bed.capture(image);
+    const path = bed.cartridge('c1');
+    const pulled = await FileDrive.open(`file:${path}?fault=pull@40`);
+    await expect(bed.export(pulled, [await bed.point()])).rejects.toMatchObject({ kind: 'io' });
+    await pulled.close();
+    const drive = await FileDrive.open(`file:${path}`);
+    await expect(bed.export(drive, [await bed.point()])).rejects.toMatchObject({ kind: 'refused' });
+    const done = await bed.export(drive, [await bed.point()], { force: true });
+    expect(done.isWhole).toBe(true);
+    const { bytes } = await restore(bed, drive);
+    expect(bytes.equals(image)).toBe(true);
+    await drive.close();
+  });
+
+  it('a half-written session behind a whole one is overwritten by the next', async () => {
+    const bed = await newBed();
+    const image = testImage(11, 6 * MIB);
+    await bed.capture(image);
+    const path = bed.cartridge('c1');
+    const drive = await FileDrive.open(`file:${path}`);
+    await bed.export(drive, [await bed.point()]);
+    const files = tapeFiles(path).length;
+    await drive.close();
+    const pulled = await FileDrive.open(`file:${path}?fault=pull@20`);
+    await expect(bed.export(pulled, [await bed.point()], { verify: false })).rejects.toMatchObject({
+      kind: 'io',
+    });
+    await pulled.close();
+    const again = await FileDrive.open(`file:${path}`);
+    const done = await bed.export(again, [await bed.point()], { sinceLast: true });
+    expect(done.cartridges[0]).toMatchObject({ firstFile: files, verified: true });
+    const back = await bringBack(bed, again, undefined, new Map([[1, image]]));
+    expect(back.isWhole).toBe(true);
+    await again.close();
+  });
+
+  it('a session that the repository has forgotten is kept, not overwritten', async () => {
+    const bed = await newBed();
+    const image = testImage(13, 4 * MIB);
+    await bed.capture(image);
+    const drive = await FileDrive.open(`file:${bed.cartridge('c1')}`);
+    await bed.export(drive, [await bed.point()]);
+    const remembered = await bed.repo.store.get('tapes/SET-001');
+    const second = Buffer.from(image);
+    testImage(14, 300_000).copy(second, MIB);
+    await bed.capture(second);
+    const two = await bed.export(drive, [await bed.point()], { sinceLast: true });
+    await bed.repo.store.put('tapes/SET-001', remembered);
+    const three = await bed.export(drive, [await bed.point('v', '#1')], { sinceLast: true });
+    expect(three.chunks).toBe(0);
+    expect(three.cartridges[0]?.firstFile).toBe(two.cartridges[0]?.endFile);
+    expect(bed.events).toContainEqual(
+      expect.objectContaining({
+        type: 'warning',
+        message: expect.stringContaining('they are kept') as string,
+      }),
+    );
+    const { bytes } = await restore(bed, drive, '#2');
+    expect(bytes.equals(second)).toBe(true);
+    await drive.close();
+  });
+
+  it('write protected, foreign and still needed cartridges', async () => {
+    const bed = await newBed();
+    await bed.capture(testImage(12, 2 * MIB));
+    const points = [await bed.point()];
+    const foreign = bed.cartridge('foreign');
+    writeFileSync(`${foreign}/000000.tar`, Buffer.alloc(65_536, 7));
+    const one = await FileDrive.open(`file:${foreign}`);
+    await expect(bed.export(one, points)).rejects.toMatchObject({ kind: 'refused' });
+    await one.close();
+    const guarded = bed.cartridge('guarded');
+    writeFileSync(`${guarded}/write-protected`, '');
+    const two = await FileDrive.open(`file:${guarded}`);
+    await expect(bed.export(two, points)).rejects.toMatchObject({ kind: 'refused' });
+    await two.close();
+    const ours = await FileDrive.open(`file:${bed.cartridge('ours')}`);
+    await bed.export(ours, points, { setName: 'A' });
+    await expect(bed.export(ours, points, { setName: 'B' })).rejects.toThrow(/still needed/);
+    const forced = await bed.export(ours, points, { setName: 'B', force: true });
+    expect(forced.cartridges[0]?.label).toBe('B-001');
+    await ours.close();
+    const none = await FileDrive.open(`file:${bed.dir.join('nothing')}`);
+    await expect(bed.export(none, points)).rejects.toMatchObject({ kind: 'not-found' });
+  });
+});

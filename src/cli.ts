@@ -2,6 +2,7 @@
  * The command line: builds commander's tree from the registry of commands, runs one of them, and is the
  * only place where errors become exit codes.
  */
+import { createRequire } from 'node:module';
 import { homedir } from 'node:os';
 import { Argument, Command, Option, type CommanderError } from 'commander';
 import { systemClock, systemRandom, type Clock, type Random } from './clock.js';
@@ -9,7 +10,7 @@ import { COMMANDS, GROUPS } from './commands/index.js';
 import { EXIT_CODES, GLOBAL_OPTIONS } from './commands/reference.js';
 import type { ArgumentSpec, CommandSpec, Input, OptionSpec } from './commands/spec.js';
 import { argumentUsage, fullDescription, optionUsage } from './commands/tree.js';
-import { loadConfig, resolveSettings } from './config.js';
+import { loadConfig, resolveSettings, type Config } from './config.js';
 import { B2Error, ExitCode, errnoOf, messageOf } from './errors.js';
 import {
   createRenderer,
@@ -274,7 +275,8 @@ export function reportOf(error: unknown, aborted: AbortSignal, verbose: boolean)
 async function runCommand(world: World, chosen: Chosen, renderer: Renderer): Promise<number> {
   const { spec, input, globals } = chosen;
   const { env, homeDir, isRoot, clock, random, abort } = world;
-  const config = await loadConfig({ option: globals.config, env, homeDir });
+  const reloadConfig = (): Promise<Config> => loadConfig({ option: globals.config, env, homeDir });
+  const config = await reloadConfig();
   const settings = resolveSettings({
     options: {
       repo: globals.repo,
@@ -291,6 +293,7 @@ async function runCommand(world: World, chosen: Chosen, renderer: Renderer): Pro
     {
       settings,
       config,
+      reloadConfig,
       env,
       clock,
       random,
@@ -361,6 +364,19 @@ export async function main(args: readonly string[], world: World): Promise<numbe
   return code === ExitCode.ok || code === ExitCode.interrupted ? ExitCode.partial : code;
 }
 
+/**
+ * Loads the module of a command, and all that it imports, in one go where this Node.js can: `import()` reads each file through the
+ * thread pool, which takes half as long again. Whatever goes wrong here goes wrong again, and is told, when it is imported.
+ */
+function loadAtOnce(name: string): void {
+  if (!process.features.require_module) return;
+  try {
+    createRequire(import.meta.url)(`./commands/run/${name.replace(' ', '-')}.js`);
+  } catch {
+    // A module with an await at its top can only be imported.
+  }
+}
+
 /** Called by bin/b2: runs this process's command line and ends the process. */
 export async function runProcess(): Promise<never> {
   const abort = new AbortController();
@@ -380,7 +396,13 @@ export async function runProcess(): Promise<never> {
     clock: systemClock,
     random: systemRandom,
     abort,
-    commands: COMMANDS,
+    commands: COMMANDS.map((spec) => ({
+      ...spec,
+      load: () => {
+        loadAtOnce(spec.name);
+        return spec.load();
+      },
+    })),
   });
   // A handle that is still open must not keep a finished command alive.
   process.exit(code);

@@ -10,6 +10,9 @@ const options = {
     value: 'T',
     description: 'only the newest exact point not after this time, a snapshot, or a point (#12)',
   },
+  files: {
+    description: 'also the file systems inside, as directories: p1/etc/fstab (root only)',
+  },
   foreground: { description: 'stay; SIGINT or SIGTERM unmounts' },
   log: {
     value: 'FILE',
@@ -26,6 +29,7 @@ export const mountCommand = defineCommand({
   description: [
     'Mounts the repository, read-only: a directory for each volume (HOST/DEVICE) with latest, snapshots/NAME and points/DAY/HOUR/TIME-#ID, times in UTC, and in each of them disk.img and a file for each partition (p1.img). Nothing is copied first; holes, sizes and times are those of the disk at that point.',
     'A new point appears under latest when it is there; a file that is open stays what it was. Data that is damaged reads as an I/O error, never as zeros, and a line of the log names the pack.',
+    'With --files every file system inside a point is a directory beside disk.img: p1, p2, … for partitions, disk where there is no partition table, with owners, modes, times, links, xattrs and ACLs. It is mounted when somebody first looks into it, by this machine\'s kernel on a throw-away overlay, where its journal is replayed, and in a mount namespace of its own, so that nothing of it is left behind however the mount ends. What this kernel cannot read, and logical volumes, are not shown: "b2 ls" and "b2 restore --path" can read them.',
     'Goes into the background when the mount is live. "b2 umount" or umount ends it, and so does the end of the process, whatever the reason. Only the user who mounted can look into it. Users other than root need fusermount3.',
   ],
   arguments: args,

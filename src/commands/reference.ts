@@ -61,6 +61,11 @@ export const ENVIRONMENT: readonly Described[] = [
   { name: 'B2_KEY_FILE', description: 'Key file that opens the repository.' },
   { name: 'B2_CACHE_DIR', description: 'Directory of the local catalogue, a cache.' },
   {
+    name: 'B2_RUNTIME_DIR',
+    description:
+      'Directory of the control sockets of b2 watch; default /run/b2 for root, $XDG_RUNTIME_DIR/b2 for others.',
+  },
+  {
     name: 'CREDENTIALS_DIRECTORY',
     description: 'Set by systemd; the credential b2-password in it is used as the password.',
   },

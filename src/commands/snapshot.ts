@@ -13,6 +13,12 @@ const options = {
   name: { value: 'NAME', description: 'name of the snapshot; default: the time' },
   tag: { value: 'TAG', description: 'a tag to find it by; may be given several times', many: true },
   volume: { value: 'VOLUME', description: 'name of the volume; default: HOST/DEVICE' },
+  class: {
+    value: 'CLASS',
+    description:
+      'of a watched device, the least that will do: crash (nothing is frozen), fs (file systems are frozen), app (hooks are run); default: the best that can be had',
+    choices: ['crash', 'fs', 'app'],
+  },
   'skip-unreadable': {
     description: 'go on where the device cannot be read; the point is not exact then (exit code 3)',
   },
@@ -24,6 +30,7 @@ export const snapshotCommand = defineCommand({
   name: 'snapshot',
   summary: 'capture a device now, as a named point',
   description: [
+    'If a running "b2 watch" captures the device to the same repository, it is asked for a point at this very moment, which is exact whatever writes to the device: of class app with hooks configured, else fs if its file systems can be frozen within the limit, else crash. Any other device is captured now, as follows.',
     'Reads the whole device or image file and stores what the repository does not hold yet. Holes and zeros cost nothing; blocks that have not changed since the last point, or that any volume of any host has stored before, are not stored again.',
     'The point is exact (class crash) only if it is certain that nothing was written to the device meanwhile: b2 compares the write counters of the kernel, or the times of an image file, before and after. Otherwise the point is of class fuzzy, it is used only when it is named, and the exit code is 3. Unmount the file system, stop the virtual machine, or take an LVM snapshot and capture that.',
     'A snapshot is pinned: thinning never removes it.',

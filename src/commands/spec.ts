@@ -84,6 +84,8 @@ export interface Input<A extends ArgumentSpecs, O extends OptionSpecs> {
 export interface CommandContext {
   readonly settings: Settings;
   readonly config: Config;
+  /** Reads and checks the configuration files again. Rejects with kind `config`, as at the start. */
+  readonly reloadConfig: () => Promise<Config>;
   readonly env: Readonly<Record<string, string | undefined>>;
   readonly clock: Clock;
   readonly random: Random;

@@ -18,6 +18,7 @@ export const statusCommand = defineCommand({
   summary: 'show how well the volumes are covered, and how the repository is',
   description: [
     'For each volume: the newest exact point, its age (lag), and how well the last 24 hours are covered: exact (every write is in a point), coalesced (several writes to one block may be one), unknown (changes were found by comparing).',
+    'Of each device that a running watch of this user captures: its state, the lag (age of the oldest write that no durable point holds), rates, points, and the last problem. The lag of a watched volume, also for --max-lag, is that of the watch: a volume that nobody writes to has no new points and still does not lag.',
     'Of the repository: its size, free space, what prune has condemned but not deleted yet, and when and with what result this machine verified it last.',
   ],
   arguments: args,

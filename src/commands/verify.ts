@@ -38,10 +38,32 @@ const options = {
     description: 'compare the volume as it was at --at with this device or image file',
     complete: 'device',
   },
-  at: { value: 'T', description: 'the point to compare with --against', default: 'latest' },
+  fsck: {
+    description:
+      'check every file system of a point of each volume, after its journal is replayed (root)',
+  },
+  boot: { description: 'start a virtual machine from a point of each volume' },
+  'boot-check': {
+    value: 'STRING',
+    description: 'what the machine must say on its first serial port',
+    default: 'login:',
+  },
+  'boot-timeout': {
+    value: 'TIME',
+    description: 'how long that may take',
+    default: '5m',
+    parse: parseDurationMs,
+  },
+  at: {
+    value: 'T',
+    description: 'the point for --against, --fsck and --boot',
+    default: 'latest',
+  },
+  'random-point': { description: 'another point each time for --fsck and --boot, instead of --at' },
   'max-lag': {
     value: 'TIME',
-    description: 'end with code 6 if the newest whole exact point of a volume is older',
+    description:
+      'end with code 6 if a volume lags more: by the lag of the running watch that captures it, else by the age of its newest whole exact point',
     parse: parseDurationMs,
   },
   nagios: { description: 'one line and the exit codes of a monitoring plugin' },
@@ -55,6 +77,7 @@ export const verifyCommand = defineCommand({
     'Always checked: the configuration and its copy, every small object, every page of the manifest, the chain of every volume, the footers of all packs, each commit, and that every place which a recovery point uses is there. With --data the stored data are read too: every frame is opened and every chunk compared with its id.',
     'What is found is located: the file, the frames in it and their offsets, the recovery points and the blocks of the volume that need them, and the newest point of each volume that is whole.',
     'With --budget or a percentage, runs go on where the last one stopped: packs never verified come first, the newest before the others, then those verified longest ago. This machine remembers that, and the newest point it has seen of each volume, in a local catalogue: so it also notices a repository that was put back to an older state.',
+    '--fsck mounts every file system of a point on a throw-away overlay, which replays its journal, and runs its checker (e2fsck, xfs_repair, btrfs check, fsck.fat, ntfsfix); nothing in the repository or on this machine is changed. --boot starts a machine with the point as its disk, without a network, and waits for a text on its console (see b2-boot(1)). What is not sound or does not start counts as damage.',
     '--against reads a device or image file and reports every range in which it differs from the volume. A device that has been written to since the point differs there.',
   ],
   arguments: args,
@@ -70,13 +93,17 @@ export const verifyCommand = defineCommand({
       command: 'b2 verify web1/sda --against /dev/sda --at before-upgrade',
       text: 'What has changed since that snapshot.',
     },
+    {
+      command: 'b2 verify web1/sda --fsck --boot --random-point',
+      text: 'Would any point do? Every night another one.',
+    },
     { command: 'b2 verify --max-lag 10m --nagios', text: 'As a monitoring check.' },
   ],
   exitCodes: {
     [ExitCode.partial]: 'something could not be read',
     [ExitCode.notFound]: 'no such volume or point',
-    [ExitCode.damage]: 'damage was found, or the device differs',
-    [ExitCode.overLimit]: 'a point is older than --max-lag',
+    [ExitCode.damage]: 'damage was found, the device differs, or a restore test failed',
+    [ExitCode.overLimit]: 'a volume lags more than --max-lag, or has no whole exact point',
   },
   load: () => import('./run/verify.js'),
 });

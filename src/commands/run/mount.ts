@@ -5,6 +5,7 @@ import { dirname, join } from 'node:path';
 import { B2Error, ioError } from '../../errors.js';
 import type { B2Event, EventSink } from '../../events.js';
 import { formatTimeLocal } from '../../human.js';
+import { FilesView } from '../../mount/files-view.js';
 import { openMountTree } from '../../mount/tree.js';
 import { serveMount } from '../../mount/server.js';
 import { askPassword, findSecrets } from '../../secrets.js';
@@ -70,12 +71,18 @@ function serve(
 ): Promise<MountAnswer> {
   const { options } = input;
   const { clock, signal } = context;
+  if (options.files && process.geteuid?.() !== 0) {
+    throw new B2Error('unsupported', '--files mounts file systems, which only root may do', {
+      hint: '"b2 ls", "b2 cat" and "b2 restore --path" need no root: they use a tiny virtual machine.',
+    });
+  }
   const at = options.at === undefined ? undefined : parseWhen(options.at, clock.nowNs());
   return withRepository(context, async (repo) => {
     const warn = (message: string): void => events({ type: 'warning', message });
     const volume =
       options.volume === undefined ? undefined : await volumeNamed(context, repo, options.volume);
-    const tree = await openMountTree({ repo, clock, volume, at, warn });
+    const files = options.files ? new FilesView({ clock, events }) : undefined;
+    const tree = await openMountTree({ repo, clock, volume, at, warn, files });
     try {
       const mounted = await serveMount({
         tree,

@@ -18,8 +18,8 @@ export interface PointsResult {
   readonly points: readonly PointRow[];
 }
 
-/** The instant that a bound means: a time, or that of a named point. */
-async function boundOf(
+/** The instant that a bound (`--since`, `--until`) means: a time, or that of a named point. */
+export async function boundOf(
   context: CommandContext,
   history: VolumeHistory,
   volume: VolumeMeta,

@@ -38,13 +38,16 @@ export function pointRow(c: CommitRecord, snapshots: readonly string[] = []): Po
   };
 }
 
-/** The local form of an RFC 3339 time with nanoseconds. */
-export function localTime(rfc3339: string): string {
+/** Nanoseconds of an RFC 3339 time as formatTimeNs writes it. */
+export function parseTimeNs(rfc3339: string): bigint {
   const m = /^(.*?)(?:\.(\d+))?Z$/.exec(rfc3339);
   const ms = Date.parse(`${m?.[1] ?? ''}Z`);
-  return formatTimeLocal(
-    BigInt(ms) * 1_000_000n + BigInt((m?.[2] ?? '').padEnd(9, '0').slice(0, 9)),
-  );
+  return BigInt(ms) * 1_000_000n + BigInt((m?.[2] ?? '').padEnd(9, '0').slice(0, 9));
+}
+
+/** The local form of an RFC 3339 time with nanoseconds. */
+export function localTime(rfc3339: string): string {
+  return formatTimeLocal(parseTimeNs(rfc3339));
 }
 
 export const POINT_COLUMNS: readonly Column<PointRow>[] = [

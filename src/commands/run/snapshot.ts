@@ -1,17 +1,26 @@
 import { existsSync } from 'node:fs';
+import { realpath } from 'node:fs/promises';
 import { hostname } from 'node:os';
-import { dedupeCacheFile, takeSnapshot } from '../../capture/snapshot.js';
+import { warmScan } from '../../capture/scan.js';
+import { dedupeCacheFile, freeName, takeSnapshot } from '../../capture/snapshot.js';
 import { B2Error, ExitCode, isKind } from '../../errors.js';
 import { className } from '../../format/commit.js';
 import { formatBytes, formatDuration, formatRate, formatTimeNs } from '../../human.js';
 import type { Repository } from '../../repo/repository.js';
 import type { ByteRange } from '../../devices/device.js';
 import type { Style } from '../../ui/style.js';
+import { BLOCK_BYTES } from '../../units.js';
+import { askPoint } from '../../watch/control.js';
+import type { DeviceReport } from '../../watch/report.js';
 import type { SnapshotInput } from '../snapshot.js';
 import type { CommandContext, Outcome } from '../spec.js';
 import { withCatalogue } from './catalogue.js';
-import { localTime } from './rows.js';
+import { localTime, parseTimeNs } from './rows.js';
 import { volumeNamed, withRepository } from './session.js';
+import { runningWatches } from './running.js';
+
+/** Threads of the scan. */
+const WORKERS = 2;
 
 export interface SnapshotAnswer {
   readonly volume: string;
@@ -23,11 +32,13 @@ export interface SnapshotAnswer {
   readonly class: string;
   readonly hash: string;
   readonly sizeBytes: number;
-  readonly readBytes: number;
+  /** Made by the running watch; then the details of a capture of its own are absent. */
+  readonly watched: boolean;
+  readonly readBytes?: number;
   readonly changedBytes: number;
-  readonly zeroBytes: number;
-  readonly duplicateBytes: number;
-  readonly newBytes: number;
+  readonly zeroBytes?: number;
+  readonly duplicateBytes?: number;
+  readonly newBytes?: number;
   readonly storedBytes: number;
   readonly elapsedSeconds: number;
   readonly unreadable: readonly ByteRange[];
@@ -70,9 +81,18 @@ export function run(
   context: CommandContext,
   input: SnapshotInput,
 ): Promise<Outcome<SnapshotAnswer>> {
+  warmScan(WORKERS);
   return withRepository(context, async (repo) => {
     const { options } = input;
+    const running = await findRunning(context, repo, input);
+    if (running !== undefined) return throughWatch(context, repo, input, running);
     const { device, volume } = await deviceOf(context, repo, input.arguments.device);
+    if (options.class === 'fs' || options.class === 'app')
+      throw new B2Error(
+        'unsupported',
+        `no running watch captures ${device}: a point of class ${options.class} cannot be had`,
+        { hint: 'Start "b2 watch" for the device, or leave --class out.' },
+      );
     const r = await takeSnapshot(repo, {
       device,
       volume: options.volume ?? volume,
@@ -82,7 +102,7 @@ export function run(
       takeOver: options['take-over'],
       host: hostname(),
       dedupeCacheFile: dedupeCacheFile(context.settings.cacheDir, repo.id),
-      workers: 2,
+      workers: WORKERS,
       storeUrl: repo.store.url,
       signal: context.signal,
       events: context.events,
@@ -115,6 +135,7 @@ export function run(
         class: className(r.pointClass),
         hash: r.point.hash.toString('hex'),
         sizeBytes: r.sizeBytes,
+        watched: false,
         readBytes: r.readBytes,
         changedBytes: r.changedBytes,
         zeroBytes: r.zeroBytes,
@@ -130,12 +151,120 @@ export function run(
   });
 }
 
+/** A device that a running watch captures to this repository. */
+interface Running {
+  readonly path: string;
+  readonly device: DeviceReport;
+}
+
+/** The running watch that the command means, if any. */
+async function findRunning(
+  context: CommandContext,
+  repo: Repository,
+  input: SnapshotInput,
+): Promise<Running | undefined> {
+  const text = input.arguments.device;
+  const { volume } = input.options;
+  const real = await realpath(text).catch(() => undefined);
+  const watches = await runningWatches(context);
+  for (const { path, report } of watches) {
+    if (report.repositoryId !== repo.id) continue;
+    for (const device of report.devices) {
+      // Nobody captures it any more: then it is captured now, as any other.
+      if (device.state === 'failed') continue;
+      const isMeant =
+        real === undefined
+          ? device.volume === text || device.volumeId === text
+          : real === (await realpath(device.device).catch(() => device.device));
+      // To another volume a device is captured beside the watch.
+      const isVolume =
+        volume === undefined || volume === device.volume || volume === device.volumeId;
+      if (isMeant && isVolume) return { path, device };
+    }
+  }
+  if (real !== undefined) return undefined;
+  // The name may be short ("sda" for "web1/sda"): who finds volumes knows.
+  const meant = await volumeNamed(context, repo, text).catch(() => undefined);
+  for (const { path, report } of watches) {
+    const device = report.devices.find(
+      (d) => d.state !== 'failed' && d.volumeId !== undefined && d.volumeId === meant?.id,
+    );
+    if (report.repositoryId === repo.id && device !== undefined) return { path, device };
+  }
+  return undefined;
+}
+
+async function throughWatch(
+  context: CommandContext,
+  repo: Repository,
+  input: SnapshotInput,
+  { path, device }: Running,
+): Promise<Outcome<SnapshotAnswer>> {
+  const { options } = input;
+  const { clock } = context;
+  const began = clock.monotonicNs();
+  const volume = device.volume ?? device.device;
+  const name =
+    device.volumeId === undefined
+      ? (options.name ?? formatTimeNs(clock.nowNs()).replace(/\.\d+Z$/, 'Z'))
+      : await freeName(repo, { id: device.volumeId, name: volume }, options.name);
+  if (device.scan !== undefined)
+    context.events({
+      type: 'note',
+      message: `${device.device} is being read by the running watch (${device.state}, ${formatBytes(device.scan.doneBytes)} of ${formatBytes(device.scan.totalBytes)}): there is no exact point before that is done`,
+    });
+  const a = await askPoint(
+    path,
+    {
+      type: 'point',
+      volume: device.volumeId ?? device.device,
+      ...(options.class === undefined ? {} : { class: options.class }),
+      name,
+      tags: options.tag,
+    },
+    context.signal,
+  );
+  await withCatalogue(context, repo, async (catalogue) => {
+    await catalogue?.recordTip({
+      volumeId: a.volumeId,
+      name: a.volume,
+      seq: a.point.seq,
+      hash: a.hash,
+      instantNs: parseTimeNs(a.point.time),
+    });
+  });
+  if (a.note !== undefined)
+    context.events({ type: 'note', message: `class ${a.point.class}, not better: ${a.note}` });
+  return {
+    data: {
+      volume: a.volume,
+      volumeId: a.volumeId,
+      isNewVolume: false,
+      id: a.point.id,
+      name,
+      time: a.point.time,
+      class: a.point.class,
+      hash: a.hash,
+      sizeBytes: a.sizeBytes,
+      watched: true,
+      changedBytes: a.point.blocks * BLOCK_BYTES,
+      storedBytes: a.point.storedBytes,
+      elapsedSeconds: Number(clock.monotonicNs() - began) / 1e9,
+      unreadable: [],
+    },
+  };
+}
+
 export function text(a: SnapshotAnswer, style: Style): string {
-  const rate = a.elapsedSeconds > 0 ? `, ${formatRate(a.sizeBytes / a.elapsedSeconds)}` : '';
   const state =
     a.notExact === undefined ? style.green('captured') : style.yellow('captured, not exact');
+  const point = `${state} ${a.volume} as "${a.name}": point ${a.id}, class ${a.class}, ${localTime(a.time)}`;
+  if (a.watched) {
+    return `${point}\nby the running watch in ${formatDuration(a.elapsedSeconds)}: ${formatBytes(a.changedBytes)} changed since the point before, ${formatBytes(a.storedBytes)} stored`;
+  }
+  const rate = a.elapsedSeconds > 0 ? `, ${formatRate(a.sizeBytes / a.elapsedSeconds)}` : '';
   return [
-    `${state} ${a.volume} as "${a.name}": point ${a.id}, class ${a.class}, ${localTime(a.time)}`,
-    `${formatBytes(a.sizeBytes)} in ${formatDuration(a.elapsedSeconds)}${rate}: ${formatBytes(a.changedBytes)} changed, ${formatBytes(a.newBytes)} new, ${formatBytes(a.storedBytes)} stored`,
+    point,
+    `${formatBytes(a.sizeBytes)} in ${formatDuration(a.elapsedSeconds)}${rate}: ${formatBytes(a.changedBytes)} changed, ${formatBytes(a.newBytes ?? 0)} new, ${formatBytes(a.storedBytes)} stored`,
   ].join('\n');
 }

@@ -6,7 +6,9 @@ import {
   formatCount,
   formatDuration,
   formatPercent,
+  formatRate,
   formatTimeNs,
+  printable,
 } from '../../human.js';
 import { cataloguePath, type Catalogue } from '../../repo/catalogue.js';
 import { CondemnedPlaces } from '../../repo/condemned.js';
@@ -15,13 +17,15 @@ import { OpenPack } from '../../repo/pack-reader.js';
 import type { Repository } from '../../repo/repository.js';
 import { Timeline } from '../../repo/timeline.js';
 import type { VolumeMeta } from '../../repo/volume.js';
-import { fields, table } from '../../ui/table.js';
+import { fields, table, type Column } from '../../ui/table.js';
 import type { Style } from '../../ui/style.js';
+import type { DeviceReport, WatchReport } from '../../watch/report.js';
 import type { StatusInput } from '../status.js';
 import type { CommandContext, Outcome } from '../spec.js';
 import { withCatalogue } from './catalogue.js';
 import { nagios, nagiosCode, orUnknown, type NagiosAnswer, type NagiosValue } from './nagios.js';
 import { localTime } from './rows.js';
+import { runningWatches, watchedVolumes, watchLagSeconds } from './running.js';
 import { volumesOf, withRepository } from './session.js';
 
 const DAY_NS = 86_400_000_000_000n;
@@ -41,7 +45,13 @@ export interface StatusRow {
   readonly exactPoints: number;
   readonly newest?: string;
   readonly newestId?: string;
+  /**
+   * Age of the newest exact point; where a running watch captures the volume and knows it: age of the oldest write that no point
+   * holds, 0 if there is none.
+   */
   readonly lagSeconds?: number;
+  /** What the running watch says of it. */
+  readonly watched?: DeviceReport;
   readonly coverage: CoverageSeconds;
   /** Set where the history cannot be read. */
   readonly problem?: string;
@@ -67,6 +77,8 @@ export interface StatusAnswer {
   readonly dataVerifiedSince?: string;
   readonly catalogue: string;
   readonly lagging?: readonly string[];
+  /** Every running watch of this user, of whatever repository. */
+  readonly watches: readonly WatchReport[];
   readonly nagios?: NagiosAnswer;
 }
 
@@ -86,6 +98,7 @@ export function run(context: CommandContext, input: StatusInput): Promise<Outcom
       packs: 0,
       condemnedBytes: 0,
       catalogue: '',
+      watches: [],
       nagios: answer,
     }),
   );
@@ -98,8 +111,12 @@ async function look(
   catalogue: Catalogue | undefined,
 ): Promise<Outcome<StatusAnswer>> {
   const now = context.clock.nowNs();
+  const running = await runningWatches(context);
+  const watches = running.map((w) => w.report);
+  const watched = watchedVolumes(running, repo.id);
   const volumes: StatusRow[] = [];
-  for (const v of await volumesOf(context, repo)) volumes.push(await statusRow(repo, v, now));
+  for (const v of await volumesOf(context, repo))
+    volumes.push(withWatch(await statusRow(repo, v, now), watched.get(v.id)));
   const packBytes = new Map<string, number>();
   let repositoryBytes = 0;
   for await (const { name, sizeBytes } of repo.store.list('')) {
@@ -144,6 +161,7 @@ async function look(
     ...(oldest === undefined ? {} : { dataVerifiedSince: formatTimeNs(oldest) }),
     catalogue: catalogue?.path ?? cataloguePath(context.settings.cacheDir, repo.id),
     ...(maxLag === undefined ? {} : { lagging: lagging.map((v) => v.name) }),
+    watches,
   };
   const broken = volumes.some((v) => v.problem !== undefined);
   if (input.options.nagios) {
@@ -154,6 +172,12 @@ async function look(
     data,
     code: broken ? ExitCode.damage : lagging.length > 0 ? ExitCode.overLimit : ExitCode.ok,
   };
+}
+
+function withWatch(row: StatusRow, watched: DeviceReport | undefined): StatusRow {
+  if (watched === undefined) return row;
+  const lagSeconds = row.newest === undefined ? undefined : watchLagSeconds(watched);
+  return { ...row, ...(lagSeconds === undefined ? {} : { lagSeconds }), watched };
 }
 
 async function statusRow(repo: Repository, v: VolumeMeta, now: bigint): Promise<StatusRow> {
@@ -249,6 +273,55 @@ function coverageText(c: CoverageSeconds): string {
   return parts.length === 0 ? 'none' : parts.join(', ');
 }
 
+const WATCH_COLUMNS: readonly Column<DeviceReport>[] = [
+  { title: 'WATCHED', cell: (d) => d.device },
+  { title: 'VOLUME', cell: (d) => d.volume ?? '-' },
+  {
+    title: 'STATE',
+    cell: (d) =>
+      (d.state !== 'baseline' && d.state !== 'resync') ||
+      d.scan === undefined ||
+      d.scan.totalBytes === 0
+        ? d.state
+        : `${d.state} ${formatPercent(d.scan.doneBytes / d.scan.totalBytes)}`,
+    paint: (t, d, s) =>
+      d.state === 'exact'
+        ? s.green(t)
+        : ['failed', 'outage', 'absent'].includes(d.state)
+          ? s.red(t)
+          : s.yellow(t),
+  },
+  {
+    title: 'LAG',
+    align: 'right',
+    cell: (d) => (d.lagMs === undefined ? '?' : formatDuration(d.lagMs / 1000)),
+  },
+  { title: 'WRITES', align: 'right', cell: (d) => formatRate(d.changedBytesPerSecond) },
+  { title: 'STORES', align: 'right', cell: (d) => formatRate(d.storedBytesPerSecond) },
+  { title: 'POINTS', align: 'right', cell: (d) => formatCount(d.points) },
+  { title: 'LAST', align: 'right', cell: (d) => d.lastPoint?.id ?? '-' },
+];
+
+function watchText(a: StatusAnswer, style: Style): string {
+  const parts: string[] = [];
+  for (const w of a.watches) {
+    parts.push(table(WATCH_COLUMNS, w.devices, style, 'no device'));
+    const elsewhere = w.repositoryId === a.repositoryId ? '' : `, to ${w.repository}`;
+    parts.push(
+      style.dim(
+        `by process ${w.pid} since ${localTime(w.since)}${elsewhere}${w.stopping ? ', stopping' : ''}`,
+      ),
+    );
+    for (const d of w.devices)
+      if (d.lastProblem !== undefined)
+        parts.push(
+          `last problem of ${printable(d.device)}, ${localTime(d.lastProblem.time)}: ${printable(d.lastProblem.message)}`,
+        );
+    parts.push('');
+  }
+  return parts.join('\n');
+}
+
 export function text(a: StatusAnswer, style: Style): string {
   if (a.nagios !== undefined) return a.nagios.line;
   const lagging = new Set(a.lagging ?? []);
@@ -299,5 +372,6 @@ export function text(a: StatusAnswer, style: Style): string {
     ],
     style,
   );
-  return `${volumes}\n\n${rest}`;
+  const watches = watchText(a, style);
+  return `${volumes}\n\n${watches === '' ? '' : `${watches}\n`}${rest}`;
 }

@@ -1,5 +1,4 @@
 import { B2Error, ExitCode } from '../../errors.js';
-import { openReadDevice } from '../../devices/open.js';
 import { formatBytes, formatCount, formatDuration, formatTimeNs } from '../../human.js';
 import type { Catalogue } from '../../repo/catalogue.js';
 import { VolumeHistory } from '../../repo/history.js';
@@ -7,16 +6,20 @@ import { choosePoint, openBlockMap, openImage } from '../../repo/point.js';
 import type { Repository } from '../../repo/repository.js';
 import { findVolume } from '../../repo/volume.js';
 import type { Style } from '../../ui/style.js';
-import { compareWithDevice, type AgainstResult } from '../../verify/against.js';
+import type { AgainstResult } from '../../verify/against.js';
 import type { Finding } from '../../verify/findings.js';
+import { warmVerify } from '../../verify/data.js';
 import { verify, type PointRef, type VerifyReport } from '../../verify/verify.js';
+import type { DeviceReport } from '../../watch/report.js';
 import { parseWhen } from '../../when.js';
 import type { VerifyInput } from '../verify.js';
 import type { CommandContext, Outcome } from '../spec.js';
 import { withCatalogue } from './catalogue.js';
 import { nagios, nagiosCode, orUnknown, type NagiosAnswer, type NagiosValue } from './nagios.js';
 import { localTime, pointRow, type PointRow } from './rows.js';
+import { runningWatches, watchedVolumes, watchLagSeconds } from './running.js';
 import { volumesOf, withRepository } from './session.js';
+import type { RestoreTest } from './verify-restore.js';
 
 export interface VerifiedVolume {
   readonly id: string;
@@ -27,8 +30,13 @@ export interface VerifiedVolume {
   readonly newest?: { readonly id: string; readonly time: string };
   /** The newest exact point in which nothing is wrong. */
   readonly newestWhole?: { readonly id: string; readonly time: string };
-  /** Age of the newest whole exact point. */
+  /** See {@link lagFrom}. */
   readonly lagSeconds?: number;
+  /**
+   * `watch`: of a running watch whose newest point is whole, age of the oldest write that no point holds; 0 if there is none.
+   * `point`: age of the newest whole exact point.
+   */
+  readonly lagFrom?: 'watch' | 'point';
 }
 
 export interface VerifyAnswer {
@@ -54,7 +62,9 @@ export interface VerifyAnswer {
     readonly volume: string;
     readonly point: PointRow;
   };
-  /** Volumes whose newest whole exact point is older than --max-lag. */
+  /** With --fsck and --boot. */
+  readonly restoreTests?: readonly RestoreTest[];
+  /** Volumes with a lag above --max-lag, or without a whole exact point. */
   readonly lagging?: readonly string[];
   readonly elapsedSeconds: number;
   readonly nagios?: NagiosAnswer;
@@ -72,8 +82,10 @@ const EMPTY = {
 };
 
 export function run(context: CommandContext, input: VerifyInput): Promise<Outcome<VerifyAnswer>> {
+  const { data, budget, nagios: forNagios } = input.options;
+  if ((data ?? 0) > 0 || budget !== undefined) warmVerify();
   return orUnknown(
-    input.options.nagios,
+    forNagios,
     () =>
       withRepository(context, (repo) =>
         withCatalogue(context, repo, (catalogue) => check(context, input, repo, catalogue)),
@@ -102,6 +114,14 @@ async function check(
     signal: context.signal,
     events: context.events,
   });
+  const restored =
+    options.fsck || options.boot
+      ? await (
+          await import('./verify-restore.js')
+        ).restoreTests(context, input, repo, wanted.length === 0 ? known : wanted)
+      : undefined;
+  const findings = [...report.findings, ...(restored?.findings ?? [])];
+  const watched = watchedVolumes(await runningWatches(context), repo.id);
   const now = context.clock.nowNs();
   const volumes = report.volumes.map((v): VerifiedVolume => ({
     id: v.volumeId,
@@ -113,7 +133,7 @@ async function check(
       ? {}
       : {
           newestWhole: pointOf(v.newestWhole),
-          lagSeconds: secondsBetween(v.newestWhole.instantNs, now),
+          ...lagOf(v.newestWhole, v.newest, watched.get(v.volumeId), now),
         }),
   }));
   const maxLag = options['max-lag'];
@@ -126,20 +146,21 @@ async function check(
     (against.differingBytes > 0 ||
       against.imageBytes > against.deviceBytes ||
       against.unreadable.some((u) => u.damaged));
-  const damage = report.findings.filter((f) => f.severity === 'damage').length + (differs ? 1 : 0);
+  const damage = findings.filter((f) => f.severity === 'damage').length + (differs ? 1 : 0);
   const unreadable =
-    report.findings.filter((f) => f.severity === 'unreadable').length +
+    findings.filter((f) => f.severity === 'unreadable').length +
     (against?.unreadable.filter((u) => !u.damaged).length ?? 0);
   const data: VerifyAnswer = {
     damage,
     unreadable,
-    findings: report.findings,
+    findings,
     volumes,
     objects: report.objects,
     packs: report.packs,
     packBytes: report.packBytes,
     ...dataOf(report),
     ...(against === undefined ? {} : { against }),
+    ...(restored === undefined ? {} : { restoreTests: restored.tests }),
     ...(maxLag === undefined ? {} : { lagging: lagging.map((v) => v.name) }),
     elapsedSeconds: Number(context.clock.monotonicNs() - startedNs) / 1e9,
   };
@@ -160,6 +181,19 @@ async function check(
           ? ExitCode.overLimit
           : ExitCode.ok;
   return { data, code };
+}
+
+/** A watch whose newest point is damaged is no proof that a restore would lose nothing. */
+function lagOf(
+  whole: PointRef,
+  newest: PointRef | undefined,
+  watched: DeviceReport | undefined,
+  nowNs: bigint,
+): Required<Pick<VerifiedVolume, 'lagSeconds' | 'lagFrom'>> {
+  const lagSeconds = newest?.seq === whole.seq ? watchLagSeconds(watched) : undefined;
+  return lagSeconds === undefined
+    ? { lagSeconds: secondsBetween(whole.instantNs, nowNs), lagFrom: 'point' }
+    : { lagSeconds, lagFrom: 'watch' };
 }
 
 function pointOf(p: PointRef): { id: string; time: string } {
@@ -205,6 +239,8 @@ async function compare(
       parseWhen(options.at, context.clock.nowNs()),
       (message) => context.events({ type: 'warning', message }),
     );
+    const { openReadDevice } = await import('../../devices/open.js');
+    const { compareWithDevice } = await import('../../verify/against.js');
     const device = await openReadDevice(options.against);
     try {
       const result = await compareWithDevice({
@@ -319,7 +355,11 @@ export function text(a: VerifyAnswer, style: Style): string {
         : `newest whole point ${v.newestWhole.id}, ${localTime(v.newestWhole.time)}`;
     const bad =
       v.damagedPoints === 0 ? '' : style.red(`, ${formatCount(v.damagedPoints)} points damaged`);
-    lines.push(`${v.name}: ${formatCount(v.commits)} commits, ${whole}${bad}`);
+    const lag =
+      v.lagFrom === 'watch' && v.lagSeconds !== undefined
+        ? `, lag ${formatDuration(v.lagSeconds)} by its running watch`
+        : '';
+    lines.push(`${v.name}: ${formatCount(v.commits)} commits, ${whole}${lag}${bad}`);
   }
   const { against } = a;
   if (against !== undefined) {
@@ -338,7 +378,11 @@ export function text(a: VerifyAnswer, style: Style): string {
         : `${what}: ${formatBytes(against.differingBytes)} of ${formatBytes(against.comparedBytes)} differ`,
     );
   }
-  for (const name of a.lagging ?? []) lines.push(`${style.red('lagging')}  ${name}`);
+  lines.push(...restoreLines(a.restoreTests ?? [], style));
+  for (const name of a.lagging ?? [])
+    lines.push(
+      `${style.red('lagging')}  ${name}${lagText(a.volumes.find((v) => v.name === name))}`,
+    );
   const read =
     a.data === undefined
       ? 'the data were not read'
@@ -353,4 +397,35 @@ export function text(a: VerifyAnswer, style: Style): string {
     `${verdict}: ${formatCount(a.objects)} objects, ${formatCount(a.packs)} packs (${formatBytes(a.packBytes)}), ${read}, in ${formatDuration(a.elapsedSeconds)}`,
   );
   return lines.join('\n');
+}
+
+function lagText(v: VerifiedVolume | undefined): string {
+  if (v?.lagSeconds === undefined) return ': no whole exact point';
+  const age = formatDuration(v.lagSeconds);
+  return v.lagFrom === 'watch'
+    ? `: its watch is ${age} behind`
+    : `: no running watch captures it, and its newest whole point is ${age} old`;
+}
+
+function restoreLines(tests: readonly RestoreTest[], style: Style): readonly string[] {
+  return tests.flatMap(({ volume, point, fileSystems, boot }) => {
+    const of = `${volume} at ${point.id}`;
+    const lines = (fileSystems ?? []).map((check) => {
+      const state =
+        check.state === 'sound'
+          ? style.green('sound')
+          : check.state === 'faulty'
+            ? style.red('faulty')
+            : style.yellow('unchecked');
+      return `${of}: ${check.name} (${check.type}) ${state}: ${check.how ?? check.message ?? ''}`;
+    });
+    if (fileSystems?.length === 0) lines.push(`${of}: there is no file system to check`);
+    if (boot !== undefined)
+      lines.push(
+        boot.ok
+          ? `${of}: ${style.green('starts')}, ${boot.seconds.toFixed(1)} s (${boot.accelerator})`
+          : `${of}: ${style.red('does not start')}: ${boot.why ?? ''}`,
+      );
+    return lines;
+  });
 }

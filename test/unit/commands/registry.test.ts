@@ -140,9 +140,10 @@ it('has unique names, and groups that are used', () => {
 const README = new URL('../../../README.md', import.meta.url);
 describe.runIf(existsSync(README))('README.md', () => {
   const text = existsSync(README) ? readFileSync(README, 'utf8') : '';
-  const blocks = [...text.matchAll(/^```(?:sh|bash|shell|console)?\n([\s\S]*?)^```/gm)];
+  const blocks = [...text.matchAll(/^```(\w*)\n([\s\S]*?)^```$/gm)];
   const lines = blocks
-    .flatMap((block) => (block[1] ?? '').replaceAll('\\\n', ' ').split('\n'))
+    .filter((block) => ['', 'sh', 'bash', 'shell', 'console'].includes(block[1] ?? ''))
+    .flatMap((block) => (block[2] ?? '').replaceAll('\\\n', ' ').split('\n'))
     .map((line) => line.replace(/^[$#] /, '').trim())
     .filter((line) => /^(\.\/bin\/)?b2 /.test(line.replace(BEFORE, '')));
 

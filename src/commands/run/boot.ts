@@ -1,0 +1,177 @@
+import { B2Error, ExitCode } from '../../errors.js';
+import {
+  bootImage,
+  type BootChecks,
+  type BootResult,
+  type CheckName,
+  type DiskBus,
+} from '../../boot/boot.js';
+import { formatBytes, formatTimeLocal, printable } from '../../human.js';
+import { openOverlay } from '../../nbd/index.js';
+import { VolumeHistory } from '../../repo/history.js';
+import { choosePoint, openImage } from '../../repo/point.js';
+import type { Style } from '../../ui/style.js';
+import { parseWhen } from '../../when.js';
+import type { BootInput } from '../boot.js';
+import type { CommandContext, Outcome } from '../spec.js';
+import { pointRow, type PointRow } from './rows.js';
+import { volumeNamed, withRepository } from './session.js';
+
+export interface BootAnswer {
+  readonly volume: string;
+  readonly volumeId: string;
+  readonly point: PointRow;
+  readonly ok: boolean;
+  readonly why?: string;
+  readonly accelerator: 'kvm' | 'tcg';
+  readonly acceleratorWhy: string;
+  readonly firmware: 'bios' | 'uefi';
+  readonly disk: DiskBus;
+  readonly passed: readonly { readonly check: CheckName; readonly seconds: number }[];
+  readonly seconds: number;
+  readonly hostPort?: number;
+  readonly screenshot?: string;
+  readonly readBytes: number;
+  readonly writtenBytes: number;
+  /** The end of what its serial port said. */
+  readonly console: string;
+}
+
+/** For a machine that is checked. */
+export const DEFAULT_BOOT_MS = 300_000;
+const CONSOLE_LINES = 8;
+
+export function run(context: CommandContext, input: BootInput): Promise<Outcome<BootAnswer>> {
+  const { options } = input;
+  const checks = checksOf(options);
+  const isChecked = options.check !== undefined || options.command !== undefined;
+  // A port alone is forwarded for whoever sits at the console.
+  const isAttached =
+    context.output.interactive && process.stdin.isTTY && !options.headless && !isChecked;
+  const hasChecks = isChecked || (options.port !== undefined && !isAttached);
+  if (!isAttached && !hasChecks && options.timeout === undefined && options.headless === false)
+    throw new B2Error('usage', 'there is no terminal for the console of the machine', {
+      hint: 'Give a --check, --port or --command to wait for, a --timeout, or --headless to run until it is stopped.',
+    });
+  return withRepository(context, async (repo) => {
+    const warn = (message: string): void => context.events({ type: 'warning', message });
+    const volume = await volumeNamed(context, repo, input.arguments.volume);
+    const history = await VolumeHistory.open(repo, volume.id);
+    try {
+      const when = parseWhen(options.at, context.clock.nowNs());
+      const { commit, snapshot } = await choosePoint(history, volume, when, warn);
+      const overlay = options.overlay;
+      const result = await bootImage(await openImage(history, volume, commit.seq), {
+        clock: context.clock,
+        events: context.events,
+        cacheDir: context.settings.cacheDir,
+        name: volume.name,
+        checks: hasChecks ? checks : { port: options.port },
+        watch: hasChecks,
+        timeoutMs: options.timeout ?? (hasChecks ? DEFAULT_BOOT_MS : undefined),
+        attached: isAttached,
+        onStart: (started) => {
+          const { accelerator, firmware, hostPort } = started;
+          const record = {
+            type: 'booting',
+            volume: volume.name,
+            point: pointRow(commit, snapshot === undefined ? [] : [snapshot.name]),
+            accelerator: accelerator.accelerator,
+            firmware,
+            ...(hostPort === undefined ? {} : { hostPort }),
+          };
+          const port =
+            hostPort === undefined ? '' : `, port ${options.port} at 127.0.0.1:${hostPort}`;
+          const keys = isAttached ? ' (Ctrl-A x ends it)' : '';
+          context.output.line(
+            record,
+            `booting ${volume.name} at ${formatTimeLocal(commit.instantNs)} (#${commit.seq}): ${accelerator.accelerator.toUpperCase()} (${accelerator.why}), ${firmware.toUpperCase()}${port}${keys}`,
+          );
+        },
+        memoryBytes: options.memory,
+        cpus: options.cpus,
+        disk: options.disk,
+        firmware: options.firmware === 'auto' ? undefined : options.firmware,
+        display: options.display,
+        network: !options['no-network'],
+        screenshot: options.screenshot,
+        powerDown: overlay !== undefined,
+        ...(overlay === undefined
+          ? {}
+          : {
+              overlay: (base) =>
+                openOverlay({
+                  path: overlay,
+                  base,
+                  identity: {
+                    repository: repo.config.id,
+                    volume: volume.id,
+                    seq: commit.seq,
+                    hash: commit.hash.toString('hex'),
+                  },
+                }),
+            }),
+        signal: context.signal,
+      });
+      return {
+        data: {
+          volume: volume.name,
+          volumeId: volume.id,
+          point: pointRow(commit, snapshot === undefined ? [] : [snapshot.name]),
+          ...bootFields(result),
+        },
+        code: result.ok ? ExitCode.ok : ExitCode.failed,
+      };
+    } finally {
+      await history.close();
+    }
+  });
+}
+
+/** The result as the fields of an answer. */
+export function bootFields(result: BootResult): Omit<BootAnswer, 'volume' | 'volumeId' | 'point'> {
+  const { accelerator, why, hostPort, screenshot, firmwareWhy: _, ...rest } = result;
+  return {
+    ...rest,
+    accelerator: accelerator.accelerator,
+    acceleratorWhy: accelerator.why,
+    ...(why === undefined ? {} : { why }),
+    ...(hostPort === undefined ? {} : { hostPort }),
+    ...(screenshot === undefined ? {} : { screenshot }),
+  };
+}
+
+function checksOf(options: BootInput['options']): BootChecks {
+  return { console: options.check, port: options.port, command: options.command };
+}
+
+/** The last lines of a console, safe to print. */
+export function consoleTail(console: string): readonly string[] {
+  return console
+    .replace(/\x1b\[[0-9;?]*[A-Za-z]/g, '')
+    .split(/[\r\n]+/)
+    .map((line) => printable(line).trimEnd())
+    .filter((line) => line !== '')
+    .slice(-CONSOLE_LINES);
+}
+
+const CHECK_TEXT: Readonly<Record<CheckName, string>> = {
+  console: 'its console said so',
+  port: 'its port answers',
+  command: 'the command succeeded',
+};
+
+export function text(a: BootAnswer, style: Style): string {
+  const lines = a.passed.map(
+    (p) => `${style.green('passed')}  ${CHECK_TEXT[p.check]} after ${p.seconds.toFixed(1)} s`,
+  );
+  if (a.why !== undefined) {
+    lines.push(`${style.red('failed')}  ${a.why}`);
+    for (const line of consoleTail(a.console)) lines.push(`        ${style.dim(line)}`);
+  }
+  if (a.screenshot !== undefined) lines.push(`screen: ${a.screenshot}`);
+  lines.push(
+    `${a.seconds.toFixed(1)} s; ${formatBytes(a.readBytes)} read, ${formatBytes(a.writtenBytes)} written`,
+  );
+  return lines.join('\n');
+}

@@ -1,0 +1,103 @@
+/** `b2 verify --fsck` and `--boot`: restore tests of one point of each volume. */
+import { B2Error } from '../../errors.js';
+import { PointClass } from '../../format/commit.js';
+import { VolumeHistory } from '../../repo/history.js';
+import { choosePoint, openImage } from '../../repo/point.js';
+import type { Repository } from '../../repo/repository.js';
+import { Timeline } from '../../repo/timeline.js';
+import type { VolumeMeta } from '../../repo/volume.js';
+import type { Finding } from '../../verify/findings.js';
+import type { FileSystemCheck } from '../../verify/fsck.js';
+import { testBoot, testFileSystems } from '../../verify/restore-test.js';
+import { parseWhen, type When } from '../../when.js';
+import type { CommandContext } from '../spec.js';
+import type { VerifyInput } from '../verify.js';
+import { bootFields, type BootAnswer } from './boot.js';
+import { pointRow, type PointRow } from './rows.js';
+
+/** What was tested of one volume. */
+export interface RestoreTest {
+  readonly volumeId: string;
+  readonly volume: string;
+  readonly point: PointRow;
+  /** With --fsck. */
+  readonly fileSystems?: readonly FileSystemCheck[];
+  /** With --boot; missing as well if the image could not be read. */
+  readonly boot?: Omit<BootAnswer, 'volume' | 'volumeId' | 'point'>;
+}
+
+/** Tests one point of each volume, one after the other. */
+export async function restoreTests(
+  context: CommandContext,
+  input: VerifyInput,
+  repo: Repository,
+  volumes: readonly VolumeMeta[],
+): Promise<{ readonly tests: readonly RestoreTest[]; readonly findings: readonly Finding[] }> {
+  const { options } = input;
+  const tests: RestoreTest[] = [];
+  const findings: Finding[] = [];
+  for (const volume of volumes) {
+    const history = await VolumeHistory.open(repo, volume.id);
+    try {
+      const when = options['random-point']
+        ? await randomPoint(context, history, volume)
+        : parseWhen(options.at, context.clock.nowNs());
+      const { commit, snapshot } = await choosePoint(history, volume, when, (message) =>
+        context.events({ type: 'warning', message }),
+      );
+      const point = { volumeId: volume.id, volume: volume.name, seq: commit.seq };
+      const { clock, events, signal } = context;
+      let fileSystems: readonly FileSystemCheck[] | undefined;
+      let boot: RestoreTest['boot'];
+      if (options.fsck) {
+        const image = await openImage(history, volume, commit.seq);
+        const tested = await testFileSystems(image, point, { clock, events, signal });
+        fileSystems = tested.checks;
+        findings.push(...tested.findings);
+      }
+      if (options.boot) {
+        const image = await openImage(history, volume, commit.seq);
+        const tested = await testBoot(image, point, {
+          clock,
+          events,
+          signal,
+          cacheDir: context.settings.cacheDir,
+          console: options['boot-check'],
+          timeoutMs: options['boot-timeout'],
+        });
+        if (tested.result !== undefined) boot = bootFields(tested.result);
+        findings.push(...tested.findings);
+      }
+      tests.push({
+        volumeId: volume.id,
+        volume: volume.name,
+        point: pointRow(commit, snapshot === undefined ? [] : [snapshot.name]),
+        ...(fileSystems === undefined ? {} : { fileSystems }),
+        ...(boot === undefined ? {} : { boot }),
+      });
+    } finally {
+      await history.close();
+    }
+  }
+  return { tests, findings };
+}
+
+/** The point of a time that is as likely as any other since the first point. */
+async function randomPoint(
+  context: CommandContext,
+  history: VolumeHistory,
+  volume: VolumeMeta,
+): Promise<When> {
+  const timeline = new Timeline(history.sources);
+  const newest = await timeline.latest(PointClass.crash);
+  let oldest: bigint | undefined;
+  for await (const commit of timeline.list()) {
+    oldest = commit.instantNs;
+    break;
+  }
+  if (newest === undefined || oldest === undefined)
+    throw new B2Error('not-found', `volume ${volume.name} has no exact point yet`);
+  const dice = Buffer.from(context.random(8)).readBigUInt64LE();
+  const span = newest.instantNs - oldest + 1n;
+  return { kind: 'instant', ns: oldest + (dice % span) };
+}

@@ -1,9 +1,9 @@
 import { defineConfig } from 'vitest/config';
 
 /**
- * Three projects. `unit` is pure and runs in threads. `integration` (real loop devices, mounts) and
- * `e2e` (the built program in dist/) make machine-wide things, so they run in forks; a test must bear another file's tests
- * beside it. Two workers, because on two cores vitest's own default is one.
+ * Three projects. `unit` is pure; `integration` (real loop devices, mounts) and
+ * `e2e` (the built program in dist/) make machine-wide things: a test must bear another file's tests beside it. All run in forks,
+ * because some count what is open in their process; two workers, because on two cores vitest's own default is one.
  */
 const workers = 2;
 
@@ -14,7 +14,7 @@ export default defineConfig({
         test: {
           name: 'unit',
           include: ['test/unit/**/*.test.{ts,tsx}'],
-          pool: 'threads',
+          pool: 'forks',
           maxWorkers: workers,
           testTimeout: 60_000,
         },

@@ -218,13 +218,13 @@ class RunningServer implements NbdServer {
 
   async #shutDown(): Promise<void> {
     const stopped = new Promise<void>((done) => this.#server.close(() => done()));
-    if (this.#socketPath !== undefined) await unlink(this.#socketPath).catch(() => undefined);
     const late = new AbortController();
     const connections = [...this.#connections];
     void this.#clock.sleep(this.#limits.graceMs, late.signal).then(() => {
       for (const [connection] of connections) connection.destroy();
     });
     for (const [connection] of connections) void connection.shutDown();
+    if (this.#socketPath !== undefined) await unlink(this.#socketPath).catch(() => undefined);
     await Promise.all(connections.map(([, attended]) => attended));
     late.abort();
     await stopped;

@@ -247,6 +247,9 @@ export const MAX_RETRY_FACTOR = 16;
 const SCAN_BLOCKS = 1 << 20;
 const SCAN_EVENT_MS = 200;
 const RATE_BYTES = 64 * 1024 * 1024;
+/** The wall clock and the monotonic one are compared until they were read this close together, or so many times. */
+const CLOCK_GAP_NS = 50_000n;
+const CLOCK_TRIES = 20;
 /** While the cut waits for events up to the end of a read. */
 const SETTLE_MS = 1;
 
@@ -478,9 +481,19 @@ export class LiveCapture {
     return Number(this.o.clock.monotonicNs() - this.o.source.originNs);
   }
 
+  /** Both clocks are read as closely together as this process is let: what lies between the readings would move the instant. */
   private wallOf(sourceNs: number): bigint {
     const { clock, source } = this.o;
-    return clock.nowNs() - (clock.monotonicNs() - (source.originNs + BigInt(Math.round(sourceNs))));
+    let best: { readonly aheadNs: bigint; readonly gapNs: bigint } | undefined;
+    for (let tries = 0; tries < CLOCK_TRIES; tries++) {
+      const before = clock.monotonicNs();
+      const wall = clock.nowNs();
+      const gapNs = clock.monotonicNs() - before;
+      if (best === undefined || gapNs < best.gapNs)
+        best = { aheadNs: wall - (before + gapNs / 2n), gapNs };
+      if (best.gapNs <= CLOCK_GAP_NS) break;
+    }
+    return source.originNs + BigInt(Math.round(sourceNs)) + (best?.aheadNs ?? 0n);
   }
 
   private tell(event: CaptureEvent): void {

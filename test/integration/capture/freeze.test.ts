@@ -435,7 +435,10 @@ describe('nothing stays frozen', () => {
       await f.ended;
       process.kill(f.helper, 'SIGKILL');
       while (await isRunning(f.helper)) await systemClock.sleep(10);
-      expect(await thawStale(dir.join('stale'))).toEqual([mount.path]);
+      // Certainly dead only when the last of its threads is.
+      await expect
+        .poll(() => thawStale(dir.join('stale')), { timeout: 60_000 })
+        .toEqual([mount.path]);
       await writable(mount.path);
       expect(await thawStale(dir.join('stale'))).toEqual([]);
       expect(readdirSync(dir.join('stale'))).toEqual([]);

@@ -7,7 +7,7 @@
  * and the rest lie in a private directory that is gone afterwards.
  */
 import { spawn, type ChildProcess } from 'node:child_process';
-import { copyFile, mkdtemp, readFile, rm, writeFile } from 'node:fs/promises';
+import { copyFile, lstat, mkdtemp, readdir, readFile, rm, writeFile } from 'node:fs/promises';
 import { createServer, connect, type AddressInfo } from 'node:net';
 import { availableParallelism, tmpdir } from 'node:os';
 import { join } from 'node:path';
@@ -27,6 +27,7 @@ import {
   type NbdServer,
   type WritableImage,
 } from '../nbd/index.js';
+import { currentIdentity, isProvablyDead, type ProcessIdentity } from '../process-identity.js';
 import { chooseAccelerator, type ChosenAccelerator } from './accelerator.js';
 import { findOvmf, firmwareOf, type Firmware } from './firmware.js';
 import { isPng, ppmToPng } from './png.js';
@@ -145,9 +146,7 @@ export async function bootImage(image: Image, options: BootOptions): Promise<Boo
     const ovmf = firmware === 'uefi' ? findOvmf() : undefined;
     const accelerator = await chooseAccelerator(options.cacheDir, options.clock);
     const parent = Buffer.byteLength(tmpdir()) <= MAX_DIRECTORY_BYTES ? tmpdir() : '/tmp';
-    directory = await mkdtemp(join(parent, 'b2-boot-')).catch((error: unknown) => {
-      throw ioError('make a directory in', parent, error);
-    });
+    directory = await ownDirectory(parent);
     if (ovmf !== undefined) await copyFile(ovmf.vars, join(directory, 'vars'));
     const base = watched(image, failures);
     const overlay = await (options.overlay?.(base) ?? openTemporaryOverlay({ base }));
@@ -177,6 +176,33 @@ export async function bootImage(image: Image, options: BootOptions): Promise<Boo
       await (disk ?? image).close();
       if (directory !== undefined) await rm(directory, { recursive: true, force: true });
     }
+  }
+}
+
+const DIRECTORY = 'b2-boot-';
+/** Who made the directory, by which one that was killed is told. */
+const OWNER = 'owner';
+
+/** A directory of our own for sockets; those of processes that were killed go. */
+async function ownDirectory(parent: string): Promise<string> {
+  for (const name of await readdir(parent).catch((): string[] => [])) {
+    if (!name.startsWith(DIRECTORY)) continue;
+    const old = join(parent, name);
+    try {
+      const { uid } = await lstat(old);
+      if (uid !== process.getuid?.()) continue;
+      const owner = JSON.parse(await readFile(join(old, OWNER), 'utf8')) as ProcessIdentity;
+      if (isProvablyDead(owner)) await rm(old, { recursive: true, force: true });
+    } catch {
+      // It is being made or removed, or it is not ours: somebody else's business.
+    }
+  }
+  try {
+    const directory = await mkdtemp(join(parent, DIRECTORY));
+    await writeFile(join(directory, OWNER), JSON.stringify(currentIdentity()), { mode: 0o600 });
+    return directory;
+  } catch (error) {
+    throw ioError('make a directory in', parent, error);
   }
 }
 

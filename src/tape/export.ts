@@ -231,6 +231,20 @@ class PackQueue {
   }
 }
 
+/** The cartridge's own record, with what verification has noted since: the cartridge cannot know that. */
+function withDamage(found: TapeCartridge, known: TapeCartridge): TapeCartridge {
+  const damaged = new Set(known.sessions.flatMap((s) => s.damagedPacks));
+  if (damaged.size === 0) return found;
+  return {
+    ...found,
+    sessions: found.sessions.map((s) => ({
+      ...s,
+      verifiedNs: 0n,
+      damagedPacks: [...new Set([...s.damagedPacks, ...damaged])],
+    })),
+  };
+}
+
 class Export {
   readonly #o: ExportOptions;
   readonly #pool: PackPool;
@@ -342,8 +356,9 @@ class Export {
     const behind = await readFileId(drive, known.tape.recordBytes);
     if (typeof behind === 'object' && behind.cartridgeId === known.tape.cartridgeId) {
       // An unfinished session, or a finished one that this repository (an older copy of it) knows nothing of.
-      const { record, objects } = await surveyCartridge(drive, known.tape, repo);
-      if (record !== undefined && record.sessions.length > known.sessions.length) {
+      const { record: found, objects } = await surveyCartridge(drive, known.tape, repo);
+      if (found !== undefined && found.sessions.length > known.sessions.length) {
+        const record = withDamage(found, known);
         events({
           type: 'warning',
           message: `${known.tape.label} holds ${record.sessions.length} sessions, of which this repository knew ${known.sessions.length}; they are kept`,

@@ -67,7 +67,38 @@ export async function openTapeView(
   const label = await requireLabel(drive);
   const first = await surveyCartridge(drive, label, undefined);
   const repo = await openSurvey(first, label, secrets, env, warn);
-  return { label, survey: withRecord(first, label, repo), repo };
+  const survey = withRecord(first, label, repo);
+  const replaced = replacedPacks(survey.record);
+  if (replaced.size === 0) return { label, survey, repo };
+  await repo.close();
+  const newest: Survey = {
+    ...survey,
+    objects: withoutPacks(survey.objects, replaced),
+    packs: withoutPacks(survey.packs, replaced),
+  };
+  return { label, survey: newest, repo: await openSurvey(newest, label, secrets, env, warn) };
+}
+
+/** Packs of commits that a later session wrote once more: a point is written again when what it was made of there is damaged. */
+function replacedPacks(record: TapeCartridge | undefined): ReadonlySet<string> {
+  const newest = new Map<string, string>();
+  const replaced = new Set<string>();
+  for (const { points } of record?.sessions ?? []) {
+    for (const { volumeId, seq, packId } of points) {
+      const point = `${volumeId} ${seq}`;
+      const before = newest.get(point);
+      if (before !== undefined && before !== packId) replaced.add(before);
+      newest.set(point, packId);
+    }
+  }
+  return replaced;
+}
+
+function withoutPacks(
+  objects: ReadonlyMap<string, Buffer>,
+  packIds: ReadonlySet<string>,
+): ReadonlyMap<string, Buffer> {
+  return new Map([...objects].filter(([name]) => !packIds.has(name.split('/').at(-1) ?? '')));
 }
 
 async function openSurvey(

@@ -64,7 +64,12 @@ export function removeTree(dir: string): void {
     const name = loop.replace('/dev/', '');
     if (readdirSync(`/sys/block/${name}`).some((entry) => entry.startsWith(`${name}p`)))
       execFileSync('partx', ['--delete', loop], { stdio: 'pipe' });
-    execFileSync('losetup', ['-d', loop], { stdio: 'pipe' });
+    try {
+      execFileSync('losetup', ['-d', loop], { stdio: 'pipe' });
+    } catch (error) {
+      // One that clears itself when its last user lets go may have gone since the look.
+      if (loopsBelow(dir).includes(loop)) throw error;
+    }
   }
   rmSync(dir, { recursive: true, force: true, maxRetries: 3 });
 }

@@ -16,6 +16,8 @@ const B2_ENV = {
   B2_REPOSITORY: '$DIR/repo',
   B2_CONFIG: '/dev/null',
   B2_CACHE_DIR: '$DIR/cache',
+  // Where a machine sets it, every start of Node.js parses these certificates (0.05 s); b2 uses none here.
+  NODE_EXTRA_CA_CERTS: '',
 };
 
 const b2 = (name, encryption, env) => ({

@@ -10,7 +10,15 @@ import { parseDurationMs, parseSize, printable } from './human.js';
 
 /** How the text of a value is read. `size` → bytes, `duration` → milliseconds, `devices` → {@link WatchedDevice}. */
 export type ConfigKind =
-  'string' | 'path' | 'boolean' | 'size' | 'duration' | 'strings' | 'source' | 'devices';
+  | 'string'
+  | 'path'
+  | 'boolean'
+  | 'size'
+  | 'duration'
+  | 'strings'
+  | 'source'
+  | 'freezing'
+  | 'devices';
 
 export interface ConfigKey {
   readonly kind: ConfigKind;
@@ -21,6 +29,10 @@ export interface ConfigKey {
 /** How changes are found; see src/devices/choose-source.ts. */
 export const WATCH_SOURCES = ['auto', 'trace', 'scan'] as const;
 export type WatchSource = (typeof WATCH_SOURCES)[number];
+
+/** When file systems may be frozen; see docs/points.md. */
+export const WATCH_FREEZING = ['auto', 'on-request', 'never'] as const;
+export type WatchFreezing = (typeof WATCH_FREEZING)[number];
 
 /**
  * What can be set for all watched devices (`watch.NAME`) and for one of them; the latter wins. The kinds are those of
@@ -35,10 +47,25 @@ const WATCH_SETTINGS = {
     kind: 'source',
     description: 'How changes are found (watch): auto, trace or scan; default auto.',
   },
+  freeze: {
+    kind: 'freezing',
+    description:
+      'When file systems are frozen for a point (watch): auto (for snapshots, and where writes leave no other way to an exact point), on-request (for snapshots) or never; default auto.',
+  },
   'freeze-limit': {
     kind: 'duration',
     description:
       'Longest time for which file systems may be frozen for a point (watch); default 100ms, 0s: never.',
+  },
+  'freeze-after': {
+    kind: 'duration',
+    description:
+      'Time without an exact point, because writes outrun the reader, after which freeze: auto freezes (watch); default 5s.',
+  },
+  group: {
+    kind: 'string',
+    description:
+      'Name of a group (watch): devices of one group share their points, for file systems, LVM groups and databases that lie on several.',
   },
   'pre-point': {
     kind: 'string',
@@ -96,7 +123,10 @@ export const CONFIG_KEYS = {
   },
   'watch.interval': WATCH_SETTINGS.interval,
   'watch.source': WATCH_SETTINGS.source,
+  'watch.freeze': WATCH_SETTINGS.freeze,
   'watch.freeze-limit': WATCH_SETTINGS['freeze-limit'],
+  'watch.freeze-after': WATCH_SETTINGS['freeze-after'],
+  'watch.group': WATCH_SETTINGS.group,
   'watch.pre-point': WATCH_SETTINGS['pre-point'],
   'watch.post-point': WATCH_SETTINGS['post-point'],
   'watch.hook-limit': WATCH_SETTINGS['hook-limit'],
@@ -110,6 +140,7 @@ interface KindTypes {
   readonly duration: number;
   readonly strings: readonly string[];
   readonly source: WatchSource;
+  readonly freezing: WatchFreezing;
   readonly devices: readonly WatchedDevice[];
 }
 
@@ -136,6 +167,8 @@ function readValue(kind: Exclude<ConfigKind, 'devices'>, value: unknown): unknow
   switch (kind) {
     case 'source':
       return WATCH_SOURCES.find((source) => source === value);
+    case 'freezing':
+      return WATCH_FREEZING.find((freezing) => freezing === value);
     case 'string':
     case 'path':
       return typeof value === 'string' && value !== '' ? value : undefined;
@@ -162,6 +195,7 @@ const KIND_TEXT: Readonly<Record<ConfigKind, string>> = {
   duration: 'a duration (10s, 5m)',
   strings: 'a list of texts',
   source: `one of ${WATCH_SOURCES.join(', ')}`,
+  freezing: `one of ${WATCH_FREEZING.join(', ')}`,
   devices: 'a list of devices',
 };
 

@@ -10,6 +10,8 @@ export const HASH_BYTES = 32;
 export interface KeyedHash {
   /** The 32-byte keyed BLAKE3 of the parts, one after the other. */
   digest(...parts: readonly Uint8Array[]): Buffer;
+  /** True if `hashes` holds the hash of `message` from `at`. Cheaper than to get and compare it. */
+  matches(message: Uint8Array, hashes: Buffer, at: number): boolean;
 }
 
 /** `key` is 32 bytes. */
@@ -22,6 +24,12 @@ export function keyedHash(key: Uint8Array): KeyedHash {
       hasher.reset(); // keeps the key; a new hasher for each message costs as much again as the hashing
       for (const part of parts) hasher.update(part);
       return hasher.digestBuffer();
+    },
+    matches(message, hashes, at) {
+      hasher.reset();
+      hasher.update(message);
+      // A string is made sooner than a Buffer around foreign memory, and needs no finalizer.
+      return hasher.digest('hex') === hashes.toString('hex', at, at + HASH_BYTES);
     },
   };
 }

@@ -26,6 +26,7 @@ interface Libc {
   readonly syncfs: Native<[fd: number]>;
   readonly flock: Native<[fd: number, operation: number]>;
   readonly read: Native<[fd: number, into: Uint8Array, length: number]>;
+  readonly sched_setscheduler: Native<[tid: number, policy: number, parameters: Uint8Array]>;
   readonly socket: Native<[domain: number, type: number, protocol: number]>;
   readonly sendto: Native<
     [
@@ -57,6 +58,9 @@ function libc(): Libc {
       syncfs: lib.func('int syncfs(int fd)') as Libc['syncfs'],
       flock: lib.func('int flock(int fd, int operation)') as Libc['flock'],
       read: lib.func('int64_t read(int fd, void *into, size_t length)') as Libc['read'],
+      sched_setscheduler: lib.func(
+        'int sched_setscheduler(int tid, int policy, const void *parameters)',
+      ) as Libc['sched_setscheduler'],
       socket: lib.func('int socket(int domain, int type, int protocol)') as Libc['socket'],
       sendto: lib.func(
         'int64_t sendto(int fd, const void *data, size_t length, int flags, const void *address, uint32_t addressLength)',
@@ -251,6 +255,18 @@ export async function freezeFs(fd: number): Promise<void> {
 /** Thaws the file system that `fd` lies on. EINVAL: it is not frozen. */
 export async function thawFs(fd: number): Promise<void> {
   await call('FITHAW', libc().ioctl, fd, FITHAW, null);
+}
+
+/**
+ * Puts a thread before all others that are not real-time themselves (SCHED_FIFO, the least priority of it). For threads that are idle
+ * as a rule. Throws EPERM for a user who may not.
+ */
+export function makeRealTime(tid: number): void {
+  const parameters = Buffer.alloc(4);
+  parameters.writeInt32LE(1);
+  const SCHED_FIFO = 1;
+  if (libc().sched_setscheduler(tid, SCHED_FIFO, parameters) !== 0)
+    throw systemError('sched_setscheduler', libc().errno());
 }
 
 /** Takes an exclusive flock on `fd` until it is closed; false if another open file holds one. */

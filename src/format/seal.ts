@@ -1,6 +1,6 @@
 /** Keys and sealing (FORMAT.md section 2). Pure: master key in, bytes out. */
 import { hkdfSync, timingSafeEqual } from 'node:crypto';
-import { gcm } from '../gcm.js';
+import { gcm, type GcmOpener } from '../gcm.js';
 import { keyedHash, type KeyedHash } from '../hash.js';
 
 /** Bytes that a seal is longer than what it seals. */
@@ -35,6 +35,32 @@ export interface Sealer {
    * for it that may be used, which saves an allocation; it must not overlap `sealed`.
    */
   open(nonce: Buffer, aad: Buffer, sealed: Buffer, into?: Buffer): Buffer | undefined;
+  /** For many seals with `aadBytes` of associated data each. */
+  opener(aadBytes: number, room: OpenRoom): SealOpener;
+}
+
+/** Opens one seal after the other without an object for each. Not for use from two call stacks at once. */
+export interface SealOpener {
+  /** {@link NONCE_BYTES}, to be filled in before {@link open}. */
+  readonly nonce: Buffer;
+  /** As long as was asked for, to be filled in before {@link open}. */
+  readonly aad: Buffer;
+  /** Holds the plaintext from `plainAt`, until the next call, when {@link open} has said true. */
+  readonly plain: Buffer;
+  readonly plainAt: number;
+  /** True if bytes `at` to `end` of `from` are a seal of {@link nonce} and {@link aad}. RangeError if they are not there. */
+  open(from: Buffer, at: number, end: number): boolean;
+}
+
+/** Room that openers of a thread share: only the plaintext of the one that opened last is there. */
+export class OpenRoom {
+  private room = Buffer.alloc(0);
+
+  /** At least so many bytes. */
+  of(bytes: number): Buffer {
+    if (this.room.length < bytes) this.room = Buffer.allocUnsafeSlow(bytes * 2);
+    return this.room;
+  }
 }
 
 /** {@link Sealer.sealInto} into a buffer of its own. */
@@ -54,7 +80,50 @@ function gcmSealer(key: Buffer): Sealer {
   return {
     sealInto: (nonce, aad, plain, out, at) => aes.seal(key, nonce, aad, plain, out, at),
     open: (nonce, aad, sealed, into) => aes.open(key, nonce, aad, sealed, into),
+    opener: (aadBytes, room) => new GcmSealOpener(aes.opener(key, aadBytes), room),
   };
+}
+
+class GcmSealOpener implements SealOpener {
+  readonly nonce: Buffer;
+  readonly aad: Buffer;
+  readonly plainAt = 0;
+  plain: Buffer;
+  private readonly inner: GcmOpener;
+  private readonly room: OpenRoom;
+
+  constructor(inner: GcmOpener, room: OpenRoom) {
+    this.inner = inner;
+    this.room = room;
+    this.nonce = inner.nonce;
+    this.aad = inner.aad;
+    this.plain = room.of(0);
+  }
+
+  open(from: Buffer, at: number, end: number): boolean {
+    this.plain = this.room.of(end - at);
+    return this.inner.open(from, at, end, this.plain);
+  }
+}
+
+class CheckOpener implements SealOpener {
+  readonly nonce = Buffer.alloc(NONCE_BYTES);
+  readonly aad: Buffer;
+  plain: Buffer = Buffer.alloc(0);
+  plainAt = 0;
+  private readonly sealer: Sealer;
+
+  constructor(sealer: Sealer, aadBytes: number) {
+    this.sealer = sealer;
+    this.aad = Buffer.alloc(aadBytes);
+  }
+
+  open(from: Buffer, at: number, end: number): boolean {
+    if (at < 0 || end > from.length) throw new RangeError('what is to be opened is not there');
+    this.plain = from; // it lies there as it is
+    this.plainAt = at;
+    return this.sealer.open(this.nonce, this.aad, from.subarray(at, end)) !== undefined;
+  }
 }
 
 function checkSealer(hash: KeyedHash): Sealer {
@@ -81,6 +150,9 @@ function checkSealer(hash: KeyedHash): Sealer {
       const check = hash.digest(nonce, lengthOf(aad), aad, plain).subarray(0, SEAL_BYTES);
       return timingSafeEqual(check, sealed.subarray(end)) ? plain : undefined;
     },
+    opener(aadBytes) {
+      return new CheckOpener(this, aadBytes);
+    },
   };
 }
 
@@ -89,6 +161,8 @@ export interface KeyRing {
   readonly encrypted: boolean;
   /** The id of a chunk. */
   chunkId(chunk: Uint8Array): Buffer;
+  /** True if `ids` holds the id of `chunk` from `at`. */
+  isChunk(chunk: Uint8Array, ids: Buffer, at: number): boolean;
   /** The hash of a commit's or extents frame's plain body. */
   commitHash(body: Uint8Array): Buffer;
   /** The object-name form of a person's name for something. */
@@ -121,6 +195,7 @@ export function keyRing(master: Uint8Array, encrypted: boolean): KeyRing {
   return {
     encrypted,
     chunkId: (bytes) => chunk.digest(bytes),
+    isChunk: (bytes, ids, at) => chunk.matches(bytes, ids, at),
     commitHash: (body) => commit.digest(body),
     nameHash: (text) => name.digest(Buffer.from(text, 'utf8')).toString('hex', 0, 16),
     configMac: (canonical) => config.digest(canonical),

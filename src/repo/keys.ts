@@ -2,7 +2,7 @@
  * The master key and its wrapped copies (FORMAT.md section 3): a repository is opened by any one of several passwords or
  * key files, and changing them rewrites nothing but `config`.
  */
-import { createCipheriv, createDecipheriv, hkdfSync, scrypt, timingSafeEqual } from 'node:crypto';
+import { createCipheriv, createDecipheriv, hkdfSync, timingSafeEqual } from 'node:crypto';
 import type { Random } from '../clock.js';
 import { B2Error } from '../errors.js';
 import {
@@ -13,6 +13,7 @@ import {
   type ScryptKey,
 } from '../format/config.js';
 import { MASTER_KEY_BYTES, keyRing } from '../format/seal.js';
+import { openNodeScrypt, scryptOf, type Scrypt } from '../scrypt.js';
 import { loadNative } from './handle.js';
 
 /** What opens a repository. `source` names where it came from, for error texts; never the secret itself. */
@@ -48,21 +49,11 @@ export function parseKeyFile(text: string, path: string): Uint8Array {
 function kekFromPassword(
   password: string,
   parameters: Pick<ScryptKey, 'salt' | 'N' | 'r' | 'p'>,
+  by: Scrypt,
 ): Promise<Buffer> {
-  const { salt, N, r, p } = parameters;
-  const memory = 128 * N * r; // decodeConfig has checked the format's limits
-  const derived = new Promise<Buffer>((resolve, reject) => {
-    scrypt(
-      Buffer.from(password.normalize('NFC'), 'utf8'),
-      Buffer.from(salt, 'base64'),
-      32,
-      { N, r, p, maxmem: memory + 32 * 1024 * 1024 },
-      (error, key) => {
-        if (error === null) resolve(key);
-        else reject(error);
-      },
-    );
-  });
+  const { N, r, p } = parameters; // decodeConfig has checked the format's limits
+  const salt = Buffer.from(parameters.salt, 'base64');
+  const derived = by.derive(Buffer.from(password.normalize('NFC'), 'utf8'), { salt, N, r, p });
   loadNative(); // another thread is busy for half a second
   return derived;
 }
@@ -143,7 +134,8 @@ export async function makeKey(
   const common = { id, label: about.label, created: about.created, salt };
   if (secret.kind === 'password') {
     const cost = about.cost ?? DEFAULT_SCRYPT;
-    const kek = await kekFromPassword(secret.password, { salt, ...cost });
+    // By what every machine has: a wrong key would be found when it is used first, too late.
+    const kek = await kekFromPassword(secret.password, { salt, ...cost }, openNodeScrypt());
     return {
       ...common,
       kind: 'scrypt',
@@ -206,7 +198,7 @@ async function findMaster(config: RepositoryConfig, secrets: readonly Secret[]):
     for (const key of config.keys) {
       let kek: Buffer | undefined;
       if (secret.kind === 'password' && key.kind === 'scrypt')
-        kek = await kekFromPassword(secret.password, key);
+        kek = await kekFromPassword(secret.password, key, scryptOf());
       if (secret.kind === 'keyFile' && key.kind === 'file')
         kek = kekFromFile(secret.material, key.salt);
       if (kek === undefined || key.kind === 'none') continue;

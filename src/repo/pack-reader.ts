@@ -62,7 +62,8 @@ export function frameWhat(packId: string, frame: number): string {
 
 /**
  * Opens the seal of one frame. `bytes` starts at the frame's header and holds all of it. `into`, if given, takes an
- * uncompressed body (its length must be the plain length). Kind `damaged` unless everything is right.
+ * uncompressed body (its length must be the plain length). `scratch`, if given, may be used for what the seal holds, which head and body then share.
+ * Kind `damaged` unless everything is right.
  */
 export function openFrameBytes(
   ctx: { readonly lz4: Lz4 },
@@ -70,6 +71,7 @@ export function openFrameBytes(
   packId: string,
   bytes: Buffer,
   into?: Buffer,
+  scratch?: Buffer,
 ): OpenFrame {
   const header = decodeFrameHeader(bytes, 0, `pack ${packId}`);
   const what = frameWhat(packId, header.number);
@@ -82,6 +84,7 @@ export function openFrameBytes(
     numberNonce(header.number),
     aad,
     bytes.subarray(FRAME_HEADER_BYTES, end),
+    scratch,
   );
   if (plain === undefined) throw damaged(what, 0, 'the seal does not open');
   const head = plain.subarray(0, header.headBytes);
@@ -148,6 +151,11 @@ export class OpenPack {
 
   get packId(): string {
     return this.header.packId;
+  }
+
+  /** Size of the object when it was opened. */
+  get sizeBytes(): number {
+    return this.reader.sizeBytes;
   }
 
   /** Bytes of memory that the footer takes, about. */

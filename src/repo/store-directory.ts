@@ -17,6 +17,7 @@
 import fs from 'node:fs';
 import { lstat, open, readdir, realpath, stat, statfs } from 'node:fs/promises';
 import path from 'node:path';
+import { readCached } from '../cached-read.js';
 import { type Clock, systemClock } from '../clock.js';
 import { B2Error, errnoOf, ioError, isKind, messageOf } from '../errors.js';
 import { decodeConfig } from '../format/config.js';
@@ -592,6 +593,9 @@ class OpenFile {
   }
 }
 
+/** Frames, pages and footers: what is longer is read past the page cache, or by the threads. */
+const MAX_CACHED_BYTES = 128 * 1024;
+
 class FileReader implements ObjectReader {
   readonly sizeBytes: number;
   readonly #calls: FileCalls;
@@ -606,9 +610,13 @@ class FileReader implements ObjectReader {
   read(into: Uint8Array, offset: number): Promise<number> {
     return this.#open.use(async () => {
       try {
-        const first = await this.#open.direct(into, offset, (fd) =>
-          this.#calls.read(fd, into, offset),
-        );
+        const known =
+          into.length <= MAX_CACHED_BYTES && this.#calls === systemFileCalls
+            ? readCached(this.#open.fd, into, offset)
+            : undefined;
+        const first =
+          known ??
+          (await this.#open.direct(into, offset, (fd) => this.#calls.read(fd, into, offset)));
         // A short direct read ends at the end of the file, or somewhere unaligned: the cache reads on from there.
         const done = first ?? 0;
         if (done === into.length) return done;

@@ -33,6 +33,10 @@ export interface LoadedPiece<T> {
   readonly failure: unknown;
   /** Bytes of the file that were read for this piece. */
   readonly readBytes: number;
+  /** What was read. */
+  readonly bytes: Buffer;
+  /** Where in `bytes` one of its frames starts, with its header, or −1 if the pack ended before its end. */
+  offsetOf(frame: FooterFrame): number;
   /** The bytes of one of its frames, header included, or undefined if the pack ended before. */
   bytesOf(frame: FooterFrame): Buffer | undefined;
 }
@@ -121,6 +125,8 @@ export async function* bulkRead<T>(
       frames,
       failure,
       readBytes: got,
+      bytes: into,
+      offsetOf: (frame) => (endOf(frame) - offset <= got ? frame.offset - offset : -1),
       bytesOf(frame) {
         const from = frame.offset - offset;
         const end = endOf(frame) - offset;

@@ -27,7 +27,7 @@ import {
   type WantedFrame,
 } from './bulk-read.js';
 import { copyBytes } from './copy.js';
-import { SingleChunks } from './single.js';
+import { ChunkRoom, SingleChunks } from './single.js';
 
 /** Bytes of a slot: one coalesced write, or one window read back. */
 export const SLOT_BYTES = 4 * 1024 * 1024;
@@ -225,6 +225,7 @@ export class RestoreCore {
   private readonly slots: readonly Buffer[];
   private readonly host: CoreHost;
   private readonly read: readonly [Buffer, Buffer];
+  private readonly room = new ChunkRoom();
   private scratch: Buffer = Buffer.alloc(0);
 
   /** `slots` are {@link SLOTS} page-aligned buffers of {@link SLOT_BYTES}. */
@@ -243,6 +244,7 @@ export class RestoreCore {
       this.host,
       this.read,
       (bytes) => this.scratchOf(bytes),
+      this.room,
       batch,
       options,
     ).run();
@@ -284,9 +286,7 @@ export class RestoreCore {
       const same =
         (state & PieceState.known) !== 0 &&
         (bytes === 0 ||
-          keys
-            .chunkId(slot.subarray(from, from + bytes))
-            .compare(hashes, piece * HASH_BYTES, (piece + 1) * HASH_BYTES) === 0) &&
+          keys.isChunk(slot.subarray(from, from + bytes), hashes, piece * HASH_BYTES)) &&
         (bytes === length || isZero(slot.subarray(from + bytes, at)));
       batch.state[piece] = same ? state & ~PieceState.differs : state | PieceState.differs;
       if (same) continue;
@@ -308,6 +308,7 @@ class Pass {
   private readonly host: CoreHost;
   private readonly read: readonly [Buffer, Buffer];
   private readonly scratchOf: (bytes: number) => Buffer;
+  private readonly room: ChunkRoom;
   private readonly batch: Batch;
   private readonly options: PassOptions;
   private readonly writer: RunWriter;
@@ -335,6 +336,7 @@ class Pass {
     host: CoreHost,
     read: readonly [Buffer, Buffer],
     scratchOf: (bytes: number) => Buffer,
+    room: ChunkRoom,
     batch: Batch,
     options: PassOptions,
   ) {
@@ -342,6 +344,7 @@ class Pass {
     this.host = host;
     this.read = read;
     this.scratchOf = scratchOf;
+    this.room = room;
     this.batch = batch;
     this.options = options;
     this.writer = new RunWriter(slots, host);
@@ -414,7 +417,11 @@ class Pass {
           continue;
         }
         const sealer = this.ctx.keys.packSealer(packId);
-        const work = { pieces, sealer, single: new SingleChunks(this.ctx, packId, sealer) };
+        const work = {
+          pieces,
+          sealer,
+          single: new SingleChunks(this.ctx, packId, sealer, this.room),
+        };
         for (const { from, to } of missing) {
           this.later.push(() =>
             this.again(packId, this.frameOf(pieces, from), pieces.subarray(from, to), undefined),
@@ -500,9 +507,9 @@ class Pass {
     if (failure !== undefined) return at;
     for (let i = at; i < frames.length; i++) {
       const wanted = frames[i];
-      const bytes = wanted === undefined ? undefined : piece.bytesOf(wanted.frame);
-      if (wanted === undefined || bytes === undefined) return i;
-      if (this.quick(work, wanted, bytes) !== 'done') return i;
+      const start = wanted === undefined ? -1 : piece.offsetOf(wanted.frame);
+      if (wanted === undefined || start < 0) return i;
+      if (this.quick(work, wanted, piece.bytes, start) !== 'done') return i;
       this.frames++;
     }
     return frames.length;
@@ -516,6 +523,7 @@ class Pass {
     work: PackWork,
     { frame, tag }: WantedFrame<Span>,
     bytes: Buffer,
+    at: number,
   ): 'done' | 'full' | 'bad' | 'other' {
     if (this.options.mode !== 'write' || frame.count !== 1 || tag.to !== tag.from + 1)
       return 'other';
@@ -526,7 +534,7 @@ class Pass {
       return 'other';
     if (this.bad === piece) return 'bad';
     if (!this.writer.fits(roundUp(length, BLOCK_BYTES))) return 'full';
-    if (this.direct(work.single, frame, bytes, piece, length)) return 'done';
+    if (this.direct(work.single, frame, bytes, at, piece, length)) return 'done';
     this.bad = piece;
     return 'bad';
   }
@@ -544,10 +552,10 @@ class Pass {
     const bytes = loaded.failure === undefined ? loaded.bytesOf(frame) : undefined;
     this.frames++;
     if (bytes !== undefined) {
-      let quick = this.quick(work, wanted, bytes);
+      let quick = this.quick(work, wanted, bytes, 0);
       if (quick === 'full') {
         await this.writer.next();
-        quick = this.quick(work, wanted, bytes);
+        quick = this.quick(work, wanted, bytes, 0);
       }
       if (quick === 'done') return;
       if (quick === 'bad') {
@@ -586,6 +594,7 @@ class Pass {
     single: SingleChunks,
     frame: FooterFrame,
     bytes: Buffer,
+    at: number,
     piece: number,
     length: number,
   ): boolean {
@@ -595,10 +604,10 @@ class Pass {
     this.lastTaken = to;
     // A chunk that leaves whole blocks of the piece without data is an error, which the long way words.
     if (roundUp(plainBytes, BLOCK_BYTES) < length) return false;
-    const id = single.open(frame, bytes, plainBytes === length ? to : to.subarray(0, plainBytes));
-    if (id === undefined) return false;
+    const into = plainBytes === length ? to : to.subarray(0, plainBytes);
+    if (!single.open(frame, bytes, at, into)) return false;
     if (plainBytes < length) to.fill(0, plainBytes);
-    id.copy(this.hashes, piece * HASH_BYTES, 0, HASH_BYTES);
+    single.copyId(this.hashes, piece * HASH_BYTES);
     batch.bytes[piece] = plainBytes;
     batch.state[piece] = (batch.state[piece] ?? 0) | PieceState.known;
     return true;

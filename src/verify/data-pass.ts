@@ -11,7 +11,7 @@ import {
   type PackReadContext,
 } from '../repo/pack-reader.js';
 import { bulkRead, readSlots, type LoadedPiece, type PackFrames } from '../restore/bulk-read.js';
-import { SingleChunks } from '../restore/single.js';
+import { ChunkRoom, SingleChunks } from '../restore/single.js';
 import { roundUp } from '../units.js';
 
 /** A pack whose data is to be verified. */
@@ -44,6 +44,13 @@ export interface DataFinding {
   readonly reason: string;
 }
 
+/** What a pack was when its data were read. JSON-able. */
+export interface ReadPack {
+  readonly packId: string;
+  readonly generation: number;
+  readonly sizeBytes: number;
+}
+
 /** A pack without a (sound) footer: being written, left by a crash, or damaged at its end. JSON-able. */
 export interface UnsealedPack {
   readonly packId: string;
@@ -68,6 +75,7 @@ export interface DataPassHost {
   /** Called for every piece read. */
   progress(storedBytes: number): void;
   finding(finding: DataFinding): void;
+  opened(pack: ReadPack): void;
   unsealed(pack: UnsealedPack): void;
 }
 
@@ -88,7 +96,8 @@ export async function verifyPass(
 ): Promise<DataTotals> {
   const totals: DataTotals = { packs: 0, frames: 0, chunks: 0, storedBytes: 0, plainBytes: 0 };
   const sealers = new Map<OpenPack, { readonly sealer: Sealer; readonly single: SingleChunks }>();
-  let scratch = Buffer.allocUnsafeSlow(roundUp(256 * 1024, 65536));
+  const room = new ChunkRoom();
+  let scratch = Buffer.alloc(0);
 
   async function* packs(): AsyncGenerator<PackFrames<number>, void> {
     for (;;) {
@@ -107,6 +116,7 @@ export async function verifyPass(
         host.finding({ kind, packId, reason: messageOf(error) });
         continue;
       }
+      host.opened({ packId, generation: pack.header.generation, sizeBytes: pack.sizeBytes });
       if (!pack.sealed) host.unsealed({ packId, validBytes: pack.validBytes });
       const only = wanted.frames === undefined ? undefined : new Set(wanted.frames);
       const frames: { frame: FooterFrame; tag: number }[] = [];
@@ -128,7 +138,7 @@ export async function verifyPass(
         continue;
       }
       const sealer = ctx.keys.packSealer(packId);
-      sealers.set(pack, { sealer, single: new SingleChunks(ctx, packId, sealer) });
+      sealers.set(pack, { sealer, single: new SingleChunks(ctx, packId, sealer, room) });
       yield { pack, frames };
     }
   }
@@ -174,13 +184,11 @@ export async function verifyPass(
     frame: FooterFrame,
     chunk: number,
     bytes: Buffer,
+    at: number,
   ): boolean => {
     if (frame.type !== FrameType.chunks || frame.count !== 1) return false;
-    if (scratch.length < frame.plainBytes) return false;
-    const id = single.open(frame, bytes, scratch.subarray(0, frame.plainBytes));
     const { ids, lengths } = pack.footer;
-    if (id?.compare(ids, chunk * HASH_BYTES, (chunk + 1) * HASH_BYTES, 0, HASH_BYTES) !== 0)
-      return false;
+    if (!single.check(frame, bytes, at) || !single.hasId(ids, chunk * HASH_BYTES)) return false;
     if (lengths[chunk] !== frame.plainBytes) return false;
     totals.chunks++;
     totals.plainBytes += frame.plainBytes;
@@ -194,9 +202,9 @@ export async function verifyPass(
     if (failure !== undefined || single === undefined) return at;
     for (let i = at; i < frames.length; i++) {
       const wanted = frames[i];
-      const bytes = wanted === undefined ? undefined : piece.bytesOf(wanted.frame);
-      if (wanted === undefined || bytes === undefined) return i;
-      if (!quick(single, pack, wanted.frame, wanted.tag, bytes)) return i;
+      const start = wanted === undefined ? -1 : piece.offsetOf(wanted.frame);
+      if (wanted === undefined || start < 0) return i;
+      if (!quick(single, pack, wanted.frame, wanted.tag, piece.bytes, start)) return i;
       totals.frames++;
     }
     return frames.length;

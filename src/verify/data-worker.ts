@@ -8,6 +8,7 @@ import {
   type DataFinding,
   type DataTotals,
   type PackToVerify,
+  type ReadPack,
   type UnsealedPack,
 } from './data-pass.js';
 
@@ -21,20 +22,34 @@ export interface DataJob {
 export type DataMessage =
   | { readonly type: 'progress'; readonly storedBytes: number }
   | { readonly type: 'finding'; readonly finding: DataFinding }
+  | { readonly type: 'opened'; readonly pack: ReadPack }
   | { readonly type: 'unsealed'; readonly pack: UnsealedPack };
+
+/** Every message wakes a thread that may be at work itself. */
+const PROGRESS_BYTES = 16 * 1024 * 1024;
 
 serveWorker<DataJob, DataTotals, DataMessage>(async ({ handle, list, control }, context) => {
   if (handle.storeUrl === undefined)
     throw new Error('this store cannot be opened in another thread');
   const store = await openStore(handle.storeUrl);
+  let unsaid = 0;
+  const progress = (storedBytes: number, atLeast: number): void => {
+    unsaid += storedBytes;
+    if (unsaid < atLeast) return;
+    context.post({ type: 'progress', storedBytes: unsaid });
+    unsaid = 0;
+  };
   try {
-    return await verifyPass(contextOf(handle, store), list, {
+    const totals = await verifyPass(contextOf(handle, store), list, {
       claim: () => claimPack(control, list.length),
       isAborted: context.isAborted,
-      progress: (storedBytes) => context.post({ type: 'progress', storedBytes }),
+      progress: (storedBytes) => progress(storedBytes, PROGRESS_BYTES),
       finding: (finding) => context.post({ type: 'finding', finding }),
+      opened: (pack) => context.post({ type: 'opened', pack }),
       unsealed: (pack) => context.post({ type: 'unsealed', pack }),
     });
+    progress(0, 1);
+    return totals;
   } finally {
     await store.close();
   }

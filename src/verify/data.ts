@@ -11,6 +11,7 @@ import {
   type DataFinding,
   type DataTotals,
   type PackToVerify,
+  type ReadPack,
   type UnsealedPack,
 } from './data-pass.js';
 import type { DataJob, DataMessage } from './data-worker.js';
@@ -20,6 +21,7 @@ export type {
   DataFindingKind,
   DataTotals,
   PackToVerify,
+  ReadPack,
   UnsealedPack,
 } from './data-pass.js';
 
@@ -28,7 +30,7 @@ const DATA_WORKER = new URL('./data-worker.js', import.meta.url);
 
 /** Starts the threads of a {@link verifyPacks} that is to come, while the repository is being opened. */
 export function warmVerify(workers = DEFAULT_WORKERS): void {
-  warmWorkers(DATA_WORKER, workers);
+  warmWorkers(DATA_WORKER, workers - 1);
 }
 
 export interface VerifyPacksOptions {
@@ -38,8 +40,13 @@ export interface VerifyPacksOptions {
   readonly clock: Pick<Clock, 'monotonicNs'>;
   readonly events: EventSink;
   readonly signal?: AbortSignal | undefined;
-  /** Threads, default 2; 0 works in this one, which any store can. */
+  /**
+   * Threads that work, this one among them, which takes its turn piece by piece; default 2. With 0 or 1, and where the store exists in
+   * this thread only, there is no other.
+   */
   readonly workers?: number | undefined;
+  /** This thread takes no pack before this settles, because it has something else to do; the others begin at once. */
+  readonly busy?: Promise<void> | undefined;
   /** No pack is begun after this monotonic time. */
   readonly deadlineNs?: bigint | undefined;
   /** No pack is begun when this many bytes of packs have been read. */
@@ -51,6 +58,8 @@ export interface VerifyPacksOptions {
 export interface VerifyPacksResult extends Readonly<DataTotals> {
   /** In the order of the list, then of frames. */
   readonly findings: readonly DataFinding[];
+  /** Every pack that could be opened, as it was then, by id. */
+  readonly opened: ReadonlyMap<string, ReadPack>;
   readonly unsealed: readonly UnsealedPack[];
   /** Index in the list of the first pack that was not verified; its length if all were. */
   readonly next: number;
@@ -67,9 +76,11 @@ export async function verifyPacks(
   options: VerifyPacksOptions,
 ): Promise<VerifyPacksResult> {
   const { handle, store, clock, signal, deadlineNs, budgetBytes } = options;
-  const workers = handle.storeUrl === undefined ? 0 : (options.workers ?? DEFAULT_WORKERS);
+  const others =
+    handle.storeUrl === undefined ? 0 : Math.max(1, options.workers ?? DEFAULT_WORKERS) - 1;
   const control = new Int32Array(new SharedArrayBuffer(8));
   const findings: DataFinding[] = [];
+  const opened = new Map<string, ReadPack>();
   const unsealed: UnsealedPack[] = [];
   const progress = startProgress({
     phase: `verifying ${store.url}`,
@@ -88,27 +99,40 @@ export async function verifyPacks(
   };
   advance(0);
 
-  let results: DataTotals[];
-  if (workers === 0) {
-    const isAborted = (): boolean => signal?.aborted === true;
-    results = [
-      await verifyPass(contextOf(handle, store), packs, {
-        claim: () => claimPack(control, packs.length),
-        isAborted,
-        progress: advance,
-        finding: (finding) => void findings.push(finding),
-        unsealed: (pack) => void unsealed.push(pack),
-      }),
-    ];
-    if (signal?.aborted === true) throw abortError(signal, 'verify');
-  } else {
-    const job: DataJob = { handle, list: packs, control };
-    results = await runWorkers<DataJob, DataTotals, DataMessage>(
+  let failure: { readonly error: unknown } | undefined;
+  const stop = new AbortController();
+  const stopped = signal === undefined ? stop.signal : AbortSignal.any([signal, stop.signal]);
+  /** The first error ends the others too, and is the one that is thrown when all have come to rest. */
+  const part = async (work: () => Promise<DataTotals[]>): Promise<DataTotals[]> => {
+    try {
+      return await work();
+    } catch (error) {
+      failure ??= { error };
+      stop.abort(error);
+      return [];
+    }
+  };
+  const own = async (): Promise<DataTotals[]> => {
+    await options.busy;
+    const totals = await verifyPass(contextOf(handle, store), packs, {
+      claim: () => claimPack(control, packs.length),
+      isAborted: () => stopped.aborted,
+      progress: advance,
+      finding: (finding) => void findings.push(finding),
+      opened: (pack) => void opened.set(pack.packId, pack),
+      unsealed: (pack) => void unsealed.push(pack),
+    });
+    if (stopped.aborted) throw abortError(stopped, `verifying ${store.url}`);
+    return [totals];
+  };
+  const job: DataJob = { handle, list: packs, control };
+  const theirs = (): Promise<DataTotals[]> =>
+    runWorkers<DataJob, DataTotals, DataMessage>(
       DATA_WORKER,
-      Array.from({ length: workers }, () => job),
+      Array.from({ length: others }, () => job),
       {
         what: `verifying ${store.url}`,
-        signal,
+        signal: stopped,
         onMessage: (_index, message) => {
           switch (message.type) {
             case 'progress':
@@ -117,6 +141,9 @@ export async function verifyPacks(
             case 'finding':
               findings.push(message.finding);
               return;
+            case 'opened':
+              opened.set(message.pack.packId, message.pack);
+              return;
             case 'unsealed':
               unsealed.push(message.pack);
               return;
@@ -124,7 +151,10 @@ export async function verifyPacks(
         },
       },
     );
-  }
+  const results = (
+    await Promise.all(others === 0 ? [part(own)] : [part(theirs), part(own)])
+  ).flat();
+  if (failure !== undefined) throw failure.error;
   progress.finish();
   const place = new Map(packs.map((p, i) => [p.packId, i]));
   const order = (a: DataFinding, b: DataFinding): number =>
@@ -140,6 +170,7 @@ export async function verifyPacks(
   return {
     ...totals,
     findings: findings.sort(order),
+    opened,
     unsealed,
     // Packs are taken in order, and what was taken was finished.
     next: Math.min(Atomics.load(control, 0), packs.length),

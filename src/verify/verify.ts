@@ -24,7 +24,7 @@ import { Timeline } from '../repo/timeline.js';
 import { FrameSet, markSource } from '../retention/liveness.js';
 import { blocksOf } from '../units.js';
 import { BadPlaces } from './bad-places.js';
-import { verifyPacks, type PackToVerify } from './data.js';
+import { verifyPacks, type PackToVerify, type VerifyPacksResult } from './data.js';
 import type { DataFinding } from './data-pass.js';
 import { problemOf, type Finding, type FramePlace, type TouchedVolume } from './findings.js';
 import { VolumePoints, locate, touchedSeqs } from './locate.js';
@@ -95,6 +95,13 @@ interface OpenVolume {
   readonly findings: readonly SeqFinding[];
 }
 
+/** A data pass that other threads have begun. */
+interface DataPass extends AsyncDisposable {
+  readonly list: readonly PackToVerify[];
+  /** Lets this thread take part, and resolves when all is read. */
+  finish(): Promise<VerifyPacksResult>;
+}
+
 const MAX_RETRIES = 3;
 const ORDER = { damage: 0, unreadable: 1, note: 2 } as const;
 
@@ -136,13 +143,14 @@ class Run {
     const { repo, o } = this;
     const objects = await checkObjects(repo, this.only, o.signal);
     this.findings.push(...objects.findings);
+    await using pass = this.beginData(objects);
     if (this.only === undefined) await this.packs.survey(objects.packs, o.signal);
     await this.checkVolumes(objects);
     if (this.only === undefined) await this.unlistedCommits();
     this.findings.push(...(await this.packs.judgeUnsealed(this.needed, this.journal)));
     await this.checkSnapshots(objects);
     await this.rollbacks(objects);
-    const data = await this.data(objects);
+    const data = await this.data(objects, pass);
     this.findings.push(...this.packs.findings);
     const reports = await this.locateAll(objects.quarantine);
     const findings = withoutRepeats(this.findings).sort(
@@ -395,8 +403,49 @@ class Run {
     return this.repo.keys.configMac(canonicalConfig(this.repo.config)).toString('hex');
   }
 
-  /** Reads the data that is due. */
-  private async data(objects: ObjectsFound): Promise<DataReport | undefined> {
+  /**
+   * Where all packs are to be read whatever is found, other threads begin with it while this one looks at the structure. Disposing
+   * of it ends what is not finished.
+   */
+  private beginData(objects: ObjectsFound): DataPass | undefined {
+    const { repo, o } = this;
+    if ((o.dataShare ?? 0) < 1 || o.budgetMs !== undefined || this.only !== undefined)
+      return undefined;
+    const list = objects.packs.map(({ packId }) => ({ packId }));
+    const stop = new AbortController();
+    let free = (): void => undefined;
+    const result = verifyPacks(list, {
+      handle: repo.handle(o.storeUrl),
+      store: repo.store,
+      clock: repo.env.clock,
+      events: o.events,
+      signal: o.signal === undefined ? stop.signal : AbortSignal.any([o.signal, stop.signal]),
+      workers: o.workers,
+      busy: new Promise((resolve) => {
+        free = resolve;
+      }),
+      totalBytes: objects.packs.reduce((n, p) => n + p.sizeBytes, 0),
+    });
+    result.catch(() => undefined); // seen when it is awaited
+    return {
+      list,
+      finish: () => {
+        free();
+        return result;
+      },
+      [Symbol.asyncDispose]: async () => {
+        stop.abort();
+        free();
+        await result.catch(() => undefined);
+      },
+    };
+  }
+
+  /** Reads the data that is due, or what is left of a pass that has begun. */
+  private async data(
+    objects: ObjectsFound,
+    begun: DataPass | undefined,
+  ): Promise<DataReport | undefined> {
     const { repo, o } = this;
     const share = Math.min(1, o.dataShare ?? 0);
     if (share <= 0) {
@@ -408,17 +457,10 @@ class Run {
         ? undefined
         : repo.env.clock.monotonicNs() + BigInt(Math.round(o.budgetMs * 1e6));
     const before = (await o.catalogue?.packs()) ?? new Map<string, PackVerified>();
-    const { list, totalBytes, bytes } = await this.dataList(objects, share, before);
-    const result = await verifyPacks(list, {
-      handle: repo.handle(o.storeUrl),
-      store: repo.store,
-      clock: repo.env.clock,
-      events: o.events,
-      signal: o.signal,
-      workers: o.workers,
-      deadlineNs,
-      totalBytes: Math.min(bytes, totalBytes),
-    });
+    const { list, result } =
+      begun === undefined
+        ? await this.readDue(await this.dataList(objects, share, before), deadlineNs)
+        : { list: begun.list, result: await begun.finish() };
     const bad = new Set<string>();
     await this.takeDataFindings(result.findings, bad);
     const done = list.slice(0, result.next);
@@ -426,12 +468,14 @@ class Run {
     if (o.catalogue !== undefined && this.only === undefined) {
       const verified: PackVerified[] = [];
       for (const { packId } of done) {
-        const shape = await this.packs.shape(packId);
-        if (shape === undefined) continue;
+        const read = result.opened.get(packId);
+        // Not what it is now: somebody may write to it, or compact it.
+        if (read === undefined || (await this.packs.shape(packId)) === undefined) continue;
+        const { generation, sizeBytes } = read;
         verified.push({
           packId,
-          generation: shape.generation,
-          sizeBytes: shape.sizeBytes,
+          generation,
+          sizeBytes,
           verifiedNs: now,
           damaged: bad.has(packId),
         });
@@ -458,6 +502,25 @@ class Run {
       leftPacks: list.length - result.next,
       oldestNs,
     };
+  }
+
+  private async readDue(
+    due: { readonly list: PackToVerify[]; readonly totalBytes: number; readonly bytes: number },
+    deadlineNs: bigint | undefined,
+  ): Promise<{ list: PackToVerify[]; result: VerifyPacksResult }> {
+    const { repo, o } = this;
+    const { list, totalBytes, bytes } = due;
+    const result = await verifyPacks(list, {
+      handle: repo.handle(o.storeUrl),
+      store: repo.store,
+      clock: repo.env.clock,
+      events: o.events,
+      signal: o.signal,
+      workers: o.workers,
+      deadlineNs,
+      totalBytes: Math.min(bytes, totalBytes),
+    });
+    return { list, result };
   }
 
   /**

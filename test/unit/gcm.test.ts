@@ -88,6 +88,55 @@ describe.each(implementations)('%s AES-256-GCM', (_, g) => {
     expect(g.open(key, nonce, aad, good)?.equals(plain)).toBe(true);
   });
 
+  test('an opener opens what is sealed under its key, wherever it lies, and nothing else', () => {
+    const keys = [randomBytes(32), randomBytes(32)];
+    const openers = keys.map((key) => g.opener(key, 20));
+    const slots = [Buffer.alloc(9000), Buffer.alloc(9000)];
+    const rooms = [Buffer.alloc(5000), Buffer.alloc(5000)];
+    for (let i = 0; i < 60; i++) {
+      // Both keys, slots and rooms in every order, so that nothing remembered of one is used for another.
+      const [key, opener] = [keys[i & 1], openers[i & 1]];
+      const [slot, into] = [slots[(i >> 1) & 1], rooms[(i >> 2) & 1]];
+      if (key === undefined || opener === undefined) throw new Error('no key');
+      if (slot === undefined || into === undefined) throw new Error('no room');
+      const [nonce, aad, plain] = [randomBytes(12), randomBytes(20), randomBytes((i * 83) % 5000)];
+      const good = sealed(g, key, nonce, aad, [plain]);
+      const at = (i * 61) % 3900;
+      good.copy(slot, at);
+      nonce.copy(opener.nonce);
+      aad.copy(opener.aad);
+      const end = at + good.length;
+      into.fill(0xee);
+      expect(opener.open(slot, at, end, into)).toBe(true);
+      expect(into.subarray(0, plain.length).equals(plain)).toBe(true);
+      expect(into.subarray(plain.length).every((b) => b === 0xee)).toBe(true);
+      for (const flip of [at, end - 1, (at + end) >> 1]) {
+        slot.writeUInt8(slot.readUInt8(flip) ^ 0x20, flip);
+        expect(opener.open(slot, at, end, into)).toBe(false);
+        slot.writeUInt8(slot.readUInt8(flip) ^ 0x20, flip);
+      }
+      opener.aad.writeUInt8(opener.aad.readUInt8(19) ^ 1, 19);
+      expect(opener.open(slot, at, end, into)).toBe(false);
+      aad.copy(opener.aad);
+      opener.nonce.writeUInt8(opener.nonce.readUInt8(11) ^ 1, 11);
+      expect(opener.open(slot, at, end, into)).toBe(false);
+      nonce.copy(opener.nonce);
+      expect(opener.open(slot, at, end, into)).toBe(true);
+      expect(opener.open(slot, at, at + 15, into)).toBe(false);
+    }
+  });
+
+  test('an opener refuses what is not there and what does not fit', () => {
+    const opener = g.opener(Buffer.alloc(32), 0);
+    const from = Buffer.alloc(100);
+    expect(() => opener.open(from, 0, 101, Buffer.alloc(100))).toThrow(RangeError);
+    expect(() => opener.open(from, -1, 50, Buffer.alloc(100))).toThrow(RangeError);
+    const into = Buffer.alloc(83);
+    expect(() => opener.open(from, 0, 100, into)).toThrow(RangeError);
+    expect(into).toEqual(Buffer.alloc(83));
+    expect(() => g.opener(Buffer.alloc(31), 0)).toThrow(RangeError);
+  });
+
   test('refuses what does not fit before anything is written', () => {
     const out = Buffer.alloc(40);
     const key = Buffer.alloc(32);

@@ -26,6 +26,7 @@ import type { ObjectInfo, Store } from '../../../src/repo/store.js';
 import { compileForChild } from '../../support/compile.js';
 import { FaultStore } from '../../support/store-fault.js';
 import { patterned, type StoreFixture, storeSuite } from '../../support/store-suite.js';
+import { memoryDir } from '../../support/tmp.js';
 
 /** Shows a store as one that cannot append. */
 function hidingAppend(store: Store): Store {
@@ -68,16 +69,17 @@ function directorySuite(
 }
 
 directorySuite('DirectoryStore', tmpdir(), (store) => store);
-directorySuite('DirectoryStore that hides append', tmpdir(), hidingAppend, false);
-directorySuite('FaultStore around a DirectoryStore', tmpdir(), (store) => new FaultStore(store));
 if (fs.existsSync('/dev/shm')) directorySuite('DirectoryStore on tmpfs', '/dev/shm', (s) => s);
+// What is around a store, and the calls of one, are the same on every file system: in memory they are quick.
+directorySuite('DirectoryStore that hides append', memoryDir(), hidingAppend, false);
+directorySuite('FaultStore around a DirectoryStore', memoryDir(), (store) => new FaultStore(store));
 
 let parent: string;
 let root: string;
 let stores: Store[];
 
 beforeEach(async () => {
-  parent = await mkdtemp(path.join(tmpdir(), 'b2-store-'));
+  parent = await mkdtemp(path.join(memoryDir(), 'b2-store-'));
   root = path.join(parent, 'repo');
   stores = [];
 });

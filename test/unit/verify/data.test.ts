@@ -1,12 +1,16 @@
 import { describe, expect, it } from 'vitest';
 
+import { B2Error } from '../../../src/errors.js';
 import { ignoreEvents } from '../../../src/events.js';
 import { packName } from '../../../src/format/names.js';
 import { OpenPack } from '../../../src/repo/pack-reader.js';
+import { openStore } from '../../../src/repo/store-url.js';
+import type { Store } from '../../../src/repo/store.js';
 import { verifyPacks, type VerifyPacksOptions } from '../../../src/verify/data.js';
 import { SteppedClock } from '../../support/stepped-clock.js';
 import { makePackImage, type PackImage } from '../../support/pack-image.js';
 import { MemoryStore } from '../../support/store-memory.js';
+import { tempDir } from '../../support/tmp.js';
 
 const MIB = 1024 * 1024;
 
@@ -137,5 +141,105 @@ describe('verifyPacks', () => {
     ).rejects.toMatchObject({
       kind: 'interrupted',
     });
+  });
+
+  it('tells what every pack was that it read', async () => {
+    const made = await image(7);
+    const [first = '', second = ''] = made.packIds;
+    await made.store.delete(packName(second));
+    const { opened } = await verifyPacks(all(made), options(made));
+    expect(new Set(opened.keys())).toEqual(new Set(made.packIds.filter((id) => id !== second)));
+    expect(opened.get(first)).toEqual({
+      packId: first,
+      generation: 0,
+      sizeBytes: (await made.store.get(packName(first))).length,
+    });
+  });
+});
+
+describe('verifyPacks with another thread', () => {
+  async function inDirectory(path: string): Promise<{
+    made: PackImage;
+    options: VerifyPacksOptions;
+    opens: () => number;
+    store: Store;
+  }> {
+    const store = await openStore(path, { create: true });
+    const made = await makePackImage({ store, seed: 8, sizeBytes: 16 * MIB, storeUrl: store.url });
+    let opens = 0;
+    // Counts what this thread opens; the other one has a store of its own.
+    const counting = new Proxy(store, {
+      get(target, name) {
+        if (name === 'open') opens++;
+        const value: unknown = Reflect.get(target, name, target);
+        return typeof value === 'function' ? (value.bind(target) as unknown) : value;
+      },
+    });
+    return {
+      made,
+      opens: () => opens,
+      store,
+      options: {
+        handle: made.handle,
+        store: counting,
+        clock: new SteppedClock(),
+        events: ignoreEvents,
+        workers: 2,
+      },
+    };
+  }
+
+  it('finds the same, and leaves this thread alone while it is busy', async () => {
+    await using dir = tempDir();
+    const bed = await inDirectory(dir.join('repo'));
+    await using _store = { [Symbol.asyncDispose]: () => bed.store.close() };
+    const { made, opens } = bed;
+    const [, hit = '', gone = ''] = made.packIds;
+    const bytes = await bed.store.get(packName(hit));
+    bytes[4000] = (bytes[4000] ?? 0) ^ 1;
+    await bed.store.put(packName(hit), bytes);
+    await bed.store.delete(packName(gone));
+    const alone = await verifyPacks(all(made), { ...bed.options, workers: 1 });
+    expect(opens()).toBeGreaterThan(0);
+
+    const before = opens();
+    let free = (): void => undefined;
+    const busy = new Promise<void>((resolve) => {
+      free = resolve;
+    });
+    const running = verifyPacks(all(made), { ...bed.options, busy });
+    await new Promise((resolve) => setTimeout(resolve, 20));
+    expect(opens()).toBe(before);
+    free();
+    const both = await running;
+    expect(both).toEqual({ ...alone, opened: both.opened });
+    expect(new Map([...both.opened].sort())).toEqual(new Map([...alone.opened].sort()));
+    expect(both.findings.map((f) => [f.kind, f.packId])).toEqual([
+      ['frame', hit],
+      ['missing', gone],
+    ]);
+  });
+
+  it('fails when the other one does, and stops when it is interrupted', async () => {
+    await using dir = tempDir();
+    const bed = await inDirectory(dir.join('repo'));
+    await using _store = { [Symbol.asyncDispose]: () => bed.store.close() };
+    const handle = { ...bed.made.handle, storeUrl: dir.join('elsewhere') };
+    const error: unknown = await verifyPacks(all(bed.made), { ...bed.options, handle }).catch(
+      (e: unknown) => e,
+    );
+    expect(error).toBeInstanceOf(B2Error);
+    expect((error as B2Error).message).toContain('elsewhere');
+
+    const abort = new AbortController();
+    const running = verifyPacks(all(bed.made), {
+      ...bed.options,
+      signal: abort.signal,
+      busy: new Promise((resolve) => {
+        abort.signal.addEventListener('abort', () => resolve());
+      }),
+    });
+    abort.abort('SIGINT');
+    await expect(running).rejects.toMatchObject({ kind: 'interrupted' });
   });
 });

@@ -8,7 +8,8 @@
  * a window that another volume holds is not stored either.
  *
  * Of a window that live capture has changed in part, no whole chunk is known, and its id would not be found. Such windows are read
- * here and compared block by block with the newest commit's own data; only blocks that differ are stored.
+ * here and compared block by block with the newest commit's own data; only blocks that differ are stored. So are windows with blocks that
+ * cannot be read: what can be read of them is compared, the rest is told and left as the newest commit has it.
  *
  * **Memory** while a scan goes on: the index of chunks (at most 16 bytes for each chunk of the repository), some 32 MiB a thread, 10
  * bytes for each window of the run, 3 MiB to compare. Between scans: nothing.
@@ -27,6 +28,7 @@ import { RepositoryImage } from '../repo/repository-image.js';
 import { CondemnedError, type PlacedExtent, type VolumeWriter } from '../repo/volume-writer.js';
 import { BLOCK_BYTES, blocksOf } from '../units.js';
 import { abortError } from '../workers.js';
+import { readAround } from './bad-blocks.js';
 import { changedExtents, clipPlaced } from './changes.js';
 import { DeviceError, type ScanOutcome, type ScanRequest } from './live-capture.js';
 import { namingOldEnd, storeBlocks } from './pieces.js';
@@ -149,6 +151,15 @@ export class RunScanner {
       this.scanBytes =
         mixed.length * 10 + 3 * COMPARE_BYTES + WORKER_BYTES * Math.max(1, this.o.workers);
       const scan = await this.scanWindows(request, mixed, mixedBytes, index, reuse);
+      // What the scan has made of them holds zeros in the place of what it could not read.
+      for (const { offset, length } of scan.unreadable) {
+        const at = offset - block * BLOCK_BYTES;
+        const last = Math.floor((at + length - 1) / repo.chunkBytes);
+        for (let w = Math.floor(at / repo.chunkBytes); w <= last; w++) {
+          mixedBytes += mixed[w] === 0 ? repo.chunkBytes : 0;
+          mixed[w] = 1;
+        }
+      }
       const extents: PlacedExtent[] = [];
       const found = clearOf(mixed, scan.placements.extents(), block, chunkBlocks);
       if (tip === undefined) {
@@ -159,8 +170,8 @@ export class RunScanner {
         for await (const e of changedExtents(found, old, before, chunkBlocks)) extents.push(e);
       }
       writer.addOwnPacks(scan.packs.map((p) => p.packId));
-      if (tip !== undefined && mixedBytes > 0)
-        await this.compareMixed(work, tip, request, mixed, mixedBytes);
+      const unreadable =
+        mixedBytes > 0 ? await this.compareMixed(work, tip, request, mixed, mixedBytes) : [];
       await work.commit(extents, scan.stats.storedBytes);
       const { newBytes, readBytes } = scan.stats;
       return {
@@ -168,6 +179,7 @@ export class RunScanner {
         readBytes: readBytes + Math.min(mixedBytes, request.count * BLOCK_BYTES),
         changedBytes: newBytes + work.changedBlocks * BLOCK_BYTES,
         storedBytes: work.storedBytes,
+        unreadable,
       };
     } finally {
       await tip?.history.close();
@@ -233,13 +245,6 @@ export class RunScanner {
       if (isKind(error, 'io', 'not-found')) await this.checkDevice(request, error);
       throw error;
     }
-    const [bad] = result.unreadable;
-    if (bad !== undefined)
-      throw new DeviceError(
-        'io',
-        `${device.facts.path} cannot be read at offset ${bad.offset} (${bad.length} bytes)`,
-        { hint: 'The medium is damaged or going away; check the kernel log (dmesg).' },
-      );
     return result;
   }
 
@@ -270,24 +275,29 @@ export class RunScanner {
     return this.slabs;
   }
 
-  /** Compares the mixed windows block by block with what the newest commit holds. */
+  /** Compares the mixed windows block by block with what the newest commit holds; returns the blocks that cannot be read. */
   private async compareMixed(
     work: RunWork,
-    tip: Tip,
+    tip: Tip | undefined,
     request: ScanRequest,
     mixed: Uint8Array,
     mixedBytes: number,
-  ): Promise<void> {
+  ): Promise<readonly number[]> {
+    const unreadable: number[] = [];
+    const zeros = Buffer.alloc(BLOCK_BYTES);
     const { repo, device } = this.o;
     const { chunkBytes } = repo;
     const [now, then] = this.memory();
-    const image = new RepositoryImage({
-      resolver: tip.map,
-      packs: repo.packs,
-      chunkBytes,
-      sizeBytes: tip.map.commit.sizeBytes,
-      logicalBlockBytes: device.facts.logicalBlockBytes,
-    });
+    const image =
+      tip === undefined
+        ? undefined
+        : new RepositoryImage({
+            resolver: tip.map,
+            packs: repo.packs,
+            chunkBytes,
+            sizeBytes: tip.map.commit.sizeBytes,
+            logicalBlockBytes: device.facts.logicalBlockBytes,
+          });
     const scanned = Math.max(0, request.count * BLOCK_BYTES - mixedBytes);
     let done = 0;
     for (let w = 0; w < mixed.length;) {
@@ -302,23 +312,37 @@ export class RunScanner {
         throw abortError(request.signal, `the scan of ${device.facts.path}`);
       const offset = request.block * BLOCK_BYTES + w * chunkBytes;
       const length = Math.min((end - w) * chunkBytes, request.sizeBytes - offset);
-      const [got, isKnown] = await Promise.all([
-        device
-          .read(now.subarray(0, blocksOf(length) * BLOCK_BYTES), offset)
-          .catch((error: unknown) => deviceError(device, error)),
-        readOld(image, then.subarray(0, length), offset),
+      // Behind the old end nothing is known, and every block has to be named (FORMAT.md section 8).
+      const knownBytes = tip === undefined ? 0 : tip.endBlock * BLOCK_BYTES;
+      const oldLength = Math.max(0, Math.min(length, knownBytes - offset));
+      const [bad, isKnown] = await Promise.all([
+        readAround(device, now.subarray(0, blocksOf(length) * BLOCK_BYTES), offset, length).catch(
+          (error: unknown) => deviceError(device, error),
+        ),
+        image === undefined || oldLength === 0
+          ? false
+          : readOld(image, then.subarray(0, oldLength), offset),
       ]);
-      if (got < length) deviceError(device, new B2Error('io', `it ends at byte ${offset + got}`));
+      const cannotBeRead = new Set(bad);
+      unreadable.push(...bad);
       for (let at = 0; at < length; at += BLOCK_BYTES) {
         const stop = Math.min(at + BLOCK_BYTES, length);
         const block = (offset + at) / BLOCK_BYTES;
-        if (!isKnown || Buffer.compare(now.subarray(at, stop), then.subarray(at, stop)) !== 0)
+        if (cannotBeRead.has(block)) {
+          if (tip !== undefined && block >= tip.endBlock)
+            await work.put(block, zeros.subarray(0, stop - at));
+        } else if (
+          !isKnown ||
+          stop > oldLength ||
+          Buffer.compare(now.subarray(at, stop), then.subarray(at, stop)) !== 0
+        )
           await work.put(block, now.subarray(at, stop));
       }
       done += length;
       request.onProgress(scanned + done);
       w = end;
     }
+    return unreadable;
   }
 }
 

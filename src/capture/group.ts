@@ -1,80 +1,269 @@
 /**
- * Groups: several devices that carry one file system, LVM group or database between them share one cut, so that a point of all of
- * them is one instant. Built of what captures one device:
+ * Groups: several devices that carry one file system, LVM group or database between them make points of one instant.
  *
- * - the devices lie one behind the other in one space of blocks, each from a multiple of 4 MiB on, so that no chunk is of
- *   two and runs of a scan can be split between them; what lies between them reads as zeros, and is stored nowhere;
- * - the source delivers the events of all in that space, on one clock; what it says is complete is what is complete of every one, and
- *   what one of them loses is lost to all;
- * - the sink splits each commit: every volume gets one with the same instant, an empty one if nothing of it has changed. The point is
- *   acknowledged when it is durable on all of them. If one fails, the point does not count, and the group is out until
- *   all take commits again.
+ * Every device has a capture of its own (live-capture.ts), with its own cut, its own resync and its own volume. What they share is the
+ * moment of the claim. A capture whose cut holds does not claim at once: it waits here until the cuts of all others hold as well. Then
+ * the condition is the one of a single device (interval-cut.ts), over the blocks of all:
  *
- * **Restoring**: what belongs together has the same instant. A crash or an outage in the middle of a commit leaves some volumes with
- * a point of an instant that others lack: exact for that volume alone, but no point of the group. Restore all volumes at an
- * instant of {@link commonInstants}.
+ * - LO = the greatest LO of the members, HI = the least HI, on one clock;
+ * - if LO < HI, and the events of every member are known up to LO, all claim the same instant, in one step without an await;
+ * - if not, the members whose HI lies before LO read again what completed until then, while the others wait; if that does not do,
+ *   all of them read again, at one time.
+ *
+ * So a file system's writes to two devices are in the points of both or, where they were not over, in none or in part, as after a
+ * power cut that hits both at once. Members without changes take part with an empty point.
+ *
+ * **Nobody is held up by another**: a capture waits no longer than an attempt of its own may take. While a member is missing (its device
+ * is gone, its changes have to be compared first, its repository is out) the group is *apart*: nobody waits, and everybody goes on with
+ * points of its own. It is whole again by itself.
+ *
+ * **Restoring**: points of one instant belong together. They are made durable one volume after the other, so that a crash in
+ * between, or a volume that takes no commits, leaves a point of an instant that other volumes lack: exact for that volume, and
+ * none of the group. The instants of the group are those that all of its volumes have ({@link commonInstants}).
+ *
+ * One thread, no locks.
  */
-import { B2Error, isKind } from '../errors.js';
-import type {
-  ChangeLoss,
-  ChangeSink,
-  ChangeSource,
-  Poll,
-  PollOptions,
-} from '../devices/change-source.js';
-import type { ByteRange, DeviceFacts, ReadDevice } from '../devices/device.js';
-import { BLOCK_BYTES, blocksOf, roundUp } from '../units.js';
-import {
-  DeviceError,
-  type CaptureCommit,
-  type CaptureSink,
-  type CommitDone,
-  type ScanOutcome,
-  type ScanRequest,
-} from './live-capture.js';
-import type { StagedBlocks } from './staging.js';
+import type { Clock } from '../clock.js';
+import type { Decision } from './interval-cut.js';
 
-/** One device of a group. The caller opens and closes device and sink; the group's source closes the sources. */
-export interface GroupMember {
-  readonly device: ReadDevice;
-  readonly source: ChangeSource;
-  readonly sink: CaptureSink;
+/** What the group asks of a capture. Times are those of its own source. */
+export interface GroupCut {
+  /** Monotonic time that the times count from. */
+  readonly originNs: bigint;
+  /** False while it cannot say what changed, or its repository takes nothing. */
+  isAble(): boolean;
+  /** As `IntervalCut.decide`; undefined: it has lost track since it came to wait. Nothing may happen between this and `claim`. */
+  decide(): Decision | undefined;
+  /** Makes the point at an instant within what it has decided. */
+  claim(instantNs: number): void;
+  /** Wall time of an instant. */
+  wallOf(sourceNs: number): bigint;
 }
 
-/** What {@link LiveCapture} takes for a group. */
-export interface CaptureGroup {
-  readonly device: ReadDevice;
-  readonly source: ChangeSource;
-  readonly sink: CaptureSink;
+/**
+ * What came of waiting for the others:
+ * - `alone`: they do not come; claim for yourself, if the cut still holds;
+ * - `again`: read what is due at `loNs`, and come again;
+ * - `claimed`: it was claimed, for all.
+ */
+export type Meeting =
+  | { readonly kind: 'alone' }
+  | { readonly kind: 'again'; readonly loNs: number }
+  | { readonly kind: 'claimed'; readonly instantNs: number; readonly wallNs: bigint };
+
+export interface GroupState {
+  readonly name: string;
+  /** True if points are of one instant at present. */
+  readonly isWhole: boolean;
+  /** Devices that take no part. */
+  readonly missing: readonly string[];
 }
 
-/** A multiple of every chunk's size, and what borders of runs of a scan are multiples of (IntervalCut.nextRun). */
-const ALIGN_BLOCKS = 1024;
-
-interface Placed {
-  readonly member: GroupMember;
-  /** In the group's space. */
-  readonly firstBlock: number;
-  readonly blocks: number;
-  readonly sizeBytes: number;
+export interface PointGroupOptions {
+  readonly name: string;
+  /** Every device that belongs to it. */
+  readonly devices: readonly string[];
+  readonly clock: Clock;
+  /** Hears when the group becomes whole, and when it falls apart after that. */
+  readonly onChange?: (state: GroupState) => void;
 }
 
-/** Makes one device, source and sink of several, in the order given (which is that of `CapturedPoint.seqs`). At least one. */
-export function captureGroup(members: readonly GroupMember[]): CaptureGroup {
-  if (members.length === 0) throw new RangeError('a group without devices');
-  const placed: Placed[] = [];
-  let firstBlock = 0;
-  for (const member of members) {
-    const { sizeBytes } = member.device.facts;
-    const blocks = blocksOf(sizeBytes);
-    placed.push({ member, firstBlock, blocks, sizeBytes });
-    firstBlock = roundUp(firstBlock + Math.max(1, blocks), ALIGN_BLOCKS);
+/** How often somebody who waits for the others looks whether they are still to come. */
+const WAIT_MS = 2;
+
+interface Waiting {
+  /** The events are known to be complete up to here: of a poll that has asked for lost ones. */
+  readonly certainToNs: number;
+  readonly over: AbortController;
+  meeting: Meeting | undefined;
+}
+
+/** A capture in its group. `leave` it when the capture ends. */
+export class GroupSeat {
+  readonly cut: GroupCut;
+  /** It makes a point and has not claimed it yet. */
+  isTrying = false;
+  waiting: Waiting | undefined;
+  private readonly group: PointGroup;
+
+  constructor(group: PointGroup, cut: GroupCut) {
+    this.group = group;
+    this.cut = cut;
   }
-  return {
-    device: new GroupDevice(placed),
-    source: new GroupSource(placed),
-    sink: new GroupSink(placed),
-  };
+
+  get name(): string {
+    return this.group.name;
+  }
+
+  /** True while all are there: a point of this one is to be made together with the others. */
+  get isWhole(): boolean {
+    return this.group.look().isWhole;
+  }
+
+  /** `now`: another member waits for this one; `due`: the group has had no point since it became whole. */
+  get call(): 'now' | 'due' | undefined {
+    return this.group.callOf(this);
+  }
+
+  /** A point is begun: the others are called. */
+  begin(): void {
+    this.isTrying = true;
+  }
+
+  /** It was made, or given up. */
+  end(): void {
+    this.isTrying = false;
+  }
+
+  /**
+   * To be called when the cut holds, right after a poll that has asked for lost events. Waits for the others until `endNs` of the
+   * own source, or `signal`.
+   */
+  meet(certainToNs: number, endNs: number, signal: AbortSignal): Promise<Meeting> {
+    return this.group.meet(this, certainToNs, endNs, signal);
+  }
+
+  leave(): void {
+    this.group.leave(this);
+  }
+}
+
+/** See the file comment. */
+export class PointGroup {
+  readonly name: string;
+  private readonly o: PointGroupOptions;
+  private readonly seats = new Map<string, GroupSeat>();
+  private wasWhole = false;
+  private hasPoint = false;
+  /** How often all have waited in vain since the last point. */
+  private disagreed = 0;
+  private isOver = false;
+
+  constructor(options: PointGroupOptions) {
+    this.name = options.name;
+    this.o = options;
+  }
+
+  /** One capture a device: the one before must have left. */
+  join(device: string, cut: GroupCut): GroupSeat {
+    if (!this.o.devices.includes(device)) throw new RangeError(`${device} is not of the group`);
+    if (this.seats.has(device)) throw new RangeError(`${device} is in the group already`);
+    const seat = new GroupSeat(this, cut);
+    this.seats.set(device, seat);
+    return seat;
+  }
+
+  leave(seat: GroupSeat): void {
+    for (const [device, s] of this.seats) if (s === seat) this.seats.delete(device);
+  }
+
+  /** The watch ends: that members leave is said no more. */
+  close(): void {
+    this.isOver = true;
+  }
+
+  /** As it is now; tells of what has changed since it was looked at last. */
+  look(): GroupState {
+    const missing = this.o.devices.filter((d) => this.seats.get(d)?.cut.isAble() !== true);
+    const state = { name: this.name, isWhole: missing.length === 0, missing };
+    if (state.isWhole !== this.wasWhole) {
+      this.wasWhole = state.isWhole;
+      this.hasPoint = false;
+      if (!this.isOver) this.o.onChange?.(state);
+    }
+    return state;
+  }
+
+  callOf(seat: GroupSeat): 'now' | 'due' | undefined {
+    if (!this.look().isWhole) return undefined;
+    for (const s of this.seats.values()) if (s !== seat && s.isTrying) return 'now';
+    return this.hasPoint ? undefined : 'due';
+  }
+
+  async meet(
+    seat: GroupSeat,
+    certainToNs: number,
+    endNs: number,
+    signal: AbortSignal,
+  ): Promise<Meeting> {
+    const { clock } = this.o;
+    const over = new AbortController();
+    const waiting: Waiting = { certainToNs, over, meeting: undefined };
+    seat.waiting = waiting;
+    const abort = (): void => over.abort();
+    signal.addEventListener('abort', abort, { once: true });
+    try {
+      for (;;) {
+        this.settle();
+        if (waiting.meeting !== undefined) return waiting.meeting;
+        const nowNs = Number(clock.monotonicNs() - seat.cut.originNs);
+        if (signal.aborted || nowNs >= endNs || !this.look().isWhole) return { kind: 'alone' };
+        await clock.sleep(WAIT_MS, over.signal);
+        if (waiting.meeting !== undefined) return waiting.meeting;
+      }
+    } finally {
+      signal.removeEventListener('abort', abort);
+      seat.waiting = undefined;
+    }
+  }
+
+  /** Decides for all, if all wait. */
+  private settle(): void {
+    const all = [...this.seats.values()];
+    const [first] = all;
+    if (first === undefined || !this.look().isWhole) return;
+    const parts = all.flatMap((seat) => {
+      const { waiting, cut } = seat;
+      if (waiting === undefined || waiting.meeting !== undefined) return [];
+      // From times of its source to those of the first one's.
+      const deltaNs = Number(cut.originNs - first.cut.originNs);
+      return [{ seat, waiting, deltaNs, decision: cut.decide() }];
+    });
+    if (parts.length !== all.length) return;
+    let loNs = Number.NEGATIVE_INFINITY;
+    for (const { decision, deltaNs } of parts)
+      if (decision !== undefined && decision.kind !== 'wait')
+        loNs = Math.max(loNs, decision.loNs + deltaNs);
+    let instantNs = Number.POSITIVE_INFINITY;
+    const inTheWay = parts.filter(({ waiting, decision, deltaNs }) => {
+      const certainNs = waiting.certainToNs + deltaNs;
+      if (decision?.kind !== 'holds' || !(loNs < decision.hiNs + deltaNs) || certainNs < loNs)
+        return true;
+      instantNs = Math.min(instantNs, decision.hiNs + deltaNs, certainNs);
+      return false;
+    });
+    if (inTheWay.length > 0) {
+      // Blocks that are written all the time on several devices have to be read at one time: no use in reading them in turns.
+      const isTogether = this.disagreed++ > 0;
+      const nowNs = Number(this.o.clock.monotonicNs() - first.cut.originNs);
+      for (const { waiting, decision, deltaNs } of isTogether ? parts : inTheWay) {
+        const limitNs = (isTogether ? nowNs : loNs) - deltaNs;
+        tell(
+          waiting,
+          decision === undefined ? { kind: 'alone' } : { kind: 'again', loNs: limitNs },
+        );
+      }
+      return;
+    }
+    const wallNs = first.cut.wallOf(instantNs);
+    for (const { seat, waiting, deltaNs } of parts) {
+      seat.cut.claim(instantNs - deltaNs);
+      seat.isTrying = false;
+      tell(waiting, { kind: 'claimed', instantNs: instantNs - deltaNs, wallNs });
+    }
+    this.hasPoint = true;
+    this.disagreed = 0;
+  }
+}
+
+function tell(waiting: Waiting, meeting: Meeting): void {
+  waiting.meeting = meeting;
+  waiting.over.abort();
+}
+
+/** What a person finds the points of a group by that belong together: `NAME@INSTANT`, in every volume of it. */
+export function groupPointId(name: string, time: string): string {
+  return `${name}@${time}`;
 }
 
 /**
@@ -86,245 +275,4 @@ export function commonInstants(volumes: readonly (readonly bigint[])[]): bigint[
   return [...new Set(first)]
     .filter((instant) => sets.every((set) => set.has(instant)))
     .sort((a, b) => (a < b ? -1 : 1));
-}
-
-class GroupDevice implements ReadDevice {
-  readonly facts: DeviceFacts;
-  private readonly placed: readonly Placed[];
-
-  constructor(placed: readonly Placed[]) {
-    this.placed = placed;
-    const last = placed.at(-1);
-    const names = (of: (f: DeviceFacts) => string): string =>
-      placed.map((p) => of(p.member.device.facts)).join(' + ');
-    this.facts = {
-      path: names((f) => f.path),
-      realPath: names((f) => f.realPath),
-      kind: 'block',
-      sizeBytes: last === undefined ? 0 : last.firstBlock * BLOCK_BYTES + last.sizeBytes,
-      logicalBlockBytes: Math.max(...placed.map((p) => p.member.device.facts.logicalBlockBytes)),
-      physicalBlockBytes: Math.max(...placed.map((p) => p.member.device.facts.physicalBlockBytes)),
-      readOnly: placed.every((p) => p.member.device.facts.readOnly),
-      devNumber: undefined,
-      partitionOf: undefined,
-      identity: {},
-      diskSequence: undefined,
-    };
-  }
-
-  async read(into: Uint8Array, offset: number): Promise<number> {
-    const end = Math.min(offset + into.byteLength, this.facts.sizeBytes);
-    let filled = offset;
-    for (const { member, firstBlock, blocks, sizeBytes } of this.placed) {
-      const start = firstBlock * BLOCK_BYTES;
-      const from = Math.max(offset, start);
-      const to = Math.min(offset + into.byteLength, start + blocks * BLOCK_BYTES);
-      if (from >= to) continue;
-      into.fill(0, filled - offset, from - offset);
-      const part = into.subarray(from - offset, to - offset);
-      const got = await member.device.read(part, from - start);
-      if (got !== Math.min(to - start, sizeBytes) - (from - start))
-        throw new B2Error('io', `${member.device.facts.path} ends at byte ${from - start + got}`, {
-          hint: 'It has shrunk or is going away; check the kernel log (dmesg).',
-        });
-      part.fill(0, got);
-      filled = to;
-    }
-    if (filled < end) into.fill(0, filled - offset, end - offset);
-    return Math.max(0, end - offset);
-  }
-
-  dataRanges(offset: number, length: number): Promise<readonly ByteRange[]> {
-    return Promise.resolve(length === 0 ? [] : [{ offset, length }]);
-  }
-
-  async refresh(): Promise<DeviceFacts> {
-    for (const { member, sizeBytes } of this.placed) {
-      const now = await member.device.refresh();
-      if (now.sizeBytes !== sizeBytes)
-        throw new B2Error('io', `${now.path} has ${now.sizeBytes} bytes now, not ${sizeBytes}`);
-    }
-    return this.facts;
-  }
-
-  close(): Promise<void> {
-    return Promise.resolve();
-  }
-}
-
-class GroupSource implements ChangeSource {
-  readonly kind: 'trace' | 'scan';
-  readonly isTimed: boolean;
-  readonly originNs: bigint;
-  private readonly parts: readonly {
-    readonly source: ChangeSource;
-    readonly sink: ShiftedSink;
-    readonly deltaNs: number;
-  }[];
-
-  constructor(placed: readonly Placed[]) {
-    const sources = placed.map((p) => p.member.source);
-    this.kind = sources.every((s) => s.kind === 'trace') ? 'trace' : 'scan';
-    this.isTimed = sources.every((s) => s.isTimed);
-    this.originNs = sources.reduce(
-      (o, s) => (s.originNs < o ? s.originNs : o),
-      sources[0]?.originNs ?? 0n,
-    );
-    this.parts = placed.map(({ member: { source }, firstBlock }) => {
-      const deltaNs = Number(source.originNs - this.originNs);
-      return { source, deltaNs, sink: new ShiftedSink(firstBlock, deltaNs) };
-    });
-  }
-
-  async poll(sink: ChangeSink, options: PollOptions = {}): Promise<Poll> {
-    let completeToNs = Number.POSITIVE_INFINITY;
-    let events = 0;
-    let more = false;
-    let loss: ChangeLoss | undefined;
-    for (const part of this.parts) {
-      part.sink.to = sink;
-      const poll = await part.source.poll(part.sink, options);
-      completeToNs = Math.min(completeToNs, poll.completeToNs + part.deltaNs);
-      events += poll.events;
-      more ||= poll.more;
-      // One that ends capture is the one to tell.
-      if (loss === undefined || poll.loss?.reason === 'resized' || poll.loss?.reason === 'opaque')
-        loss = poll.loss ?? loss;
-    }
-    return { completeToNs, events, more, loss };
-  }
-
-  async close(): Promise<void> {
-    const ended = await Promise.allSettled(this.parts.map((p) => p.source.close()));
-    for (const end of ended) if (end.status === 'rejected') throw end.reason;
-  }
-}
-
-class ShiftedSink implements ChangeSink {
-  to: ChangeSink | undefined;
-  private readonly firstBlock: number;
-  private readonly deltaNs: number;
-
-  constructor(firstBlock: number, deltaNs: number) {
-    this.firstBlock = firstBlock;
-    this.deltaNs = deltaNs;
-  }
-
-  issued(block: number, count: number, atNs: number, kind: 'write' | 'discard' | 'zeroes'): void {
-    this.to?.issued(block + this.firstBlock, count, atNs + this.deltaNs, kind);
-  }
-
-  completed(
-    block: number,
-    count: number,
-    atNs: number,
-    kind: 'write' | 'discard' | 'zeroes',
-  ): void {
-    this.to?.completed(block + this.firstBlock, count, atNs + this.deltaNs, kind);
-  }
-}
-
-class GroupSink implements CaptureSink {
-  readonly scan: ((request: ScanRequest) => Promise<ScanOutcome>) | undefined;
-  private readonly placed: readonly Placed[];
-
-  constructor(placed: readonly Placed[]) {
-    this.placed = placed;
-    this.scan = placed.every((p) => p.member.sink.scan !== undefined)
-      ? (request) => this.scanAll(request)
-      : undefined;
-  }
-
-  get memoryBytes(): number {
-    return this.placed.reduce((n, p) => n + (p.member.sink.memoryBytes ?? 0), 0);
-  }
-
-  async prepare(): Promise<void> {
-    for (const { member } of this.placed) await member.sink.prepare?.();
-  }
-
-  async commit(commit: CaptureCommit): Promise<CommitDone> {
-    const parts = this.placed.map((p) => ({ ...commit, ...partOf(commit.content, p) }));
-    const ended = await Promise.allSettled(
-      this.placed.map((p, i) => {
-        const part = parts[i];
-        if (part === undefined) throw new Error('a device of the group without its part');
-        return p.member.sink.commit(part);
-      }),
-    );
-    const failures = ended.flatMap((e): unknown[] => (e.status === 'rejected' ? [e.reason] : []));
-    if (failures.length > 0) throw worstOf(failures);
-    const done = ended.flatMap((e) => (e.status === 'fulfilled' ? [e.value] : []));
-    return {
-      seq: done[0]?.seq ?? 0,
-      storedBytes: done.reduce((n, d) => n + d.storedBytes, 0),
-      seqs: done.map((d) => d.seq),
-    };
-  }
-
-  private async scanAll(request: ScanRequest): Promise<ScanOutcome> {
-    let seq: number | undefined;
-    let [readBytes, changedBytes, storedBytes, doneBytes] = [0, 0, 0, 0];
-    for (const { member, firstBlock, blocks, sizeBytes } of this.placed) {
-      const from = Math.max(request.block, firstBlock);
-      const to = Math.min(request.block + request.count, firstBlock + blocks);
-      if (from >= to) continue;
-      const before = doneBytes;
-      const done = await member.sink.scan?.({
-        block: from - firstBlock,
-        count: to - from,
-        sizeBytes,
-        signal: request.signal,
-        onProgress: (bytes) => request.onProgress(before + bytes),
-      });
-      if (done === undefined) throw new Error('a device of the group that cannot be scanned');
-      doneBytes += (to - from) * BLOCK_BYTES;
-      seq = done.seq ?? seq;
-      readBytes += done.readBytes;
-      changedBytes += done.changedBytes;
-      storedBytes += done.storedBytes;
-    }
-    return { seq, readBytes, changedBytes, storedBytes };
-  }
-}
-
-/** The failure that decides: one that ends capture before one that passes. */
-function worstOf(failures: readonly unknown[]): unknown {
-  return (
-    failures.find((e) => !(e instanceof B2Error)) ??
-    failures.find((e) => isKind(e, 'lost-claim') || e instanceof DeviceError) ??
-    failures[0]
-  );
-}
-
-/** What of the blocks lies on one device, in its own numbers. */
-function partOf(
-  content: StagedBlocks,
-  { firstBlock, blocks, sizeBytes }: Placed,
-): { content: StagedBlocks; sizeBytes: number } {
-  const from = lowerBound(content.blocks, firstBlock);
-  const to = lowerBound(content.blocks, firstBlock + blocks);
-  const own = content.blocks.slice(from, to).map((b) => b - firstBlock);
-  return {
-    sizeBytes,
-    content: {
-      blocks: own,
-      bytesAt: (index) => {
-        const block = own[index] ?? 0;
-        const length = Math.min(BLOCK_BYTES, sizeBytes - block * BLOCK_BYTES);
-        return content.bytesAt(from + index).subarray(0, length);
-      },
-    },
-  };
-}
-
-/** The first index whose block is not before `block`. */
-function lowerBound(blocks: Float64Array, block: number): number {
-  let [low, high] = [0, blocks.length];
-  while (low < high) {
-    const mid = (low + high) >>> 1;
-    if ((blocks[mid] ?? 0) < block) low = mid + 1;
-    else high = mid;
-  }
-  return low;
 }

@@ -194,13 +194,19 @@ export class IntervalCut implements ChangeSink {
     this.reads = rest;
   }
 
-  /** Makes the point that `decide` has just found (nothing may have been fed in between); returns its instant. */
-  claim(): number {
+  /**
+   * Makes the point that `decide` has just found (nothing may have been fed in between); returns its instant, which is `atNs` where
+   * that is given: one from LO on that is not later than the instant found.
+   */
+  claim(atNs?: number): number {
     const decision = this.decide();
     if (decision.kind !== 'holds')
       throw new Error('a point was claimed although the cut does not hold');
-    this.forgetReads(decision.instantNs);
-    return decision.instantNs;
+    const instantNs = atNs ?? decision.instantNs;
+    if (instantNs < decision.loNs || instantNs > decision.instantNs || instantNs < this.claimedNs)
+      throw new Error('a point was claimed at an instant of which nothing is known');
+    this.forgetReads(instantNs);
+    return instantNs;
   }
 
   private forgetReads(instantNs: number): void {

@@ -32,21 +32,21 @@
  */
 import type { Clock } from '../clock.js';
 import type { ChangeLoss, ChangeSource } from '../devices/change-source.js';
-import type { ReadDevice } from '../devices/device.js';
+import type { ByteRange, ReadDevice } from '../devices/device.js';
 import { B2Error, isKind, messageOf } from '../errors.js';
 import { Coverage, PointClass } from '../format/commit.js';
 import { alignedMemory } from '../memory.js';
 import { BLOCK_BYTES, blocksOf } from '../units.js';
 import { tableBytesAtMost } from './block-times.js';
-import { IntervalCut } from './interval-cut.js';
+import { MAX_BAD_BLOCKS, rangesOf, readAround } from './bad-blocks.js';
+import type { GroupSeat, PointGroup } from './group.js';
+import { IntervalCut, type Decision } from './interval-cut.js';
 import { STAGE_STEP_BYTES, Staging, type StagedBlocks } from './staging.js';
 
 /** A commit that is durable. */
 export interface CommitDone {
   readonly seq: number;
   readonly storedBytes: number;
-  /** Of a group: one for each volume. */
-  readonly seqs?: readonly number[];
 }
 
 /** What a sink makes durable as one commit. */
@@ -60,6 +60,10 @@ export interface CaptureCommit {
   readonly startedNs: bigint;
   readonly sizeBytes: number;
   readonly content: StagedBlocks;
+  /** Name of the group (group.ts) whose other volumes have a point of the same instant. */
+  readonly group?: string | undefined;
+  /** What could not be read of the device, if anything: the first hundred ranges. */
+  readonly unreadable?: readonly ByteRange[] | undefined;
 }
 
 /** A run of blocks for a sink to read and store. */
@@ -82,6 +86,8 @@ export interface ScanOutcome {
   /** Of blocks that differed. */
   readonly changedBytes: number;
   readonly storedBytes: number;
+  /** Blocks that could not be read: of them the newest commit holds what it held. */
+  readonly unreadable?: readonly number[];
 }
 
 /** The device could not be read, as opposed to a repository that takes nothing: capture ends with it. */
@@ -114,8 +120,8 @@ export interface CapturedPoint {
   readonly instantNs: bigint;
   /** Time of the source, see {@link ChangeSource.originNs}. */
   readonly instantSourceNs: number;
-  /** Of a group (group.ts): the commit of each volume, in order. */
-  readonly seqs?: readonly number[];
+  /** Name of the group (group.ts) whose other volumes have a point of the same instant. */
+  readonly group?: string;
   readonly pointClass: PointClass;
   readonly coverage: Coverage;
   readonly blocks: number;
@@ -152,6 +158,12 @@ export type CaptureEvent =
     }
   /** Track was lost: everything is being read again. */
   | { readonly type: 'lost'; readonly loss: ChangeLoss }
+  /** Blocks cannot be read, or can be read again: all that cannot be now. Points are `fuzzy` while there are any. */
+  | {
+      readonly type: 'unreadable';
+      readonly bytes: number;
+      readonly ranges: readonly ByteRange[];
+    }
   /** The repository did not take a commit; it is tried again. */
   | { readonly type: 'outage'; readonly error: B2Error }
   /** The repository takes commits again, after so long. */
@@ -189,6 +201,10 @@ export interface LiveCaptureOptions {
    * proof), so that nothing has to be read first, and no time is unknown. Default false: everything is read.
    */
   readonly isInSync?: boolean;
+  /** Time between tries at blocks that cannot be read. Default {@link BAD_RETRY_MS}. */
+  readonly badRetryMs?: number;
+  /** The group that this device makes points with, and its name there. */
+  readonly group?: { readonly of: PointGroup; readonly device: string } | undefined;
 }
 
 export interface CaptureStatus {
@@ -221,6 +237,8 @@ export interface CaptureStatus {
    * `pendingBlocks`: how long the next point will take to read.
    */
   readonly readBytesPerSecond: number;
+  /** What cannot be read of the device: the first hundred ranges, and how much it is altogether. */
+  readonly unreadable: { readonly bytes: number; readonly ranges: readonly ByteRange[] };
   /** Why the repository does not take commits at present. */
   readonly outage: B2Error | undefined;
 }
@@ -246,10 +264,17 @@ export const MAX_RETRY_FACTOR = 16;
 /** 4 GiB are scanned at a time, and are durable then. */
 const SCAN_BLOCKS = 1 << 20;
 const SCAN_EVENT_MS = 200;
+/** With no event for so long, polls are this far apart: each wakes the processor. The kernel's buffers hold far more. */
+const IDLE_AFTER_MS = 500;
+const IDLE_POLL_MS = 100;
+/** Blocks that could not be read are tried again this often. */
+export const BAD_RETRY_MS = 600_000;
 const RATE_BYTES = 64 * 1024 * 1024;
 /** The wall clock and the monotonic one are compared until they were read this close together, or so many times. */
 const CLOCK_GAP_NS = 50_000n;
 const CLOCK_TRIES = 20;
+/** Between attempts at the first point of a group that has become whole. */
+const GROUP_RETRY_MS = 1000;
 /** While the cut waits for events up to the end of a read. */
 const SETTLE_MS = 1;
 
@@ -294,6 +319,22 @@ interface Waiter {
 
 type Attempt = 'point' | 'busy' | 'lost' | 'outage' | 'nothing';
 
+/** What the other devices of a group have said to a cut that holds: claimed with them, or {@link Decision} anew. */
+type Agreement =
+  | { readonly kind: 'claimed'; readonly instantNs: number; readonly wallNs: bigint }
+  | { readonly kind: 'alone' }
+  | Decision;
+
+interface Claimed {
+  readonly rounds: number;
+  readonly beganNs: number;
+  /** As it was before the poll that the claim rests on. */
+  readonly resyncs: number;
+  readonly instantNs: number;
+  /** Wall time of the instant, where the group has settled it. */
+  readonly wallNs?: bigint;
+}
+
 /** See the file comment. `start` it; `stop` it. */
 export class LiveCapture {
   /** Settles when capture has ended: resolves after {@link stop}, rejects when it could not go on. */
@@ -336,6 +377,13 @@ export class LiveCapture {
   private spills = 0;
   private busy = 0;
   private losses = 0;
+  private readonly seat: GroupSeat | undefined;
+  /** Blocks that could not be read when that was tried last. */
+  private readonly bad = new Set<number>();
+  private badTriedNs = 0;
+  private lastEventNs = 0;
+  /** Ends the pauses of both loops. */
+  private waking = new AbortController();
 
   private constructor(options: LiveCaptureOptions) {
     this.o = options;
@@ -349,6 +397,8 @@ export class LiveCapture {
     );
     this.unsynced = options.isInSync !== true;
     if (this.unsynced) this.cut.invalidate(0);
+    this.seat = this.takeSeat();
+    this.abort.signal.addEventListener('abort', () => this.wake(), { once: true });
     this.done = this.run();
     // Whoever starts a capture learns of its end by awaiting `done`, perhaps much later.
     this.done.catch(() => undefined);
@@ -397,6 +447,7 @@ export class LiveCapture {
       };
       signal?.addEventListener('abort', giveUp, { once: true });
       this.waiters.push(waiter);
+      this.wake();
     });
   }
 
@@ -440,7 +491,8 @@ export class LiveCapture {
     return {
       needsResync: this.unsynced,
       scan: this.unsynced ? this.scanned() : undefined,
-      isCaughtUp: !this.unsynced && !this.cut.hasChanges && this.staging.size === 0,
+      isCaughtUp:
+        !this.unsynced && !this.cut.hasChanges && this.staging.size === 0 && this.bad.size === 0,
       lastPoint: this.lastPoint,
       lagMs: Number.isFinite(this.uncoveredNs) ? lagNs / 1e6 : 0,
       pendingBlocks: this.cut.pendingBlocks,
@@ -455,8 +507,55 @@ export class LiveCapture {
       memoryBytes:
         this.cut.bytes + this.staging.bytes + READERS * READ_BYTES + (this.o.sink.memoryBytes ?? 0),
       readBytesPerSecond: this.recentNs > 0 ? (this.recentBytes / this.recentNs) * 1e9 : 0,
+      unreadable: this.unreadable(),
       outage: this.outage,
     };
+  }
+
+  private unreadable(): { readonly bytes: number; readonly ranges: readonly ByteRange[] } {
+    const { sizeBytes } = this.o.device.facts;
+    const ranges = this.bad.size === 0 ? [] : rangesOf(this.bad, sizeBytes);
+    const last = Math.floor(sizeBytes / BLOCK_BYTES);
+    const missing = this.bad.has(last) ? BLOCK_BYTES - (sizeBytes % BLOCK_BYTES) : 0;
+    return { bytes: this.bad.size * BLOCK_BYTES - missing, ranges };
+  }
+
+  /** Of blocks that were to be read now, these could not be. Throws if there are too many by now. */
+  private noteBad(read: Iterable<number>, bad: readonly number[]): void {
+    const before = this.bad.size;
+    let removed = 0;
+    if (before > 0) for (const block of read) removed += this.bad.delete(block) ? 1 : 0;
+    for (const block of bad) this.bad.add(block);
+    if (this.bad.size === before && removed === bad.length) return;
+    if (before === 0) this.badTriedNs = this.now();
+    const { bytes, ranges } = this.unreadable();
+    this.tell({ type: 'unreadable', bytes, ranges });
+    if (this.bad.size > MAX_BAD_BLOCKS)
+      throw new DeviceError(
+        'io',
+        `${this.path} is failing: more than ${MAX_BAD_BLOCKS * BLOCK_BYTES} bytes of it cannot be read`,
+        { hint: 'Replace the disk. Check the kernel log (dmesg) and "smartctl -a".' },
+      );
+  }
+
+  /** Once in a while what could not be read is tried again. */
+  private retryBad(): void {
+    if (this.bad.size === 0) return;
+    if (this.now() - this.badTriedNs < (this.o.badRetryMs ?? BAD_RETRY_MS) * 1e6) return;
+    this.badTriedNs = this.now();
+    for (const block of this.bad) this.cut.unread(block, 1);
+  }
+
+  /** Why nobody can have an exact point at present. */
+  private unreadableError(): B2Error {
+    const { bytes, ranges } = this.unreadable();
+    return new B2Error(
+      'failed',
+      `there can be no exact point of ${this.path}: ${bytes} bytes of it cannot be read (the first at offset ${ranges[0]?.offset ?? 0})`,
+      {
+        hint: 'Check the disk (dmesg, smartctl). Points are of class fuzzy until it can be read or is written anew; "b2 points --all" lists them.',
+      },
+    );
   }
 
   /** In bytes of the device. */
@@ -517,6 +616,7 @@ export class LiveCapture {
       failed(error);
     } finally {
       this.abort.abort();
+      this.seat?.leave();
       await pump;
     }
     const end = this.fatal ?? failure;
@@ -531,8 +631,26 @@ export class LiveCapture {
     while (!signal.aborted) {
       const more = await this.poll(false);
       if (more) await new Promise<void>((resolve) => setImmediate(resolve));
-      else await this.o.clock.sleep(this.o.pollMs ?? 10, signal);
+      else await this.pause();
     }
+  }
+
+  /** Between two polls, and between two looks at what is to be done: longer while nothing is written and nobody waits. */
+  private async pause(): Promise<void> {
+    const { pollMs = 10 } = this.o;
+    const isIdle =
+      this.waiters.length === 0 &&
+      this.seat === undefined &&
+      !this.unsynced &&
+      !this.cut.hasChanges &&
+      this.now() - this.lastEventNs > IDLE_AFTER_MS * 1e6;
+    const idleMs = Math.min(IDLE_POLL_MS, this.intervalMs / 10);
+    await this.o.clock.sleep(isIdle ? Math.max(pollMs, idleMs) : pollMs, this.waking.signal);
+  }
+
+  private wake(): void {
+    this.waking.abort();
+    this.waking = new AbortController();
   }
 
   /** One poll; polls are one after the other. True if there is more to read at once. */
@@ -549,6 +667,7 @@ export class LiveCapture {
       this.cut.advance(poll.completeToNs);
       this.completeToNs = Math.max(this.completeToNs, poll.completeToNs);
       this.events += poll.events;
+      if (poll.events > 0) this.lastEventNs = this.now();
       if (poll.loss !== undefined) this.lose(poll.loss);
       if (this.cut.lateCompletions > this.lateSeen) {
         const completions = this.cut.lateCompletions - this.lateSeen;
@@ -580,22 +699,31 @@ export class LiveCapture {
   }
 
   private async makePoints(): Promise<void> {
-    const { clock, pollMs = 10 } = this.o;
+    const { pollMs = 10 } = this.o;
     const { signal } = this.abort;
     let dueNs = 0;
+    let firstDueNs = 0;
     let retryNs = 0;
     while (!signal.aborted) {
+      this.retryBad();
       const isIdle = !this.cut.hasChanges && this.staging.size === 0;
       const run = this.nextScan();
+      const call = run === undefined ? this.seat?.call : undefined;
       if (run !== undefined) {
         if (this.now() >= retryNs) {
           if (await this.scanRun(run)) continue;
           retryNs = this.now() + this.retryNs();
         }
-      } else if (isIdle && !this.wantsEmptyPoint()) this.answerIdle();
-      else if (this.now() >= dueNs || (this.waiters.length > 0 && this.outage === undefined)) {
+      } else if (isIdle && !this.wantsEmptyPoint() && call === undefined) this.answerIdle();
+      else if (
+        this.now() >= dueNs ||
+        call === 'now' ||
+        (call === 'due' && this.now() >= firstDueNs) ||
+        (this.waiters.length > 0 && this.outage === undefined)
+      ) {
         const beganNs = this.now();
-        const attempt = (await this.isSinkReady()) ? await this.attempt(beganNs) : 'outage';
+        const attempt = await this.attemptWithOthers(beganNs);
+        firstDueNs = beganNs + GROUP_RETRY_MS * 1e6;
         // A write is in a durable point one interval after it was acknowledged, also if this one takes as long as the slowest.
         const leadMs = Math.min(LEAD_FACTOR * this.peakMs + pollMs, this.intervalMs / 2);
         dueNs =
@@ -604,7 +732,7 @@ export class LiveCapture {
             : beganNs + (this.intervalMs - leadMs) * 1e6;
         if (attempt === 'point') continue;
       }
-      await clock.sleep(pollMs, signal);
+      await this.pause();
     }
   }
 
@@ -673,6 +801,10 @@ export class LiveCapture {
       if (done === undefined) throw new Error('a sink that cannot scan was asked to');
       isRead = true;
       this.cut.staged(block, count, this.now());
+      this.noteBad(
+        [...this.bad].filter((b) => b >= block && b < block + count),
+        done.unreadable ?? [],
+      );
       this.readBytes += done.readBytes;
       this.scanBlock = block + count;
       this.recovered();
@@ -710,6 +842,52 @@ export class LiveCapture {
     for (const w of answered) w.resolve(point);
   }
 
+  /** As the group sees this capture. */
+  private takeSeat(): GroupSeat | undefined {
+    const { group, source } = this.o;
+    return group?.of.join(group.device, {
+      originNs: source.originNs,
+      isAble: () =>
+        !this.unsynced &&
+        this.outage === undefined &&
+        this.bad.size === 0 &&
+        !this.abort.signal.aborted,
+      decide: () => {
+        if (this.unsynced) return undefined;
+        const decision = this.cut.decide();
+        // What the last point holds was there at its instant, and perhaps not before.
+        return decision.kind === 'wait'
+          ? decision
+          : { ...decision, loNs: Math.max(decision.loNs, this.cut.lastInstantNs) };
+      },
+      claim: (instantNs) => void this.cut.claim(instantNs),
+      wallOf: (sourceNs) => this.wallOf(sourceNs),
+    });
+  }
+
+  private async attemptWithOthers(beganNs: number): Promise<Attempt> {
+    if (!(await this.isSinkReady())) return 'outage';
+    const { seat } = this;
+    if (seat?.isWhole === true) seat.begin();
+    try {
+      return await this.attempt(beganNs);
+    } finally {
+      seat?.end();
+    }
+  }
+
+  /** The cut holds, and lost events have just been asked for. Resolves with nothing between that and whatever was decided. */
+  private async agree(decision: Decision, endNs: number): Promise<Agreement> {
+    const { seat } = this;
+    if (seat?.isTrying !== true) return decision;
+    const meeting = await seat.meet(this.completeToNs, endNs, this.abort.signal);
+    if (meeting.kind === 'claimed') return meeting;
+    if (meeting.kind === 'again')
+      return { kind: 'again', loNs: meeting.loNs, hiNs: this.cut.oldestPendingNs };
+    seat.end();
+    return meeting;
+  }
+
   private async attempt(beganNs: number): Promise<Attempt> {
     const { signal } = this.abort;
     const endNs = beganNs + (this.o.attemptMs ?? ATTEMPT_INTERVALS * this.intervalMs) * 1e6;
@@ -721,7 +899,8 @@ export class LiveCapture {
       const isTaken = await this.readDue(limitNs);
       if (!isTaken) return signal.aborted ? 'nothing' : 'outage';
       if (this.nextScan() !== undefined) return 'lost';
-      if (!this.cut.hasChanges && !this.wantsEmptyPoint()) return 'nothing';
+      if (!this.cut.hasChanges && !this.wantsEmptyPoint() && this.seat?.isTrying !== true)
+        return 'nothing';
       let decision = this.cut.decide();
       while (
         decision.kind === 'wait' &&
@@ -736,7 +915,22 @@ export class LiveCapture {
         await this.poll(true);
         if (this.resyncs !== resyncs) return 'lost';
         decision = this.cut.decide();
-        if (decision.kind === 'holds') return this.commitPoint(rounds, beganNs);
+        if (decision.kind === 'holds') {
+          const agreed = await this.agree(decision, endNs);
+          if (agreed.kind === 'claimed')
+            return this.commitPoint({ rounds, beganNs, resyncs, ...agreed });
+          if (agreed.kind === 'alone') {
+            // The others were waited for in vain. This one's cut holds still, as a rule.
+            await this.poll(true);
+            if (this.resyncs !== resyncs) return 'lost';
+            if (!this.cut.hasChanges && !this.wantsEmptyPoint()) return 'nothing';
+            decision = this.cut.decide();
+          } else decision = agreed;
+          if (decision.kind === 'holds') {
+            const instantNs = this.cut.claim();
+            return this.commitPoint({ rounds, beganNs, resyncs, instantNs });
+          }
+        }
       }
       if (signal.aborted) return 'nothing';
       if (rounds >= maxRounds || this.now() >= endNs || decision.kind === 'wait') {
@@ -755,9 +949,9 @@ export class LiveCapture {
     }
   }
 
-  /** Claims and commits. Called with nothing between it and a decision that holds. */
-  private async commitPoint(rounds: number, beganNs: number): Promise<Attempt> {
-    const instantNs = this.cut.claim();
+  /** Commits what was claimed, with nothing in between. */
+  private async commitPoint(claimed: Claimed): Promise<Attempt> {
+    const { rounds, beganNs, resyncs, instantNs, wallNs } = claimed;
     const cutMs = (this.now() - beganNs) / 1e6;
     const wasUnsynced = this.unsynced;
     const last = this.lastPoint;
@@ -766,12 +960,16 @@ export class LiveCapture {
         ? instantNs - Math.max(this.uncoveredNs, last.instantSourceNs)
         : 0;
     const isLate = this.coalesced || gapNs > LATE_FACTOR * this.intervalMs * 1e6;
-    const coverage = wasUnsynced ? Coverage.unknown : isLate ? Coverage.coalesced : Coverage.exact;
-    const wall = this.wallOf(instantNs);
-    const { resyncs } = this;
+    // What is unknown of the device makes the point one that is not exact, and the time up to the next exact one unknown.
+    const isFuzzy = this.bad.size > 0;
+    const isUnknown = wasUnsynced || isFuzzy || last?.pointClass === PointClass.fuzzy;
+    const coverage = isUnknown ? Coverage.unknown : isLate ? Coverage.coalesced : Coverage.exact;
+    const wall = wallNs ?? this.wallOf(instantNs);
+    const group = wallNs === undefined ? undefined : this.seat?.name;
     const holders = this.waiters.filter((w) => w.sinceNs <= instantNs);
-    const pointClass = await this.letGo(holders);
-    const done = await this.commit(pointClass, coverage, wall);
+    const heldClass = await this.letGo(holders);
+    const pointClass = isFuzzy ? PointClass.fuzzy : heldClass;
+    const done = await this.commit(pointClass, coverage, wall, group);
     if (done === undefined) {
       const error = this.outage ?? new B2Error('io', `the repository did not take the point`);
       for (const w of holders) if (w.letGo !== undefined) this.refuse(w, error);
@@ -794,13 +992,14 @@ export class LiveCapture {
       rounds,
       cutMs,
       ageMs: (this.now() - instantNs) / 1e6,
-      ...(done.seqs === undefined ? {} : { seqs: done.seqs }),
+      ...(group === undefined ? {} : { group }),
     };
     this.lastPoint = point;
     // The first one after a scan is no measure of those to come.
     if (!wasUnsynced)
       this.peakMs = Math.max((this.now() - beganNs) / 1e6, this.peakMs * LEAD_DECAY);
     this.tell({ type: 'point', point });
+    if (isFuzzy) for (const w of holders) this.refuse(w, this.unreadableError());
     this.answer(point, instantNs);
     return 'point';
   }
@@ -827,6 +1026,7 @@ export class LiveCapture {
     pointClass: PointClass,
     coverage: Coverage,
     instantNs: bigint,
+    group?: string,
   ): Promise<(CommitDone & { readonly blocks: number }) | undefined> {
     const { sizeBytes } = this.o.device.facts;
     const content = this.staging.all(sizeBytes);
@@ -838,6 +1038,8 @@ export class LiveCapture {
         startedNs: this.startedNs ?? instantNs,
         sizeBytes,
         content,
+        group,
+        unreadable: this.bad.size === 0 ? undefined : this.unreadable().ranges,
       });
       this.recovered();
       return { ...done, blocks: content.blocks.length };
@@ -930,23 +1132,20 @@ export class LiveCapture {
     const { device } = this.o;
     const offset = first * BLOCK_BYTES;
     const length = Math.min((last - first + 1) * BLOCK_BYTES, device.facts.sizeBytes - offset);
-    const got = await device.read(slab.subarray(0, (last - first + 1) * BLOCK_BYTES), offset);
+    const into = slab.subarray(0, (last - first + 1) * BLOCK_BYTES);
+    const all = new Set(await readAround(device, into, offset, length));
     const endNs = this.now();
-    if (got !== length)
-      throw new B2Error(
-        'io',
-        `read ${length} bytes at offset ${offset} of ${this.path}: got ${got}`,
-        {
-          hint: 'The device has shrunk or is going away; check the kernel log (dmesg).',
-        },
-      );
-    this.readBytes += got;
+    this.readBytes += length;
+    // What lies between the blocks that are wanted is nobody's.
+    const bad = blocks.filter((block) => all.has(block));
+    if (bad.length > 0 || this.bad.size > 0) this.noteBad(blocks, [...bad]);
     for (let i = 0; i < blocks.length;) {
       const from = blocks[i] ?? 0;
       let count = 0;
       while (i < blocks.length && blocks[i] === from + count) {
         const at = (from + count - first) * BLOCK_BYTES;
-        this.staging.put(from + count, slab.subarray(at, Math.min(at + BLOCK_BYTES, length)));
+        if (!all.has(from + count))
+          this.staging.put(from + count, slab.subarray(at, Math.min(at + BLOCK_BYTES, length)));
         count++;
         i++;
       }

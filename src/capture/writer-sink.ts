@@ -82,7 +82,11 @@ export class WriterSink implements CaptureSink, AsyncDisposable {
               ? namingOldEnd(extents, writer.tipSizeBytes, sizeBytes)
               : extents,
           storedBytes: pack.sizeBytes - before,
-          facts: this.options.facts,
+          facts: {
+            ...this.options.facts,
+            ...(commit.group === undefined ? {} : { group: commit.group }),
+            ...(commit.unreadable === undefined ? {} : { unreadable: commit.unreadable }),
+          },
         });
         const storedBytes = pack.sizeBytes - before;
         await this.finishFull(writer);

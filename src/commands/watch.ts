@@ -28,15 +28,31 @@ const options = {
       'how changes are found: trace (block events of the kernel), scan (by comparing) or auto; nbd is not in this version',
     choices: ['auto', 'trace', 'scan', 'nbd'],
   },
+  group: {
+    value: 'NAME',
+    description: 'the devices share their points: each of them is one instant of all',
+  },
   'run-for': {
     value: 'TIME',
     description: 'end after this time, with a last point',
     parse: parseDurationMs,
   },
+  freeze: {
+    value: 'WHEN',
+    description:
+      'when file systems are frozen: auto (for snapshots, and where writes leave no other way to an exact point; default), on-request (for snapshots) or never',
+    choices: ['auto', 'on-request', 'never'],
+  },
   'freeze-limit': {
     value: 'TIME',
     description:
-      'longest time for which file systems may be frozen for a snapshot; default 100ms, 0s: never',
+      'longest time for which file systems may be frozen for a point; default 100ms, 0s: never',
+    parse: parseDurationMs,
+  },
+  'freeze-after': {
+    value: 'TIME',
+    description:
+      'time without an exact point, because writes outrun the reader, after which --freeze auto freezes; default 5s',
     parse: parseDurationMs,
   },
   'take-over': { description: 'write to volumes that another host has written; that host stops' },
@@ -55,6 +71,7 @@ export const watchCommand = defineCommand({
     'On a terminal it shows a dashboard: lag (the age of the oldest write that no durable point holds), rates, points and alarms; s takes a snapshot, q quits. Otherwise, or with --quiet, it writes log lines, with --verbose one for each point; with --json every event is a line of JSON with a type.',
     'From any other shell, "b2 snapshot" of a watched volume or device asks the running watch for a point at that very moment, and "b2 status" shows lag, rates and problems.',
     'It ends with a last exact point on SIGTERM (code 0), SIGINT or Ctrl-C (code 130), and after --run-for. SIGHUP loads the configuration again: hooks and limits change at once, devices come and go, a device whose volume, interval or source has changed is started again; a file with a mistake is reported and changes nothing. One device that fails ends no other.',
+    'A file system, LVM group or database that lies on several devices needs points that are one instant of all of them: --group NAME, or "group" of each device in the configuration. "b2 points" shows the id of such a point (NAME@TIME), and restoring every volume of the group at that TIME brings back the same instant. While a device of the group is missing, the others go on with points of their own.',
     'A device or volume that another running watch captures to the same repository is refused. A device that is missing at the start is an error on a terminal; as a service (NOTIFY_SOCKET) b2 waits for it. A device or a repository that goes away later is waited for, and taken for the same only if it proves to be.',
     'As a service: b2-watch@.service in packaging/systemd. It counts as started (READY) when the changes of every device are captured or it is waited for; the first reading, which can take hours, comes after that and holds up no boot: "systemctl status" and "b2 status" show how far it is.',
   ],
@@ -69,6 +86,10 @@ export const watchCommand = defineCommand({
     {
       command: 'b2 watch /srv/vm/web.img --source scan --run-for 1h',
       text: 'An image file, for an hour.',
+    },
+    {
+      command: 'b2 watch /dev/sdb /dev/sdc --group data',
+      text: 'A file system on two disks: every point is one instant of both.',
     },
     { command: 'b2 watch', text: 'The devices of the configuration file.' },
   ],

@@ -8,7 +8,7 @@
  * counts as quiet. Writes through a memory map of an image file change its times only when they are written back.
  */
 import type { Clock, Random } from '../clock.js';
-import { B2Error } from '../errors.js';
+import { B2Error, isKind } from '../errors.js';
 import { keyedHash, type KeyedHash } from '../hash.js';
 import { alignedMemory } from '../memory.js';
 import { BLOCK_BYTES } from '../units.js';
@@ -18,6 +18,8 @@ import { deviceStamp, unchangedSince, type DeviceStamp } from './stamp.js';
 
 const WINDOW_BYTES = 64 * 1024;
 const READ_BYTES = 4 * 1024 * 1024;
+/** In place of the hash of a window that cannot be read. */
+const UNREADABLE = Buffer.alloc(8);
 /** Files have times as coarse as the kernel's timer tick (10 ms at most): two writes within one look like one. */
 const TICK_MS = 20;
 
@@ -145,10 +147,12 @@ export class ScanSource implements ChangeSource {
       if (signal?.aborted === true)
         throw new B2Error('interrupted', `the scan of ${this.device.facts.path} was stopped`);
       const length = Math.min(READ_BYTES, this.sizeBytes - offset);
-      await this.device.read(this.slab.subarray(0, length), offset);
+      const unreadable = await this.readWindows(offset, length);
       for (let at = 0; at < length; at += WINDOW_BYTES) {
         const bytes = Math.min(WINDOW_BYTES, length - at);
-        const digest = this.hash.digest(this.slab.subarray(at, at + bytes));
+        const digest = unreadable.has(at)
+          ? UNREADABLE
+          : this.hash.digest(this.slab.subarray(at, at + bytes));
         const [low, high] = [digest.readUInt32LE(0), digest.readUInt32LE(4)];
         const window = (offset + at) / WINDOW_BYTES;
         const isNew = window >= this.known;
@@ -165,5 +169,34 @@ export class ScanSource implements ChangeSource {
       }
     }
     return changed;
+  }
+
+  /**
+   * Reads into the slab; returns where in it the windows lie that cannot be read. Whether they were written is not known: who captures
+   * tries to read them now and then. Rejects if nothing can be read.
+   */
+  private async readWindows(offset: number, length: number): Promise<ReadonlySet<number>> {
+    const unreadable = new Set<number>();
+    try {
+      await this.device.read(this.slab.subarray(0, length), offset);
+      return unreadable;
+    } catch (error) {
+      if (!isKind(error, 'io')) throw error;
+      // Rejects where the device has gone.
+      await this.device.refresh();
+      for (let at = 0; at < length; at += WINDOW_BYTES) {
+        try {
+          await this.device.read(
+            this.slab.subarray(at, Math.min(at + WINDOW_BYTES, length)),
+            offset + at,
+          );
+        } catch (again) {
+          if (!isKind(again, 'io')) throw again;
+          unreadable.add(at);
+        }
+      }
+      if (unreadable.size * WINDOW_BYTES >= length && this.sizeBytes <= READ_BYTES) throw error;
+      return unreadable;
+    }
   }
 }

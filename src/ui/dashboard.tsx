@@ -182,7 +182,7 @@ const HELP: readonly string[] = [
   'coalescing  writes outrun the points, which come later',
   'resync      track was lost: everything is compared while capture goes on',
   'outage      the repository takes nothing; what changes is remembered',
-  'absent      the device is gone; it is waited for',
+  'absent      the device is gone, and waited for (unreadable: a part of it is)',
 ];
 
 /** One frame; see {@link DashboardView}. */
@@ -309,6 +309,7 @@ export interface ShowOptions {
 }
 
 const ALTERNATE_SCREEN = '\u001b[?1049h\u001b[H';
+const EMPTY_SCREEN = '\u001b[2J\u001b[H';
 const NORMAL_SCREEN = '\u001b[?1049l';
 
 /** Takes the terminal (its alternate screen) until it is closed, or the process ends. */
@@ -321,15 +322,32 @@ export function showDashboard({ view, actions, colour }: ShowOptions): ShownDash
     <Dashboard view={v} actions={actions} colour={colour} />
   );
   const app = render(draw(view), { exitOnCtrlC: false, patchConsole: false, maxFps: 10 });
+  // The terminal has moved the lines that are there to other places, and one more frame of the old size may come: the next one
+  // after that begins on an empty screen.
+  let isMoved = false;
+  const resized = (): void => {
+    isMoved = true;
+  };
+  stdout.on('resize', resized);
   let closed = false;
   return {
     update(next) {
-      if (!closed) app.rerender(draw(next));
+      if (closed) return;
+      if (isMoved) {
+        isMoved = false;
+        app.clear();
+        stdout.write(EMPTY_SCREEN);
+      }
+      app.rerender(draw(next));
     },
     close() {
       if (closed) return;
       closed = true;
+      stdout.off('resize', resized);
+      app.clear();
       app.unmount();
+      // What the last frame left must not be seen when a terminal without another screen goes on.
+      stdout.write(EMPTY_SCREEN);
       process.off('exit', giveBack);
       giveBack();
     },

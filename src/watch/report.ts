@@ -17,6 +17,8 @@ export interface PointReport {
   readonly storedBytes: number;
   /** How old the instant was when the point was durable. */
   readonly ageMs: number;
+  /** Name of the group whose other volumes have a point of the same instant. */
+  readonly group?: string;
 }
 
 export interface ProblemReport {
@@ -46,6 +48,15 @@ export interface DeviceReport {
   readonly memoryBytes: number;
   readonly losses: number;
   readonly lastProblem?: ProblemReport;
+  /** What of the device cannot be read: no point is exact until it can be, or was written anew. The first hundred ranges. */
+  readonly unreadable?: {
+    readonly bytes: number;
+    readonly ranges: readonly { readonly offset: number; readonly length: number }[];
+  };
+  /** Of its file systems; absent if there was none. */
+  readonly freezes?: { readonly count: number; readonly longestMs: number };
+  /** The group that it makes points with; `missing`: devices that keep it from doing so at present. */
+  readonly group?: { readonly name: string; readonly missing: readonly string[] };
 }
 
 /** One process that watches. */
@@ -73,6 +84,7 @@ export function pointReport(p: CapturedPoint): PointReport {
     blocks: p.blocks,
     storedBytes: p.storedBytes,
     ageMs: ms(p.ageMs),
+    ...(p.group === undefined ? {} : { group: p.group }),
   };
 }
 
@@ -104,5 +116,10 @@ export function deviceReport(s: WatchStatus): DeviceReport {
     memoryBytes: s.memoryBytes,
     losses: s.losses,
     ...(s.lastProblem === undefined ? {} : { lastProblem: problemReport(s.lastProblem) }),
+    ...(s.unreadable.bytes === 0 ? {} : { unreadable: s.unreadable }),
+    ...(s.freezes.count === 0
+      ? {}
+      : { freezes: { count: s.freezes.count, longestMs: ms(s.freezes.longestMs) } }),
+    ...(s.group === undefined ? {} : { group: { name: s.group.name, missing: s.group.missing } }),
   };
 }

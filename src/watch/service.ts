@@ -35,7 +35,11 @@ function mayRest(d: DeviceReport): boolean {
       return true;
     case 'exact':
     case 'coalescing':
-      return d.lagMs !== undefined && d.lagMs <= LAG_LIMIT_MS;
+    case 'unreadable':
+      // Where parts cannot be read the lag is not known, and points come nevertheless.
+      return d.state === 'unreadable'
+        ? d.pendingBytes === 0
+        : (d.lagMs ?? Infinity) <= LAG_LIMIT_MS;
     case 'starting':
     case 'baseline':
     case 'resync':

@@ -25,12 +25,15 @@
  */
 import { defaultVolumeName, volumeFor } from '../capture/snapshot.js';
 import {
+  BAD_RETRY_MS,
   LiveCapture,
   type CapturedPoint,
   type CaptureEvent,
   type CaptureSink,
   type CaptureStatus,
 } from '../capture/live-capture.js';
+import type { PointGroup } from '../capture/group.js';
+import type { Freeze } from '../capture/freeze/index.js';
 import { RunScanner } from '../capture/baseline.js';
 import { WriterSink } from '../capture/writer-sink.js';
 import type { ChangeSink } from '../devices/change-source.js';
@@ -40,7 +43,7 @@ import {
   type ChosenSource,
   type SourceChoice,
 } from '../devices/choose-source.js';
-import type { DeviceFacts, ReadDevice } from '../devices/device.js';
+import type { ByteRange, DeviceFacts, ReadDevice } from '../devices/device.js';
 import { placeOf } from '../devices/in-use.js';
 import { inspectDevice, type DeviceContents } from '../devices/inspect.js';
 import { openReadDevice } from '../devices/open.js';
@@ -67,6 +70,7 @@ import {
   type KnownDevice,
   type Presence,
 } from './identity.js';
+import { lastingName, lastingNameOf } from './by-id.js';
 import { MeteredSink, MeteredSource, meteredDevice, Rates, type Totals } from './meter.js';
 import {
   defaultStateDir,
@@ -89,7 +93,11 @@ import type {
 /** Makes a point of class `fs` or `app`: freezes (and runs hooks), asks `capture` for a point of that class, and thaws. */
 export type Quiesce = (
   request: PointRequest,
-  at: { readonly device: ReadDevice; readonly capture: LiveCapture },
+  at: {
+    readonly device: ReadDevice;
+    readonly capture: LiveCapture;
+    readonly onFreeze: (freeze: Freeze) => void;
+  },
 ) => Promise<CapturedPoint>;
 
 /** What a session asks of the machine; the real one by default, simulated ones in tests. */
@@ -125,6 +133,10 @@ export interface SessionOptions {
   readonly pollMs?: number;
   /** See {@link LiveCaptureOptions.retryMs}. */
   readonly retryMs?: number;
+  /** See {@link LiveCaptureOptions.badRetryMs}. */
+  readonly badRetryMs?: number;
+  /** Where lasting names of disks are; default /dev/disk/by-id. */
+  readonly byIdDir?: string | undefined;
   /** How often to look whether the device is still there, and for a device that has gone. Default 1000. */
   readonly probeMs?: number;
   /** See {@link ScanSourceOptions.scanIntervalMs}. */
@@ -152,8 +164,15 @@ export interface SessionOptions {
   readonly dedupeCacheFile?: string | undefined;
   /** Remembers now and then what this machine has seen acknowledged. */
   readonly catalogue?: Pick<Catalogue, 'recordTip'> | undefined;
+  /** The group that this device makes its points with; it must know the device by this name. */
+  readonly group?: PointGroup | undefined;
   /** Without it only points of class `crash` can be had. */
   readonly quiesce?: Quiesce | undefined;
+  /**
+   * Asked now and then: the time without an exact point, because writes outrun the reader, after which a point of class `fs` is made
+   * unasked; undefined: none ever is.
+   */
+  readonly freezeAfterMs?: (() => number | undefined) | undefined;
   readonly roots?: SystemRoots;
   /** Parts of the machine to replace. */
   readonly machine?: Partial<SessionHost>;
@@ -187,6 +206,12 @@ const PROOF_MS = 2000;
 const PROOF_PAUSE_MS = 5;
 const MAX_OUTAGE_PAUSE_MS = 16_000;
 const HASHES_KEPT = 256;
+const NOTHING_UNREADABLE = { bytes: 0, ranges: [] };
+/** After a freeze that was in vain the next one is this many times later each time, at most so much. */
+const FREEZE_PAUSE_FACTOR = 2;
+const MAX_FREEZE_PAUSE_MS = 300_000;
+/** A point that somebody asked for must come about within so long, of a device that is captured and a repository that takes it. */
+const POINT_LIMIT_MS = 120_000;
 
 /** Starts to watch a device. Never throws: what goes wrong rejects `done` (and `ready`, if it comes before the first point). */
 export function startSession(options: SessionOptions): WatchSession {
@@ -255,6 +280,16 @@ class Session implements WatchSession {
   private lastProblem: WatchProblem | undefined;
   private outageKind: B2Error['kind'] | undefined;
   private isCoalescing = false;
+  /** The cut has not held since the last point: what is read changes while it is read. */
+  private isOutrun = false;
+  private freezes = { count: 0, longestMs: 0 };
+  /** A point that is being made unasked, and when the next may be. */
+  private relieving: Promise<void> | undefined;
+  private relieveFromNs = 0n;
+  private relievePauseMs = 0;
+  private isRelieved = false;
+  private toldUnreadable = 0;
+  private unreadableNow: WatchStatus['unreadable'] = NOTHING_UNREADABLE;
   /** Of a source that reads the device before it can watch it. */
   private openedBytes = 0;
   /** What the volume's meta object must say; undefined when it says so. */
@@ -311,7 +346,8 @@ class Session implements WatchSession {
 
   status(): WatchStatus {
     const c = this.capture?.status();
-    const isKnown = c !== undefined && !c.needsResync;
+    // What cannot be read may have been written, and is in no point.
+    const isKnown = c !== undefined && !c.needsResync && !hasUnreadable(c);
     return {
       device: this.o.device,
       volume: this.volume?.name,
@@ -338,6 +374,9 @@ class Session implements WatchSession {
       memoryBytes: c?.memoryBytes ?? 0,
       losses: this.lossesBefore + (c?.losses ?? 0),
       lastProblem: this.lastProblem,
+      unreadable: this.unreadableNow,
+      freezes: this.freezes,
+      group: this.o.group?.look(),
     };
   }
 
@@ -363,8 +402,7 @@ class Session implements WatchSession {
         { retryable: true, hint: 'Ask again when "b2 status" says that it is captured.' },
       );
     }
-    if (request.pointClass <= PointClass.crash)
-      return capture.point(PointClass.crash, request.signal);
+    if (request.pointClass <= PointClass.crash) return this.crashPoint(capture, request.signal);
     const scan = capture.status().needsResync ? capture.status().scan : undefined;
     if (scan !== undefined) {
       throw new B2Error(
@@ -380,7 +418,114 @@ class Session implements WatchSession {
         { hint: 'Points of class crash are exact too; the file systems replay their journals.' },
       );
     }
-    return this.o.quiesce(request, { device, capture });
+    return this.o.quiesce(request, {
+      device,
+      capture,
+      onFreeze: (freeze) => this.frozen(freeze, false),
+    });
+  }
+
+  /** As {@link LiveCapture.point}, but not for ever: writers that never pause can keep the cut from holding. */
+  private async crashPoint(capture: LiveCapture, signal?: AbortSignal): Promise<CapturedPoint> {
+    const giveUp = new AbortController();
+    const abort = (): void => giveUp.abort();
+    if (signal?.aborted === true) abort();
+    signal?.addEventListener('abort', abort, { once: true });
+    const over = new AbortController();
+    const pauseMs = Math.min(1000, this.probeMs);
+    let isTimeUp = false;
+    const limit = async (): Promise<void> => {
+      for (let waitedMs = 0; waitedMs < POINT_LIMIT_MS;) {
+        await this.clock.sleep(pauseMs, over.signal);
+        if (over.signal.aborted) return;
+        const { needsResync, outage } = capture.status();
+        // Those have an end of their own, which is shown.
+        if (!needsResync && outage === undefined) waitedMs += pauseMs;
+      }
+      isTimeUp = true;
+      abort();
+    };
+    void limit();
+    try {
+      return await capture.point(PointClass.crash, giveUp.signal);
+    } catch (error) {
+      if (!isTimeUp || signal?.aborted === true) throw error;
+      const { pendingBlocks } = capture.status();
+      throw new B2Error(
+        'failed',
+        `there is no exact point of ${this.o.device} after ${POINT_LIMIT_MS / 1000} s: ${formatBytes(pendingBlocks * BLOCK_BYTES)} of changes are still to be read, and more come faster than that`,
+        {
+          retryable: true,
+          cause: error,
+          hint: 'Ask again when less is written, or let file systems be frozen for a moment (--freeze auto).',
+        },
+      );
+    } finally {
+      over.abort();
+      signal?.removeEventListener('abort', abort);
+    }
+  }
+
+  /** Told when it begins, when it has doubled, and when it is over. */
+  private unreadable(bytes: number, ranges: readonly ByteRange[]): void {
+    this.unreadableNow = { bytes, ranges };
+    this.metaDue ??= { contents: undefined };
+    if (bytes === 0) {
+      if (this.toldUnreadable > 0) this.notice(`all of ${this.o.device} can be read again`);
+      this.toldUnreadable = 0;
+    } else if (bytes >= 2 * this.toldUnreadable) {
+      this.toldUnreadable = bytes;
+      this.problem(
+        `${formatBytes(bytes)} of ${this.o.device} cannot be read (the first at offset ${ranges[0]?.offset ?? 0}): the repository keeps what it has of that; everything else is captured, in points that are not exact (fuzzy)`,
+        `Check the disk (dmesg, smartctl). It is tried again every ${formatDuration(BAD_RETRY_MS / 1000)}; points are exact once it can be read or was written anew.`,
+      );
+    }
+  }
+
+  private frozen({ frozenMs, mountPoints }: Freeze, unasked: boolean): void {
+    const { count, longestMs } = this.freezes;
+    this.freezes = { count: count + 1, longestMs: Math.max(longestMs, frozenMs) };
+    this.tell({ type: 'frozen', device: this.o.device, frozenMs, mountPoints, unasked });
+  }
+
+  /** Makes a point of class `fs` unasked where writes outrun the reader, if that is wanted. Never waits. */
+  private relieve(capture: LiveCapture, device: ReadDevice): void {
+    const { quiesce } = this.o;
+    const afterMs = this.o.freezeAfterMs?.();
+    const nowNs = this.clock.monotonicNs();
+    const { needsResync, outage, lagMs } = capture.status();
+    if (quiesce === undefined || afterMs === undefined || this.relieving !== undefined) return;
+    if (!this.isOutrun || needsResync || outage !== undefined || lagMs < afterMs) return;
+    if (nowNs < this.relieveFromNs) return;
+    const isFirst = this.relievePauseMs === 0;
+    this.relieving = quiesce(
+      { pointClass: PointClass.fs, signal: this.abort.signal },
+      { device, capture, onFreeze: (freeze) => this.frozen(freeze, true) },
+    )
+      .then(
+        () => {
+          this.relievePauseMs = 0;
+          if (this.isRelieved) return;
+          this.isRelieved = true;
+          this.notice(
+            `${this.o.device} is written faster than it can be read at rest: its file systems are frozen for a moment whenever there was no exact point for ${formatDuration(afterMs / 1000)}`,
+          );
+        },
+        (error: unknown) => {
+          const pauseMs = Math.max(afterMs, FREEZE_PAUSE_FACTOR * this.relievePauseMs);
+          this.relievePauseMs = Math.min(MAX_FREEZE_PAUSE_MS, pauseMs);
+          if (this.isStopping || isKind(error, 'interrupted') || !isFirst) return;
+          this.problem(
+            `there was no exact point of ${this.o.device} for ${formatDuration(afterMs / 1000)}, because it is written faster than it can be read at rest, and its file systems were not frozen for one: ${messageOf(error)}`,
+            error instanceof B2Error ? error.hint : undefined,
+          );
+        },
+      )
+      .finally(() => {
+        this.relieveFromNs =
+          this.clock.monotonicNs() + BigInt(Math.round(this.relievePauseMs)) * 1_000_000n;
+        this.relieving = undefined;
+      });
   }
 
   hashOf(seq: number): string | undefined {
@@ -431,6 +576,11 @@ class Session implements WatchSession {
       this.enter('outage', `the repository takes no commits: ${c.outage.message}`);
     } else if (c.needsResync) {
       this.enterScan();
+    } else if (hasUnreadable(c)) {
+      this.enter(
+        'unreadable',
+        `${formatBytes(c.unreadable.bytes)} of ${device} cannot be read; everything else is captured, in points that are not exact (fuzzy)`,
+      );
     } else {
       // With nothing left to do there is nothing to be late with.
       if (c.isCaughtUp && c.lagMs === 0) this.isCoalescing = false;
@@ -614,13 +764,27 @@ class Session implements WatchSession {
       return;
     }
     const own = defaultVolumeName(this.o.host, device.facts.realPath);
+    const where = await this.whereIs(before.identity, device.facts);
     throw new B2Error(
       'refused',
       `${device.facts.path} is not the device that volume ${volume.name} is of: ${because}`,
       {
-        hint: `Give it a volume of its own (--volume ${own}-2), or use --accept-device if it replaces the old one and its history shall go on in this volume.`,
+        hint: `${where}Give it a volume of its own (--volume ${own}-2), or use --accept-device if it replaces the old one and its history shall go on in this volume.`,
       },
     );
+  }
+
+  /** A sentence for a hint: the lasting names of the device that was meant and of the one that is there. */
+  private async whereIs(
+    meant: Readonly<Record<string, string>>,
+    found: DeviceFacts,
+  ): Promise<string> {
+    const directory = this.o.byIdDir;
+    const right = await lastingNameOf(meant, directory);
+    const own = await lastingName(found.realPath, directory);
+    if (right !== undefined && right.target !== found.realPath)
+      return `The right one is ${right.link} (${right.target} now): name it so, that name stays. `;
+    return own === undefined ? '' : `This one is ${own}. `;
   }
 
   /** Contents are looked at only where the hardware does not tell. */
@@ -705,6 +869,8 @@ class Session implements WatchSession {
     const { facts } = device;
     this.facts = facts;
     this.openedBytes = 0;
+    // Everything is compared, and what cannot be read is found again.
+    this.unreadableNow = NOTHING_UNREADABLE;
     const wasReleasing = await isReleasing(facts, this.o.roots);
     const chosen = await this.openSource(device);
     const source = new MeteredSource(chosen.source, this.totals);
@@ -729,11 +895,13 @@ class Session implements WatchSession {
         sink: metered,
         clock: this.clock,
         isInSync,
+        group: this.o.group === undefined ? undefined : { of: this.o.group, device: this.o.device },
         onEvent: (event) => this.heard(event),
         ...(this.o.intervalMs === undefined ? {} : { intervalMs: this.o.intervalMs }),
         ...(this.o.stageBytes === undefined ? {} : { stageBytes: this.o.stageBytes }),
         ...(this.o.pollMs === undefined ? {} : { pollMs: this.o.pollMs }),
         ...(this.o.retryMs === undefined ? {} : { retryMs: this.o.retryMs }),
+        ...(this.o.badRetryMs === undefined ? {} : { badRetryMs: this.o.badRetryMs }),
       });
       this.capture = capture;
       this.device = device;
@@ -751,6 +919,9 @@ class Session implements WatchSession {
         const { points, losses } = capture.status();
         this.pointsBefore += points;
         this.lossesBefore += losses;
+        this.isOutrun = false;
+        // The end of the capture has ended it: nothing stays frozen.
+        await this.relieving;
         this.capture = undefined;
         this.device = undefined;
         this.source = undefined;
@@ -920,6 +1091,7 @@ class Session implements WatchSession {
       case 'point':
         this.hasPoint = true;
         this.readFailures = 0;
+        this.isOutrun = false;
         this.lastPoint = event.point;
         this.isCoalescing = event.point.coverage === Coverage.coalesced;
         this.tell({
@@ -931,6 +1103,7 @@ class Session implements WatchSession {
         break;
       case 'spill':
       case 'busy':
+        if (event.type === 'busy') this.isOutrun = true;
         this.isCoalescing = true;
         break;
       case 'lost':
@@ -939,6 +1112,9 @@ class Session implements WatchSession {
           this.problem(
             `${event.loss.message}; all of ${this.o.device} is compared with the repository, and the time until then is recorded as unknown`,
           );
+        break;
+      case 'unreadable':
+        this.unreadable(event.bytes, event.ranges);
         break;
       case 'outage':
         this.outageBegins(event.error);
@@ -971,7 +1147,7 @@ class Session implements WatchSession {
     wasReleasing: boolean,
   ): Promise<End> {
     const ticking = new AbortController();
-    const ticks = this.tick(device, wasReleasing, ticking.signal);
+    const ticks = this.tick(capture, device, wasReleasing, ticking.signal);
     const ended = capture.done.then(
       (): End => ({ kind: 'ended', error: undefined }),
       (error: unknown): End => ({ kind: 'ended', error }),
@@ -986,13 +1162,19 @@ class Session implements WatchSession {
   }
 
   /** Once in a while: looks after the device, the clock, the rates, and what is written down off the hot path. */
-  private async tick(device: ReadDevice, wasReleasing: boolean, signal: AbortSignal): Promise<End> {
+  private async tick(
+    capture: LiveCapture,
+    device: ReadDevice,
+    wasReleasing: boolean,
+    signal: AbortSignal,
+  ): Promise<End> {
     for (;;) {
       const presence = await this.machine.presence(device.facts, wasReleasing);
       if (presence.kind !== 'here') return { kind: 'gone', why: presence.why };
       if (presence.sizeBytes !== device.facts.sizeBytes)
         return { kind: 'resized', sizeBytes: presence.sizeBytes };
       this.watchClock();
+      this.relieve(capture, device);
       const { changedBytes, capturedBytes, storedBytes } = this.totals;
       this.rates.note(this.clock.monotonicNs(), [changedBytes, capturedBytes, storedBytes]);
       this.show();
@@ -1024,6 +1206,7 @@ class Session implements WatchSession {
     const { volume, metaDue } = this;
     if (volume === undefined || metaDue === undefined || this.metaWrite !== undefined) return;
     if (!this.hasCommitted || this.capture?.status().outage !== undefined) return;
+    const unreadable = this.unreadableNow;
     const next: VolumeMeta = {
       ...volume,
       host: this.o.host,
@@ -1034,6 +1217,8 @@ class Session implements WatchSession {
         ...volume.facts,
         identity: facts.identity,
         ...(metaDue.contents === undefined ? {} : { contents: metaDue.contents }),
+        group: this.o.group?.name,
+        unreadable: unreadable.bytes === 0 ? undefined : unreadable,
       },
       updatedNs: this.clock.nowNs(),
     };
@@ -1242,7 +1427,7 @@ class Session implements WatchSession {
         'refused',
         `the device at ${this.o.device} is not the one that was captured: ${why}`,
         {
-          hint: 'It is not captured. Attach the right one, or start the watch of this one anew with a volume of its own.',
+          hint: `${await this.whereIs(this.known?.identity ?? {}, device.facts)}It is not captured. Attach the right one, or start the watch of this one anew with a volume of its own.`,
         },
       );
       this.refused = { medium, error };
@@ -1297,6 +1482,11 @@ class Session implements WatchSession {
       }
     }
   }
+}
+
+/** True until there is an exact point again, too. */
+function hasUnreadable(c: CaptureStatus): boolean {
+  return c.unreadable.bytes > 0 || c.lastPoint?.pointClass === PointClass.fuzzy;
 }
 
 /** Tells what is attached at present from what was before or comes after, where the kernel does. */

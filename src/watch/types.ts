@@ -3,6 +3,8 @@
  * (daemon.ts), and what shows them (control socket, status, dashboard, log lines).
  */
 import type { CapturedPoint } from '../capture/live-capture.js';
+import type { GroupState } from '../capture/group.js';
+import type { ByteRange } from '../devices/device.js';
 import type { PointClass } from '../format/commit.js';
 
 /**
@@ -12,6 +14,7 @@ import type { PointClass } from '../format/commit.js';
  * - `resync`: track was lost; everything is compared while capture goes on, and no new point is claimed before it is done;
  * - `exact`: points come at the interval while there are writes;
  * - `coalescing`: writes outrun the repository or the cut: points come, but later than the interval asks;
+ * - `unreadable`: parts of the device cannot be read: everything else is captured, and no point is exact until they can be;
  * - `outage`: the repository takes no commits; changed blocks are remembered and nothing else;
  * - `absent`: the device is gone; the session waits for it to come back;
  * - `stopped`, `failed`: it has ended.
@@ -22,6 +25,7 @@ export type WatchState =
   | 'resync'
   | 'exact'
   | 'coalescing'
+  | 'unreadable'
   | 'outage'
   | 'absent'
   | 'stopped'
@@ -58,10 +62,16 @@ export interface WatchStatus {
   readonly pendingBytes: number;
   readonly stagedBytes: number;
   readonly memoryBytes: number;
+  /** The group that it makes points with. */
+  readonly group?: GroupState | undefined;
   /** How often track was lost since the session began. */
   readonly losses: number;
   /** The last thing that went wrong, even if it is over. */
   readonly lastProblem: WatchProblem | undefined;
+  /** What of the device cannot be read at present. */
+  readonly unreadable: { readonly bytes: number; readonly ranges: readonly ByteRange[] };
+  /** Of its file systems since the session began, in vain or not. */
+  readonly freezes: { readonly count: number; readonly longestMs: number };
 }
 
 /** What a session tells while it runs; the daemon makes log lines, JSON lines and alarms of it. */
@@ -78,6 +88,14 @@ export type WatchEvent =
       readonly volume: string;
       readonly point: CapturedPoint;
     }
+  /** File systems were frozen, for a point that was asked for or because writes left no other way to one (`unasked`). */
+  | {
+      readonly type: 'frozen';
+      readonly device: string;
+      readonly frozenMs: number;
+      readonly mountPoints: readonly string[];
+      readonly unasked: boolean;
+    }
   | { readonly type: 'problem'; readonly device: string; readonly problem: WatchProblem }
   | { readonly type: 'notice'; readonly device: string; readonly message: string };
 
@@ -93,7 +111,7 @@ export interface PointRequest {
 export interface WatchSession {
   /** Settles when the session has ended: resolves after {@link stop}, rejects when it could not go on. */
   readonly done: Promise<void>;
-  /** Resolves with the first exact point after the start (which is what systemd is told `READY=1` for). */
+  /** Resolves with the first exact point after the start. (What systemd is told `READY=1` for is less: see service.ts.) */
   readonly ready: Promise<void>;
   status(): WatchStatus;
   /**

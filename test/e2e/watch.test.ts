@@ -9,6 +9,7 @@ import {
   mkdirSync,
   readFileSync,
   readdirSync,
+  renameSync,
   statSync,
   truncateSync,
   writeFileSync,
@@ -293,6 +294,71 @@ function image(name: string, bytes = 4 * MIB): string {
   truncateSync(file, bytes);
   return file;
 }
+
+describe('b2 watch of a group', () => {
+  it('makes points of one instant, and goes on with own ones while a device is missing', async () => {
+    await initPlain();
+    const [a, b] = [image('a.img', MIB), image('b.img', MIB)];
+    const change = (file: string, byte: number): void => {
+      const bytes = readFileSync(file);
+      bytes.fill(byte, 8192, 12_288);
+      writeFileSync(file, bytes, { flag: 'r+' });
+    };
+    const watching = watch([a, b, '--group', 'pair', '--source', 'scan', '--interval', '100ms']);
+    const said = (text: string, from = 0): Promise<WatchLine> =>
+      watching.until(text, (l) => String(l['message']).includes(text), from);
+    await said('points are one instant of');
+    const isShared = (device: string, l: WatchLine): boolean =>
+      l.type === 'point' && l['device'] === device && l['group'] === 'pair';
+    await watching.until('a point of both', (l) => isShared(a, l));
+    change(b, 7);
+    const line = await watching.until(
+      'a point with the change',
+      (l) => isShared(b, l) && Number(l['blocks']) > 0,
+    );
+    const other = await watching.until(
+      'the same point of the other',
+      (l) => isShared(a, l) && l['time'] === line['time'],
+    );
+    expect(other['blocks']).toBe(0);
+    interface Points {
+      readonly group?: { readonly name: string; readonly volumes: readonly string[] };
+      readonly points: readonly { readonly seq: number; readonly group?: string }[];
+    }
+    const shownOf = async (file: string, seq: unknown): Promise<string | undefined> => {
+      const points = (): Promise<Points> => b2.json<Points>(['points', file.replace(/^.*\//, '')]);
+      let list = await points();
+      // What a volume is of is written a moment after its first points.
+      for (let tries = 0; list.group === undefined && tries < 100; tries++) list = await points();
+      expect(list.group?.name).toBe('pair');
+      return list.points.find((p) => p.seq === seq)?.group;
+    };
+    const id = `pair@${String(line['time'])}`;
+    expect(await shownOf(b, line['seq'])).toBe(id);
+    expect(await shownOf(a, other['seq'])).toBe(id);
+    expect((await b2.run('points', 'a.img')).stdout).toMatch(/GROUP/);
+    expect((await b2.run('status')).stdout).toContain('group pair: points are one instant of');
+
+    const from = watching.lines.length;
+    renameSync(b, `${b}.away`);
+    await said('takes no part at present', from);
+    change(a, 9);
+    const own = await watching.until(
+      'a point of its own',
+      (l) => l.type === 'point' && l['device'] === a && Number(l['blocks']) > 0,
+      from,
+    );
+    expect(own['group']).toBeUndefined();
+    expect(await shownOf(a, own['seq'])).toBeUndefined();
+    expect((await b2.run('status')).stdout).toMatch(/group pair: apart, because .*b\.img takes/);
+    const later = watching.lines.length;
+    renameSync(`${b}.away`, b);
+    await said('points are one instant of', later);
+    await watching.until('a point of both again', (l) => isShared(b, l), later);
+    watching.kill('SIGTERM');
+    expect((await watching.ended).code).toBe(0);
+  }, 60_000);
+});
 
 describe('b2 watch of image files', () => {
   it('takes devices, hooks and intervals from the configuration, and again at SIGHUP', async () => {

@@ -94,6 +94,8 @@ export class FakeSession implements WatchSession {
       memoryBytes: 0,
       losses: 0,
       lastProblem: undefined,
+      freezes: { count: 0, longestMs: 0 },
+      unreadable: { bytes: 0, ranges: [] },
       ...this.current,
     };
   }

@@ -23,7 +23,14 @@ import { B2Error, errnoOf, ioError, messageOf } from '../../errors.js';
 import { isProvablyDead, type ProcessIdentity } from '../../process-identity.js';
 import { thawFs } from '../../syscalls.js';
 import { workerFile } from '../../workers.js';
-import { lineReader, STALE_DIR, type Answer, type FreezeTarget, type Request } from './messages.js';
+import {
+  lineReader,
+  STALE_DIR,
+  type Alive,
+  type Answer,
+  type FreezeTarget,
+  type Request,
+} from './messages.js';
 import type { WatchedMount } from './mounts.js';
 
 /** The helper must say that it is ready within this time. */
@@ -33,6 +40,8 @@ const SAID_CHARS = 2000;
 const GRACE_MS = 1000;
 /** Opening and closing go through the file system's own tables, which may wait for a busy disk. */
 const OPEN_MS = 10_000;
+/** So long a helper that lives is waited for: the kernel syncs a file system as part of the freeze, and cannot be called off. */
+const PATIENCE_MS = 60_000;
 
 export interface FreezerOptions {
   readonly clock: Clock;
@@ -63,6 +72,8 @@ export class Freezer {
   private readonly staleDir: string;
   private readonly child: ChildProcess;
   private waiting: ((answer: Answer | undefined) => void)[] = [];
+  /** Those who have asked whether it lives. */
+  private asking: (() => void)[] = [];
   /** What the helper said on standard error: only a broken installation makes it. */
   private said = '';
   private hasEnded = false;
@@ -82,7 +93,11 @@ export class Freezer {
     this.child.stdin?.on('error', () => undefined);
     this.child.stdout?.setEncoding('utf8').on(
       'data',
-      lineReader((line) => this.waiting.shift()?.(JSON.parse(line) as Answer)),
+      lineReader((line) => {
+        const answer = JSON.parse(line) as Answer | Alive;
+        if (answer.type !== 'alive') this.waiting.shift()?.(answer);
+        else for (const hear of this.asking.splice(0)) hear();
+      }),
     );
     this.child.stderr?.setEncoding('utf8').on('data', (text: string) => {
       this.said = (this.said + text).slice(-SAID_CHARS);
@@ -145,10 +160,10 @@ export class Freezer {
         path: m.openPath,
         devNumber: m.devNumber,
       }));
-      this.expect(await this.ask({ op: 'open', targets }, OPEN_MS), 'opened', mounts);
+      this.expect(await this.askPatiently({ op: 'open', targets }, OPEN_MS), 'opened', mounts);
       const sinceNs = this.clock.monotonicNs();
       // A freeze that the kernel is in cannot be called off: a disk may take long to sync, and is thawed right after it.
-      const answer = await this.ask({ op: 'freeze', boundMs }, boundMs + GRACE_MS);
+      const answer = await this.askPatiently({ op: 'freeze', boundMs }, boundMs + GRACE_MS);
       if (answer?.type !== 'frozen') {
         if (answer === undefined) await this.rescue(files);
         else await this.ask({ op: 'thaw' }, OPEN_MS);
@@ -243,11 +258,40 @@ export class Freezer {
     return this.answerWithin(withinMs);
   }
 
+  /**
+   * As {@link ask}, but a helper that shows that it lives is given more time: what it waits for is the kernel. Undefined: it is dead,
+   * or was stopped, or the kernel has not come back in {@link PATIENCE_MS}.
+   */
+  private async askPatiently(request: Request, withinMs: number): Promise<Answer | undefined> {
+    if (this.hasEnded) return undefined;
+    this.child.stdin?.write(`${JSON.stringify(request)}\n`);
+    const answer = this.nextAnswer();
+    const endNs = this.clock.monotonicNs() + BigInt(PATIENCE_MS) * 1_000_000n;
+    for (let waitMs = withinMs; ; waitMs = GRACE_MS) {
+      const first = await this.within(answer, waitMs);
+      if (first !== undefined || this.hasEnded) return first;
+      if (this.clock.monotonicNs() >= endNs || !(await this.isAlive())) return undefined;
+    }
+  }
+
+  private async isAlive(): Promise<boolean> {
+    const heard = new Promise<true>((resolve) => this.asking.push(() => resolve(true)));
+    this.child.stdin?.write(`${JSON.stringify({ op: 'ping' } satisfies Request)}\n`);
+    return (await this.within(heard, GRACE_MS)) === true;
+  }
+
+  private nextAnswer(): Promise<Answer | undefined> {
+    return new Promise((resolve) => this.waiting.push(resolve));
+  }
+
   /** The next answer; undefined if the helper has ended, or does not answer in time. */
   private async answerWithin(ms: number): Promise<Answer | undefined> {
     if (this.hasEnded) return undefined;
+    return this.within(this.nextAnswer(), ms);
+  }
+
+  private async within<T>(answer: Promise<T>, ms: number): Promise<T | undefined> {
     const timer = new AbortController();
-    const answer = new Promise<Answer | undefined>((resolve) => this.waiting.push(resolve));
     const late = this.clock.sleep(ms, timer.signal).then(() => undefined);
     try {
       return await Promise.race([answer, late]);
@@ -263,9 +307,11 @@ export class Freezer {
   ): void {
     if (answer?.type === type) return;
     if (answer?.type !== 'failed') {
-      throw new B2Error('failed', 'the process that freezes file systems has died or was stopped', {
-        retryable: true,
-      });
+      throw new B2Error(
+        'failed',
+        'the process that freezes file systems has died, or did not answer and was ended',
+        { retryable: true, hint: 'Nothing is frozen. Another one is started for the next point.' },
+      );
     }
     const mount = mounts[answer.target];
     if (mount === undefined) {

@@ -9,7 +9,7 @@
  * Started as `node helper.js STALE_DIR`; what is said is in messages.ts.
  */
 import { constants as fsConstants, writeSync } from 'node:fs';
-import { mkdir, open, rm, writeFile, type FileHandle } from 'node:fs/promises';
+import { mkdir, open, readdir, rm, writeFile, type FileHandle } from 'node:fs/promises';
 import { constants, setPriority } from 'node:os';
 import path from 'node:path';
 
@@ -17,9 +17,17 @@ import { systemClock } from '../../clock.js';
 import { mountedNumberOfFd } from '../../devices/in-use.js';
 import { errnoOf, messageOf } from '../../errors.js';
 import { currentIdentity } from '../../process-identity.js';
-import { freezeFs, syncFs, thawFs } from '../../syscalls.js';
-import { lineReader, type Answer, type FreezeTarget, type Request } from './messages.js';
+import { freezeFs, makeRealTime, syncFs, thawFs } from '../../syscalls.js';
+import {
+  lineReader,
+  type Alive,
+  type Answer,
+  type FreezeTarget,
+  type Request,
+} from './messages.js';
 
+/** So much before the bound it thaws, so that the thaw is over by then. */
+const MARGIN_MS = 10;
 /** Standard output. */
 const ANSWERS_FD = 1;
 const staleDir = process.argv[2] ?? '';
@@ -41,7 +49,7 @@ let bound: NodeJS.Timeout | undefined;
 /** Thaws are one after the other. */
 let thawing: Promise<void> = Promise.resolve();
 
-function answer(text: Answer): void {
+function answer(text: Answer | Alive): void {
   if (isOver) return;
   try {
     writeSync(ANSWERS_FD, `${JSON.stringify(text)}\n`);
@@ -111,10 +119,13 @@ function thawAll(): Promise<void> {
 
 async function freezeAll(boundMs: number): Promise<Answer> {
   frozenAtNs = systemClock.monotonicNs();
-  bound = setTimeout(() => {
-    broken ??= `the bound of ${boundMs} ms was over`;
-    void thawAll();
-  }, boundMs);
+  bound = setTimeout(
+    () => {
+      broken ??= `the bound of ${boundMs} ms was over`;
+      void thawAll();
+    },
+    Math.max(1, boundMs - MARGIN_MS),
+  );
   for (const [i, one] of opened.entries()) {
     try {
       if (broken === undefined && !isOver) {
@@ -143,7 +154,7 @@ async function thaw(): Promise<Answer> {
   return { type: 'thawed', held: broken === undefined, frozenMs, why: broken };
 }
 
-async function serve(request: Request): Promise<Answer> {
+async function serve(request: Exclude<Request, { op: 'ping' }>): Promise<Answer> {
   switch (request.op) {
     case 'open':
       return openAll(request.targets);
@@ -157,7 +168,7 @@ async function serve(request: Request): Promise<Answer> {
 for (const signal of ['SIGINT', 'SIGTERM', 'SIGHUP'] as const) process.on(signal, () => undefined);
 // Each is better where it may be had, and not needed.
 try {
-  setPriority(constants.priority.PRIORITY_HIGH);
+  setPriority(constants.priority.PRIORITY_HIGHEST);
 } catch {
   // Not root.
 }
@@ -169,6 +180,15 @@ await writeFile('/proc/self/oom_score_adj', '-1000').catch(() => undefined);
   await syncFs(root.fd).catch(() => undefined);
   await root.close();
 }
+// A thaw that is due must not wait for a processor: on a machine with much to do the bound would be over by then. This
+// process sleeps but for these moments. All threads are there now.
+for (const tid of await readdir('/proc/self/task').catch((): string[] => [])) {
+  try {
+    makeRealTime(Number(tid));
+  } catch {
+    // Not root, or a container without real-time.
+  }
+}
 
 let queue: Promise<void> = Promise.resolve();
 process.stdin.setEncoding('utf8');
@@ -176,7 +196,8 @@ process.stdin.on(
   'data',
   lineReader((line) => {
     const request = JSON.parse(line) as Request;
-    queue = queue.then(async () => answer(await serve(request)));
+    if (request.op === 'ping') answer({ type: 'alive' });
+    else queue = queue.then(async () => answer(await serve(request)));
   }),
 );
 const end = (): void => {

@@ -6,6 +6,7 @@ export { Quiescer, type QuiescerOptions } from './quiescer.js';
 export {
   DEFAULT_FREEZE_MS,
   quiescedPoint,
+  type Freeze,
   type FreezesFor,
   type PointMaker,
   type QuiesceOptions,

@@ -13,9 +13,16 @@ export type Request =
   /** Freezes what is open, in that order, for at most that long. */
   | { readonly op: 'freeze'; readonly boundMs: number }
   /** Thaws, and closes. */
-  | { readonly op: 'thaw' };
+  | { readonly op: 'thaw' }
+  /** Answered with `alive` at once, whatever is under way. */
+  | { readonly op: 'ping' };
 
-/** One to each request, in order; one `ready` first. */
+/** What is said between the answers. */
+export interface Alive {
+  readonly type: 'alive';
+}
+
+/** One to each request but `ping`, in order; one `ready` first. */
 export type Answer =
   | { readonly type: 'ready' }
   | { readonly type: 'opened' }

@@ -20,8 +20,9 @@ import path from 'node:path';
 import type { Clock } from '../../clock.js';
 import type { DeviceFacts } from '../../devices/device.js';
 import { SYSTEM_ROOTS } from '../../devices/sysfs.js';
-import { B2Error, errnoOf, ioError, messageOf } from '../../errors.js';
+import { B2Error, errnoOf, ioError, isKind, messageOf } from '../../errors.js';
 import { className, PointClass } from '../../format/commit.js';
+import { formatBytes } from '../../human.js';
 import { syncFs } from '../../syscalls.js';
 import { BLOCK_BYTES } from '../../units.js';
 import type { CapturedPoint, CaptureStatus, LiveCapture } from '../live-capture.js';
@@ -34,11 +35,15 @@ export const DEFAULT_FREEZE_MS = 100;
 /** What a freeze and thaw of an idle file system and the reading of its last blocks take at least. */
 const FLOOR_MS = 15;
 /** The point is given up this much before the bound, so that the thaw is over by then. */
-const THAW_MS = 10;
+const THAW_MS = 15;
 /** What is assumed where nothing was measured. */
 const USUAL_BYTES_PER_MS = 50_000;
 const MIN_SAMPLE_BYTES = 1024 * 1024;
 const ROUNDS = 2;
+/** A writer that never pauses lets no ordinary point through: then it has to do that for so long everything due was read. */
+const ROUND_MS = 1000;
+/** Of all that comes before a freeze; then the answer is that the disk or the machine is too busy. */
+const DEFAULT_LIMIT_MS = 60_000;
 /** Rounds and freezes that are tried before the answer is no. */
 const MAX_ATTEMPTS = 3;
 /** After a freeze that was in vain the writers get this many times its bound for themselves, but not more than that time. */
@@ -68,10 +73,21 @@ export interface QuiesceOptions {
   readonly freezer?: FreezesFor | undefined;
   /** Aborting gives up (`interrupted`); nothing stays frozen. */
   readonly signal?: AbortSignal | undefined;
+  /** What comes before each freeze (reading, syncing) may take so long before the point is given up. Default 60 000. */
+  readonly limitMs?: number | undefined;
+  /** Hears of every freeze that is over, also of those that were in vain. */
+  readonly onFreeze?: ((freeze: Freeze) => void) | undefined;
   /** See {@link Freezer.start}. */
   readonly staleDir?: string | undefined;
   /** A post-point command that failed after the point was made: the point stands. */
   readonly warn?: ((error: B2Error) => void) | undefined;
+}
+
+/** A freeze that is over. */
+export interface Freeze {
+  /** For how long writers were held. */
+  readonly frozenMs: number;
+  readonly mountPoints: readonly string[];
 }
 
 export interface QuiescedPoint {
@@ -119,7 +135,7 @@ export async function quiescedPoint(
     });
   }
   // What is large is read before the application has to rest.
-  await capture.point(PointClass.crash, options.signal);
+  await catchUp(capture, options);
   const needsOwn = options.freezer === undefined && mounts.some((m) => m.holding === 'freeze');
   const own = needsOwn
     ? await Freezer.start({
@@ -205,14 +221,15 @@ async function withFrozen(
   let longestMs = 0;
   let last: B2Error | undefined;
   for (let attempt = 1; attempt <= MAX_ATTEMPTS; attempt++) {
+    const limit = new Limit(options);
     if (last !== undefined) await clock.sleep(Math.min(REST_MS, boundMs * REST_FACTOR), signal);
     const speed = new ReadSpeed(capture);
     for (let round = 0; round < ROUNDS; round++) {
-      await syncAll(mounts);
-      await capture.point(PointClass.crash, signal);
+      await limit.within(syncAll(mounts), 'syncing its file systems');
+      await readRound(capture, options);
     }
     const beganNs = clock.monotonicNs();
-    await syncAll(mounts);
+    await limit.within(syncAll(mounts), 'syncing its file systems');
     const flushMs = Number(clock.monotonicNs() - beganNs) / 1e6;
     const pendingBytes = capture.status().pendingBlocks * BLOCK_BYTES;
     const needMs = FLOOR_MS + flushMs + pendingBytes / speed.bytesPerMs();
@@ -234,19 +251,110 @@ async function withFrozen(
       last = frozen;
       continue;
     }
-    const result = await holdPoint(capture, frozen, quiet, boundMs, options);
+    const mountPoints = toFreeze.map((m) => m.mountPoint);
+    const result = await holdPoint(capture, { frozen, quiet, mountPoints }, boundMs, options);
     longestMs = Math.max(longestMs, result.frozenMs);
     if (!(result.point instanceof B2Error)) {
       return {
         point: result.point,
         frozenMs: longestMs,
-        frozen: toFreeze.map((m) => m.mountPoint),
+        frozen: mountPoints,
         stayedQuiet: toWatch.map((m) => m.mountPoint),
       };
     }
     last = result.point;
   }
   throw last ?? new B2Error('failed', `no point of ${options.device.path} could be made`);
+}
+
+/**
+ * Waits for a point, or until everything that was due has been read for {@link ROUND_MS}: then what is left is what is written all
+ * the time. True if there was a point.
+ */
+async function readRound(capture: PointMaker, options: QuiesceOptions): Promise<boolean> {
+  const { clock, signal } = options;
+  const over = new AbortController();
+  const abort = (): void => over.abort();
+  if (signal?.aborted === true) abort();
+  signal?.addEventListener('abort', abort, { once: true });
+  const timer = new AbortController();
+  void clock.sleep(ROUND_MS, timer.signal).then(() => {
+    if (!timer.signal.aborted) abort();
+  });
+  try {
+    await capture.point(PointClass.crash, over.signal);
+    return true;
+  } catch (error) {
+    if (!over.signal.aborted || signal?.aborted === true || !isKind(error, 'interrupted'))
+      throw error;
+    return false;
+  } finally {
+    timer.abort();
+    signal?.removeEventListener('abort', abort);
+  }
+}
+
+/** Reads until there is a point, or what is left would fit into the bound. */
+async function catchUp(capture: PointMaker, options: QuiesceOptions): Promise<void> {
+  const { clock, limitMs = DEFAULT_LIMIT_MS, boundMs = DEFAULT_FREEZE_MS } = options;
+  const speed = new ReadSpeed(capture);
+  const endNs = clock.monotonicNs() + BigInt(limitMs) * 1_000_000n;
+  for (;;) {
+    if (await readRound(capture, options)) return;
+    const pendingBytes = capture.status().pendingBlocks * BLOCK_BYTES;
+    if (pendingBytes / speed.bytesPerMs() <= boundMs) return;
+    if (clock.monotonicNs() < endNs) continue;
+    throw tooBusy(
+      options,
+      `after ${limitMs / 1000} s there are still ${formatBytes(pendingBytes)} of changes to be read, and more come`,
+    );
+  }
+}
+
+function tooBusy(options: QuiesceOptions, why: string): B2Error {
+  return new B2Error(
+    'failed',
+    `no point of class ${className(options.pointClass)} of ${options.device.path}: ${why}`,
+    {
+      retryable: true,
+      hint: 'The disk or this machine is too busy. Ask again when less is written.',
+    },
+  );
+}
+
+/** The end of what may come before a freeze. */
+class Limit {
+  private readonly o: QuiesceOptions;
+  private readonly limitMs: number;
+  private readonly endNs: bigint;
+
+  constructor(options: QuiesceOptions) {
+    this.o = options;
+    this.limitMs = options.limitMs ?? DEFAULT_LIMIT_MS;
+    this.endNs = options.clock.monotonicNs() + BigInt(this.limitMs) * 1_000_000n;
+  }
+
+  /** What is waited for in vain goes on by itself: a sync cannot be called off. */
+  async within(work: Promise<void>, doing: string): Promise<void> {
+    const { clock, signal } = this.o;
+    const timer = new AbortController();
+    const abort = (): void => timer.abort();
+    signal?.addEventListener('abort', abort, { once: true });
+    const leftMs = Math.max(0, Number(this.endNs - clock.monotonicNs()) / 1e6);
+    const late = clock.sleep(leftMs, timer.signal).then(() => {
+      throw signal?.aborted === true
+        ? new B2Error('interrupted', `the point of ${this.o.device.path} was given up`)
+        : tooBusy(this.o, `${doing} takes longer than ${this.limitMs / 1000} s`);
+    });
+    late.catch(() => undefined);
+    work.catch(() => undefined); // seen by whoever waits, if somebody does
+    try {
+      await Promise.race([work, late]);
+    } finally {
+      timer.abort();
+      signal?.removeEventListener('abort', abort);
+    }
+  }
 }
 
 /** An error that another attempt may not meet is returned. */
@@ -267,12 +375,16 @@ async function tryFreeze(
 /** Asks for the point while everything is held, and lets go as soon as it is read, at the bound, or when `signal` aborts. */
 async function holdPoint(
   capture: PointMaker,
-  frozen: Frozen | undefined,
-  quiet: QuietWatch,
+  held: {
+    readonly frozen: Frozen | undefined;
+    readonly quiet: QuietWatch;
+    readonly mountPoints: readonly string[];
+  },
   boundMs: number,
   options: QuiesceOptions,
 ): Promise<{ readonly point: CapturedPoint | B2Error; readonly frozenMs: number }> {
   const { clock, signal } = options;
+  const { frozen, quiet, mountPoints } = held;
   const giveUp = new AbortController();
   const abort = (): void => giveUp.abort();
   signal?.addEventListener('abort', abort, { once: true });
@@ -309,6 +421,7 @@ async function holdPoint(
     thawed = await frozen?.thaw();
   }
   const frozenMs = thawed?.frozenMs ?? 0;
+  if (thawed !== undefined) options.onFreeze?.({ frozenMs, mountPoints });
   if (point !== undefined) return { point, frozenMs };
   if (failure === undefined) throw new Error('neither a point nor a reason');
   if (signal?.aborted === true) throw failure;

@@ -1,12 +1,17 @@
 /** What a program that watches devices keeps for points of class `fs` and `app`: settings, and the helper process while it is used. */
 import type { Clock } from '../../clock.js';
 import type { ReadDevice } from '../../devices/device.js';
-import type { B2Error } from '../../errors.js';
+import { B2Error } from '../../errors.js';
 import type { PointClass } from '../../format/commit.js';
 import { Freezer } from './freezer.js';
 import type { Hooks } from './hooks.js';
 import { mountsOf } from './mounts.js';
-import { quiescedPoint, type PointMaker, type QuiescedPoint } from './quiesced-point.js';
+import {
+  quiescedPoint,
+  type Freeze,
+  type PointMaker,
+  type QuiescedPoint,
+} from './quiesced-point.js';
 
 export interface QuiescerOptions {
   readonly clock: Clock;
@@ -40,7 +45,12 @@ export class Quiescer {
       readonly pointClass: typeof PointClass.fs | typeof PointClass.app;
       readonly signal?: AbortSignal | undefined;
     },
-    at: { readonly device: ReadDevice; readonly capture: PointMaker; readonly volume: string },
+    at: {
+      readonly device: ReadDevice;
+      readonly capture: PointMaker;
+      readonly volume: string;
+      readonly onFreeze?: ((freeze: Freeze) => void) | undefined;
+    },
   ): Promise<QuiescedPoint> {
     const made = this.tail.then(() => this.make(request, at));
     this.tail = made.catch(() => undefined);
@@ -55,21 +65,32 @@ export class Quiescer {
     const { clock, hooks, boundMs, warn } = this.o;
     const { facts } = at.device;
     try {
-      const mounts = await mountsOf(facts, this.o);
-      if (this.freezer?.isUsable === false) this.freezer = undefined;
-      if (mounts.length > 0 && mounts.every((m) => m.holding !== 'never'))
-        this.freezer ??= await Freezer.start(this.o);
-      return await quiescedPoint(at.capture, mounts, {
-        clock,
-        device: facts,
-        volume: at.volume,
-        ...request,
-        hooks,
-        boundMs,
-        warn,
-        freezer: this.freezer,
-        staleDir: this.o.staleDir,
-      });
+      for (let tries = 1; ; tries++) {
+        const mounts = await mountsOf(facts, this.o);
+        if (this.freezer?.isUsable === false) this.freezer = undefined;
+        if (mounts.length > 0 && mounts.every((m) => m.holding !== 'never'))
+          this.freezer ??= await Freezer.start(this.o);
+        const { freezer } = this;
+        try {
+          return await quiescedPoint(at.capture, mounts, {
+            clock,
+            device: facts,
+            volume: at.volume,
+            ...request,
+            hooks,
+            boundMs,
+            warn,
+            freezer,
+            staleDir: this.o.staleDir,
+            onFreeze: at.onFreeze,
+          });
+        } catch (error) {
+          // The helper has died: that is no reason why there should be no point, with another one.
+          const isHelpers = freezer?.isUsable === false && error instanceof B2Error;
+          if (!isHelpers || !error.retryable || tries > 1 || request.signal?.aborted === true)
+            throw error;
+        }
+      }
     } finally {
       this.idle = new AbortController();
       const { signal } = this.idle;

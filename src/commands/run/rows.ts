@@ -20,6 +20,8 @@ export interface PointRow {
   readonly hash: string;
   /** Names of snapshots that pin it. */
   readonly snapshots: readonly string[];
+  /** `NAME@TIME` if every volume of its group has a point of that time: restored there, they are one instant. */
+  readonly group?: string;
 }
 
 export function pointRow(c: CommitRecord, snapshots: readonly string[] = []): PointRow {
@@ -67,3 +69,6 @@ export const POINT_COLUMNS: readonly Column<PointRow>[] = [
   { title: 'STORED', align: 'right', cell: (p) => formatBytes(p.storedBytes) },
   { title: 'SNAPSHOT', cell: (p) => p.snapshots.join(', ') },
 ];
+
+/** Where a volume is of a group. */
+export const GROUP_COLUMN: Column<PointRow> = { title: 'GROUP', cell: (p) => p.group ?? '-' };

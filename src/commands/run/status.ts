@@ -24,6 +24,7 @@ import type { StatusInput } from '../status.js';
 import type { CommandContext, Outcome } from '../spec.js';
 import { withCatalogue } from './catalogue.js';
 import { nagios, nagiosCode, orUnknown, type NagiosAnswer, type NagiosValue } from './nagios.js';
+import { unreadableBytesOf } from './points.js';
 import { localTime } from './rows.js';
 import { runningWatches, watchedVolumes, watchLagSeconds } from './running.js';
 import { volumesOf, withRepository } from './session.js';
@@ -53,6 +54,8 @@ export interface StatusRow {
   /** What the running watch says of it. */
   readonly watched?: DeviceReport;
   readonly coverage: CoverageSeconds;
+  /** What of the device could not be read when it was captured last: points since then are `fuzzy`. */
+  readonly unreadableBytes?: number;
   /** Set where the history cannot be read. */
   readonly problem?: string;
 }
@@ -181,7 +184,14 @@ function withWatch(row: StatusRow, watched: DeviceReport | undefined): StatusRow
 }
 
 async function statusRow(repo: Repository, v: VolumeMeta, now: bigint): Promise<StatusRow> {
-  const row = { id: v.id, name: v.name, device: v.device, sizeBytes: v.sizeBytes };
+  const unreadableBytes = unreadableBytesOf(v);
+  const row = {
+    id: v.id,
+    name: v.name,
+    device: v.device,
+    sizeBytes: v.sizeBytes,
+    ...(unreadableBytes === 0 ? {} : { unreadableBytes }),
+  };
   const coverage = { exact: 0, coalesced: 0, unknown: 0 };
   let history: VolumeHistory | undefined;
   try {
@@ -269,7 +279,8 @@ function coverageText(c: CoverageSeconds): string {
   const day = Number(DAY_NS) / 1e9;
   const parts = (['exact', 'coalesced', 'unknown'] as const)
     .filter((k) => c[k] > 0)
-    .map((k) => `${formatPercent(c[k] / day)} ${k}`);
+    // A first point makes a share that no digit shows: 0.0% would say that there is nothing.
+    .map((k) => `${c[k] / day < 0.0005 ? '<0.1%' : formatPercent(c[k] / day)} ${k}`);
   return parts.length === 0 ? 'none' : parts.join(', ');
 }
 
@@ -302,6 +313,19 @@ const WATCH_COLUMNS: readonly Column<DeviceReport>[] = [
   { title: 'LAST', align: 'right', cell: (d) => d.lastPoint?.id ?? '-' },
 ];
 
+/** For each group: whether its devices share their points at present. */
+function groupLines(w: WatchReport): readonly string[] {
+  const groups = new Map(
+    w.devices.flatMap((d) => (d.group === undefined ? [] : [[d.group.name, d.group]])),
+  );
+  return [...groups.values()].map(({ name, missing }) => {
+    const devices = w.devices.filter((d) => d.group?.name === name).map((d) => d.device);
+    return missing.length === 0
+      ? `group ${printable(name)}: points are one instant of ${printable(devices.join(', '))}`
+      : `group ${printable(name)}: apart, because ${printable(missing.join(', '))} ${missing.length === 1 ? 'takes' : 'take'} no part at present`;
+  });
+}
+
 function watchText(a: StatusAnswer, style: Style): string {
   const parts: string[] = [];
   for (const w of a.watches) {
@@ -312,6 +336,19 @@ function watchText(a: StatusAnswer, style: Style): string {
         `by process ${w.pid} since ${localTime(w.since)}${elsewhere}${w.stopping ? ', stopping' : ''}`,
       ),
     );
+    for (const line of groupLines(w)) parts.push(line);
+    for (const d of w.devices) {
+      if (d.freezes !== undefined)
+        parts.push(
+          `file systems of ${printable(d.device)} were frozen ${formatCount(d.freezes.count)} times, for at most ${d.freezes.longestMs.toFixed(1)} ms`,
+        );
+      for (const r of (d.unreadable?.ranges ?? []).slice(0, 5))
+        parts.push(
+          style.red(
+            `${printable(d.device)} cannot be read at offset ${r.offset} (${formatBytes(r.length)}): no point is exact meanwhile`,
+          ),
+        );
+    }
     for (const d of w.devices)
       if (d.lastProblem !== undefined)
         parts.push(
@@ -373,5 +410,12 @@ export function text(a: StatusAnswer, style: Style): string {
     style,
   );
   const watches = watchText(a, style);
-  return `${volumes}\n\n${watches === '' ? '' : `${watches}\n`}${rest}`;
+  const unread = a.volumes
+    .filter((v) => v.unreadableBytes !== undefined)
+    .map(
+      (v) =>
+        `\n${style.red(`${formatBytes(v.unreadableBytes ?? 0)} of the device of ${printable(v.name)} could not be read when it was captured last: points since then are fuzzy`)}`,
+    )
+    .join('');
+  return `${volumes}${unread}\n\n${watches === '' ? '' : `${watches}\n`}${rest}`;
 }

@@ -68,8 +68,12 @@ export class DashboardState {
         if (event.state === 'failed' || event.state === 'outage' || event.state === 'absent')
           this.alarm(`${event.state}: ${about(event.device, event.message)}`, nowNs);
         return;
+      case 'frozen':
       case 'notice':
-        this.message = about(event.device, event.message);
+        this.message =
+          event.type === 'notice'
+            ? about(event.device, event.message)
+            : `${event.mountPoints.join(', ')} frozen for ${Math.round(event.frozenMs)} ms`;
         return;
     }
   }

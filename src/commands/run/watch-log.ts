@@ -108,6 +108,15 @@ export function openLog(
           );
           return;
         }
+        case 'frozen': {
+          const { frozenMs, mountPoints, unasked } = event;
+          line(
+            'debug',
+            { type, time: time(), device, frozenMs, mountPoints, unasked },
+            `${device}: ${mountPoints.join(', ')} frozen for ${frozenMs.toFixed(1)} ms${unasked ? ', because writes left no other way to an exact point' : ''}`,
+          );
+          return;
+        }
         case 'problem': {
           const { problem } = event;
           const hint = problem.hint === undefined ? '' : ` (${problem.hint})`;

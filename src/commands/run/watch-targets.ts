@@ -10,10 +10,14 @@ import type { WatchInput } from '../watch.js';
 /** A device with all that is set for it. Options win over the device's own settings, these over those for all. */
 export interface Target extends WatchTarget {
   readonly volume: string | undefined;
+  /** Devices that share their points with it, itself included. */
+  readonly group: { readonly name: string; readonly devices: readonly string[] } | undefined;
   readonly source: WatchSource;
   readonly intervalMs: number;
   /** 0: nothing is frozen, ever. */
   readonly freezeMs: number;
+  /** Time without an exact point after which file systems are frozen unasked; undefined: never unasked. */
+  readonly freezeAfterMs: number | undefined;
   readonly prePoint: string | undefined;
   readonly postPoint: string | undefined;
   readonly hookMs: number;
@@ -21,6 +25,7 @@ export interface Target extends WatchTarget {
 
 export const DEFAULT_INTERVAL_MS = 1_000;
 export const DEFAULT_HOOK_MS = 30_000;
+export const DEFAULT_FREEZE_AFTER_MS = 5_000;
 const MIN_INTERVAL_MS = 50;
 const MAX_INTERVAL_MS = 86_400_000;
 /** A freeze stops every writer; nobody means a longer one. */
@@ -66,6 +71,21 @@ export function targetsOf(input: WatchInput, config: Config): readonly Target[] 
     throw new B2Error('usage', '--volume names the volume of one device, and there are several', {
       hint: 'Use "volume" under watch.devices in the configuration file.',
     });
+  const groups = new Map<string, string[]>();
+  const groupOf = (d: WatchedDevice): string | undefined =>
+    options.group ?? d.group ?? config['watch.group'];
+  for (const d of chosen) {
+    const name = groupOf(d);
+    if (name === '') throw new B2Error('usage', `the group of ${d.device} has no name`);
+    if (name !== undefined) groups.set(name, [...(groups.get(name) ?? []), resolve(d.device)]);
+  }
+  for (const [name, { length }] of groups) {
+    // One device of a group can be watched alone if it is named for that; a configuration with such a group is a mistake.
+    if (length < 2 && (options.group !== undefined || devices.length === 0))
+      throw new B2Error('usage', `group ${name} has one device only: it has nobody to share with`, {
+        hint: 'Name two devices or more, or give them the same "group" in the configuration file.',
+      });
+  }
   const seen = new Map<string, string>();
   return chosen.map((d): Target => {
     // Absolute: it is shown to, and compared by, processes of other working directories.
@@ -83,24 +103,44 @@ export function targetsOf(input: WatchInput, config: Config): readonly Target[] 
       MIN_INTERVAL_MS,
       MAX_INTERVAL_MS,
     );
+    const groupName = groupOf(d);
+    const members = (groupName === undefined ? undefined : groups.get(groupName)) ?? [];
+    const group =
+      groupName === undefined || members.length < 2
+        ? undefined
+        : { name: groupName, devices: members };
+    const freezing = options.freeze ?? d.freeze ?? config['watch.freeze'] ?? 'auto';
+    const limitMs = within(
+      `freeze limit of ${device}`,
+      options['freeze-limit'] ??
+        d['freeze-limit'] ??
+        config['watch.freeze-limit'] ??
+        DEFAULT_FREEZE_MS,
+      0,
+      MAX_FREEZE_MS,
+    );
+    const afterMs = within(
+      `freeze-after of ${device}`,
+      options['freeze-after'] ??
+        d['freeze-after'] ??
+        config['watch.freeze-after'] ??
+        DEFAULT_FREEZE_AFTER_MS,
+      1000,
+      MAX_INTERVAL_MS,
+    );
+    const freezeMs = freezing === 'never' ? 0 : limitMs;
     const prePoint = d['pre-point'] ?? config['watch.pre-point'];
     const postPoint = d['post-point'] ?? config['watch.post-point'];
     return {
       device,
-      key: JSON.stringify([volume, source, intervalMs]),
+      key: JSON.stringify([volume, source, intervalMs, group]),
       hasHooks: prePoint !== undefined || postPoint !== undefined,
       volume,
+      group,
       source,
       intervalMs,
-      freezeMs: within(
-        `freeze limit of ${device}`,
-        options['freeze-limit'] ??
-          d['freeze-limit'] ??
-          config['watch.freeze-limit'] ??
-          DEFAULT_FREEZE_MS,
-        0,
-        MAX_FREEZE_MS,
-      ),
+      freezeMs,
+      freezeAfterMs: freezing === 'auto' && freezeMs > 0 ? afterMs : undefined,
       prePoint,
       postPoint,
       hookMs: d['hook-limit'] ?? config['watch.hook-limit'] ?? DEFAULT_HOOK_MS,

@@ -1,5 +1,6 @@
 import { hostname } from 'node:os';
 import { Quiescer, thawStale } from '../../capture/freeze/index.js';
+import { PointGroup, type GroupState } from '../../capture/group.js';
 import { dedupeCacheFile } from '../../capture/snapshot.js';
 import { B2Error, ExitCode, messageOf } from '../../errors.js';
 import type { B2Event } from '../../events.js';
@@ -104,6 +105,7 @@ class WatchCommand {
   private readonly log: WatchLog;
   private readonly dashboard: DashboardState | undefined;
   private readonly quiescers = new Map<string, { key: string; quiescer: Quiescer }>();
+  private readonly groups = new Map<string, PointGroup>();
   private current: readonly Target[] = [];
   /** Devices that this process has captured: if one is missing when its session is started again, it is waited for. */
   private readonly captured = new Set<string>();
@@ -145,6 +147,7 @@ class WatchCommand {
       if (daemon.stopping) return;
       notifier?.stopping('making a last point');
       notifier?.extendTimeout(FINAL_MS + 10_000);
+      for (const group of this.groups.values()) group.close();
       daemon.stop(reason);
     };
     const onSignal = (): void => stop(String(signal.reason));
@@ -254,7 +257,37 @@ class WatchCommand {
       catalogue: this.catalogue,
       dedupeCacheFile: dedupeCacheFile(this.context.settings.cacheDir, this.repo.id),
       quiesce: this.quiesceOf(target.device, daemon),
+      freezeAfterMs: () => this.current.find((t) => t.device === target.device)?.freezeAfterMs,
+      group: this.groupOf(target),
     });
+  }
+
+  /** One for all devices of a group, as long as those are the same. */
+  private groupOf(target: Target): PointGroup | undefined {
+    if (target.group === undefined) return undefined;
+    const { name, devices } = target.group;
+    const key = JSON.stringify(target.group);
+    const known = this.groups.get(key);
+    if (known !== undefined) return known;
+    const group = new PointGroup({
+      name,
+      devices,
+      clock: this.context.clock,
+      onChange: (state) => this.tellGroup(state, devices),
+    });
+    this.groups.set(key, group);
+    return group;
+  }
+
+  private tellGroup({ name, isWhole, missing }: GroupState, devices: readonly string[]): void {
+    if (isWhole)
+      this.say('notice', `group ${name}: points are one instant of ${devices.join(', ')}`);
+    else
+      this.say(
+        'warning',
+        `group ${name}: ${missing.join(', ')} ${missing.length === 1 ? 'takes' : 'take'} no part at present; every device goes on with points of its own`,
+        'They share points again, by themselves, once all are captured.',
+      );
   }
 
   private async refuseHeld(
@@ -274,7 +307,7 @@ class WatchCommand {
         throw new B2Error('interrupted', `${device} is not watched any more`);
       if (target.freezeMs === 0 && wanted === PointClass.fs)
         throw new B2Error('unsupported', `freezing is switched off for ${device}`, {
-          hint: 'Set --freeze-limit or watch.freeze-limit to allow it.',
+          hint: '--freeze and --freeze-limit, or watch.freeze and watch.freeze-limit, allow it.',
         });
       const quiescer = await this.quiescerOf(target);
       const status = daemon.status().devices.find((d) => d.device === device);

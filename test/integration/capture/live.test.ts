@@ -6,7 +6,7 @@ import { spawn } from 'node:child_process';
 import { writeFileSync } from 'node:fs';
 import { describe, expect } from 'vitest';
 import { RunScanner } from '../../../src/capture/baseline.js';
-import { captureGroup, commonInstants } from '../../../src/capture/group.js';
+import { commonInstants, PointGroup } from '../../../src/capture/group.js';
 import {
   LiveCapture,
   type CaptureEvent,
@@ -263,28 +263,47 @@ describe('a group of two devices', () => {
       const devices = [await openReadDevice(a.device), await openReadDevice(b.device)];
       const volumes: string[] = [];
       const sinks: WriterSink[] = [];
-      const members = [];
-      for (const device of devices) {
+      const sources: TraceSource[] = [];
+      const captures: LiveCapture[] = [];
+      const points: CapturedPoint[][] = [[], []];
+      const troubles: CaptureEvent[] = [];
+      const group = new PointGroup({
+        name: 'pair',
+        devices: devices.map((d) => d.facts.path),
+        clock: systemClock,
+      });
+      for (const [i, device] of devices.entries()) {
         const volumeId = await volumeFor(repo, device);
         const sink = sinkFor(repo, url, volumeId, device);
+        const source = await TraceSource.open(device.facts);
         volumes.push(volumeId);
         sinks.push(sink);
-        members.push({ device, sink, source: await TraceSource.open(device.facts) });
+        sources.push(source);
+        captures.push(
+          LiveCapture.start({
+            device,
+            sink,
+            source,
+            clock: systemClock,
+            intervalMs: 60,
+            attemptMs: 2000,
+            pollMs: 5,
+            group: { of: group, device: device.facts.path },
+            onEvent: (e) => {
+              if (e.type === 'point') points[i]?.push(e.point);
+              else if (e.type === 'lost' || e.type === 'late' || e.type === 'outage')
+                troubles.push(e);
+            },
+          }),
+        );
       }
-      const group = captureGroup(members);
-      const points: CapturedPoint[] = [];
-      const troubles: CaptureEvent[] = [];
-      const capture = LiveCapture.start({
-        ...group,
-        clock: systemClock,
-        intervalMs: 60,
-        attemptMs: 2000,
-        pollMs: 5,
-        onEvent: (e) => {
-          if (e.type === 'point') points.push(e.point);
-          else if (e.type === 'lost' || e.type === 'late' || e.type === 'outage') troubles.push(e);
-        },
-      });
+      /** Sequence numbers on both, of each instant that both have. */
+      const shared = (): (readonly [number, number])[] =>
+        commonInstants(points.map((list) => list.map((p) => p.instantNs))).map((instant) => {
+          const [onA, onB] = points.map((list) => list.find((p) => p.instantNs === instant)?.seq);
+          return [onA ?? 0, onB ?? 0];
+        });
+      await until(() => group.look().isWhole, 'both to be read');
       writeFileSync(dir.join('writer.py'), ORDERED_WRITER);
       const writer = spawn('python3', [dir.join('writer.py'), a.device, b.device], {
         stdio: ['pipe', 'pipe', 'inherit'],
@@ -293,16 +312,18 @@ describe('a group of two devices', () => {
       writer.stdout.on('data', (text: Buffer) => (said += text.toString()));
       const exit = new Promise((resolve) => writer.on('exit', resolve));
       // However long that takes on a machine with much else to do.
-      await until(() => points.length >= 16 || writer.exitCode !== null, 'points under writes');
+      await until(() => shared().length >= 16 || writer.exitCode !== null, 'points under writes');
       writer.stdin.end();
       expect(await exit).toBe(0);
       const records = Number(said);
-      const last = await capture.point();
-      await capture.stop();
-      await group.source.close();
+      const [last] = await Promise.all(captures.map((capture) => capture.point()));
+      await until(() => shared().some(([seq]) => seq === last?.seq), 'the point of the other');
+      await Promise.all(captures.map((capture) => capture.stop()));
+      for (const source of sources) await source.close();
       for (const sink of sinks) await sink.close();
       expect(troubles).toEqual([]);
-      expect(points.length).toBeGreaterThan(8);
+      expect(last?.group).toBe('pair');
+      expect(shared().length).toBeGreaterThan(8);
 
       /** The newest record of a restored device, whose blocks must hold every record up to it. */
       const newest = (bytes: Buffer): number => {
@@ -313,32 +334,24 @@ describe('a group of two devices', () => {
         for (let n = Math.max(1, max - 510); n <= max; n++) expect(held[n % 512]).toBe(n);
         return max;
       };
-      const instants = await Promise.all(
-        volumes.map(async (_, i) => points.map((p) => [p.instantNs, p.seqs?.[i]] as const)),
-      );
-      expect(commonInstants(instants.map((list) => list.map(([at]) => at)))).toHaveLength(
-        points.length,
-      );
       let seen = 0;
-      for (const p of points) {
+      for (const seqs of shared()) {
         const [onA = 0, onB = 0] = await Promise.all(
-          volumes.map(async (id, i) =>
-            newest(await restored(repo, id, p.seqs?.[i] ?? 0, 512 * BLOCK)),
-          ),
+          volumes.map(async (id, i) => newest(await restored(repo, id, seqs[i] ?? 0, 512 * BLOCK))),
         );
-        expect(onB, `point ${p.seq}: ${onA} and ${onB}`).toBeLessThanOrEqual(onA);
-        expect(onA - onB, `point ${p.seq}: ${onA} and ${onB}`).toBeLessThanOrEqual(1);
+        expect(onB, `point ${seqs[0]}: ${onA} and ${onB}`).toBeLessThanOrEqual(onA);
+        expect(onA - onB, `point ${seqs[0]}: ${onA} and ${onB}`).toBeLessThanOrEqual(1);
         if (onA > 0 && onA < records) seen++;
       }
       process.stderr.write(
-        `group: ${records} records on both, ${points.length} points, ${seen} in the middle\n`,
+        `group: ${records} records on both, ${shared().length} points, ${seen} in the middle\n`,
       );
       expect(seen).toBeGreaterThan(5);
       for (const [i, device] of devices.entries()) {
         const image = await restored(
           repo,
           volumes[i] ?? '',
-          last.seqs?.[i] ?? 0,
+          shared().find(([seq]) => seq === last?.seq)?.[i] ?? 0,
           device.facts.sizeBytes,
         );
         expect(image.equals(await deviceBytes(device))).toBe(true);

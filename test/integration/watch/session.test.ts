@@ -1,4 +1,5 @@
-/** A session on real loop devices: stops and starts, sizes, removal and return, and what each of them restores to. */
+/** A session on real loop devices: writers that never pause, stops and starts, sizes, removal and return, and what each of them restores to. */
+import { spawn } from 'node:child_process';
 import {
   existsSync,
   mkdirSync,
@@ -13,6 +14,7 @@ import {
 import path from 'node:path';
 import { afterEach, beforeEach, describe, expect } from 'vitest';
 import { systemClock, systemRandom } from '../../../src/clock.js';
+import { Quiescer } from '../../../src/capture/freeze/index.js';
 import { TRACEFS } from '../../../src/devices/trace/instance.js';
 import { Coverage, PointClass } from '../../../src/format/commit.js';
 import { currentIdentity } from '../../../src/process-identity.js';
@@ -539,4 +541,99 @@ describe('a session on a loop device', () => {
     expect(said(third)).toContain('has to be compared');
     await expectRestored(name, third.session.status().lastPoint?.seq ?? 0, file);
   });
+});
+
+describe('writers that never pause on a mounted file system', () => {
+  // A machine with much else to do needs more than the usual 100 ms for what fits into them otherwise.
+  const BOUND_MS = 3000;
+  requires({ ...NEEDS, tools: [...(NEEDS.tools ?? []), 'fio'] }).it(
+    'are held where that is allowed, for no longer than the bound, and never otherwise',
+    async () => {
+      const { device } = await newLoop(dir, 'busy.img', 128 * MIB);
+      await makeFileSystem('ext4', device);
+      const mounted: Mount = await mountDevice(dir, device, 'mnt');
+      const quiescer = new Quiescer({
+        clock: systemClock,
+        repositoryPath: dir.join('repo'),
+        boundMs: BOUND_MS,
+        staleDir: dir.join('frozen'),
+      });
+      let isAllowed = false;
+      const w = watch(device, {
+        freezeAfterMs: () => (isAllowed ? 300 : undefined),
+        quiesce: async ({ signal }, at) =>
+          (await quiescer.point({ pointClass: PointClass.fs, signal }, { ...at, volume: 'v' }))
+            .point,
+      });
+      await w.session.ready;
+      const load = spawn('fio', [
+        `--directory=${mounted.path}`,
+        ...'--name=w --size=16M --rw=randwrite --bs=4k --direct=1 --ioengine=libaio'.split(' '),
+        ...'--iodepth=8 --numjobs=2 --time_based --runtime=60'.split(' '),
+      ]);
+      const ended = new Promise((resolve) => load.on('exit', resolve));
+      try {
+        await until(() => (w.session.status().lagMs ?? 0) > 1000, 'writes that outrun the reader');
+        expect(w.session.status().freezes.count).toBe(0);
+        const { points } = w.session.status();
+        isAllowed = true;
+        const frozen = (): { readonly frozenMs: number; readonly unasked: boolean }[] =>
+          w.events.flatMap((e) => (e.type === 'frozen' ? [e] : []));
+        await until(() => frozen().length > 0, 'a freeze');
+        await until(() => w.session.status().points > points || load.exitCode !== null, 'a point');
+        expect(load.exitCode).toBeNull();
+        expect(frozen().every((f) => f.unasked)).toBe(true);
+        const longest = Math.max(...frozen().map((f) => f.frozenMs));
+        process.stderr.write(`frozen ${frozen().length} times, at most ${longest.toFixed(1)} ms\n`);
+        expect(w.session.status().freezes).toEqual({ count: frozen().length, longestMs: longest });
+        // How late a processor is to be had is not ours; that it is a multiple of the bound would be.
+        expect(longest).toBeLessThan(2 * BOUND_MS);
+      } finally {
+        load.kill('SIGINT');
+        await ended;
+      }
+      const last = await w.session.point({ pointClass: PointClass.crash });
+      await mounted.unmount();
+      const after = await w.session.point({ pointClass: PointClass.crash });
+      expect(after.seq).toBeGreaterThanOrEqual(last.seq);
+      await w.session.stop(2000);
+      await quiescer.close();
+      await expectRestored('host/' + path.basename(device), after.seq, device);
+    },
+    180_000,
+  );
+});
+
+describe('a medium with blocks that cannot be read', () => {
+  for (const source of ['auto', 'scan'] as const) {
+    requires(NEEDS).it(
+      `is captured but for those, and wholly when they can be read again (${source})`,
+      async () => {
+        const file = dir.join('disk.img');
+        writeFileSync(file, noise(5, 8 * MIB));
+        const { device } = await attachLoop(dir, file);
+        // Behind its end the loop device gives real errors.
+        truncateSync(file, 6 * MIB);
+        const w = watch(device, { source, badRetryMs: 200, workers: 1 });
+        await until(() => w.session.status().state === 'unreadable', 'the state');
+        expect(w.session.status()).toMatchObject({
+          lagMs: undefined,
+          unreadable: { bytes: 2 * MIB, ranges: [{ offset: 6 * MIB, length: 2 * MIB }] },
+        });
+        await until(() => w.session.status().lastPoint !== undefined, 'a point');
+        expect(w.session.status().lastPoint?.pointClass).toBe(PointClass.fuzzy);
+        pokeWithDd(device, 4096 * 100, noise(6, 4096));
+        await expect(w.session.point({ pointClass: PointClass.crash })).rejects.toThrow(
+          `${2 * MIB} bytes of it cannot be read`,
+        );
+        expect(said(w)).toContain('2.0 MiB of');
+        truncateSync(file, 8 * MIB);
+        await until(() => w.session.status().state === 'exact', 'exact points');
+        const { seq } = await w.session.point({ pointClass: PointClass.crash });
+        await w.session.stop(2000);
+        await expectRestored(`host/${path.basename(device)}`, seq, device);
+      },
+      60_000,
+    );
+  }
 });

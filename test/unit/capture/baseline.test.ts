@@ -346,11 +346,13 @@ describe('a scan', () => {
     const { repo, volumeId } = await repository(31);
     const logged = new LoggedDevice(testImage(31, SIZE));
     const sink = repositorySink(repo, volumeId, logged.device);
+    let isDead = false;
     logged.memory.before = (_what, offset) => {
-      if (offset >= 5 * MIB) throw new B2Error('io', 'the medium is bad', { retryable: true });
+      isDead ||= offset >= 5 * MIB;
+      if (isDead) throw new B2Error('io', 'the medium is bad', { retryable: true });
     };
     await withLive(logged, sink, {}, async ({ capture, events }) => {
-      await expect(capture.done).rejects.toThrow('/dev/test cannot be read');
+      await expect(capture.done).rejects.toThrow('read of /dev/test: the medium is bad');
       expect(events.some((e) => e.type === 'outage')).toBe(false);
     });
     await sink.close();

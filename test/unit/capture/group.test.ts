@@ -1,19 +1,22 @@
 /** Several devices, one cut: every point of the group is one instant of all of them, whatever fails in between. */
 import { describe, expect, it } from 'vitest';
-import { captureGroup, commonInstants, type GroupMember } from '../../../src/capture/group.js';
+import {
+  commonInstants,
+  PointGroup,
+  type GroupCut,
+  type GroupState,
+} from '../../../src/capture/group.js';
 import {
   LiveCapture,
   type CaptureEvent,
   type CapturedPoint,
 } from '../../../src/capture/live-capture.js';
 import { systemClock } from '../../../src/clock.js';
-import { B2Error } from '../../../src/errors.js';
 import { Coverage, PointClass } from '../../../src/format/commit.js';
 import { VolumeHistory } from '../../../src/repo/history.js';
 import type { Repository } from '../../../src/repo/repository.js';
 import { Timeline } from '../../../src/repo/timeline.js';
 import { writeVolumeMeta } from '../../../src/repo/volume.js';
-import { VolumeWriter } from '../../../src/repo/volume-writer.js';
 import {
   BLOCK,
   FakeSource,
@@ -38,47 +41,69 @@ class Group {
   readonly volumes: readonly string[];
   readonly disks: readonly LoggedDevice[];
   readonly sources: readonly FakeSource[];
-  readonly events: CaptureEvent[] = [];
-  readonly points: CapturedPoint[] = [];
-  readonly capture: LiveCapture;
+  readonly events: CaptureEvent[][] = SIZES.map(() => []);
+  readonly points: CapturedPoint[][] = SIZES.map(() => []);
+  readonly captures: readonly LiveCapture[];
+  readonly group: PointGroup;
+  readonly changes: GroupState[] = [];
   private readonly closing: (() => Promise<void>)[] = [];
   readonly random: () => number;
+  private readonly intervalMs: number;
 
   private constructor(
     repo: Repository,
     volumes: readonly string[],
     random: () => number,
     seed: number,
+    intervalMs: number,
   ) {
     this.repo = repo;
     this.volumes = volumes;
     this.random = random;
+    this.intervalMs = intervalMs;
     this.disks = SIZES.map((size, i) => new LoggedDevice(testImage(seed + i, size)));
     // Sources are opened one after the other, so that their clocks differ.
     const origin = systemClock.monotonicNs();
     this.sources = SIZES.map((_, i) => new FakeSource(origin - BigInt(i * 1_234_567)));
-    const members = this.disks.map((disk, i): GroupMember => {
-      const sink = repositorySink(repo, volumes[i] ?? '', disk.device);
-      this.closing.push(() => sink.close());
-      return { device: disk.device, source: this.sources[i] ?? new FakeSource(), sink };
-    });
-    this.capture = LiveCapture.start({
-      ...captureGroup(members),
+    this.group = new PointGroup({
+      name: 'db',
+      devices: SIZES.map((_, i) => `disk${i}`),
       clock: systemClock,
-      intervalMs: 60_000,
-      attemptMs: 60_000,
+      onChange: (state) => this.changes.push(state),
+    });
+    this.captures = SIZES.map((_, i) => this.capture(i));
+  }
+
+  /** Starts the capture of one device, again if need be. */
+  capture(i: number, isInSync = false): LiveCapture {
+    const disk = this.disk(i);
+    const sink = repositorySink(this.repo, this.volumes[i] ?? '', disk.device);
+    this.closing.push(() => sink.close());
+    return LiveCapture.start({
+      source: this.source(i),
+      device: disk.device,
+      sink,
+      clock: systemClock,
+      intervalMs: this.intervalMs,
+      attemptMs: 10_000,
       pollMs: 1,
       retryMs: 2,
       scanBlocks: 1024,
       stageBytes: 300 * BLOCK,
+      isInSync,
+      group: { of: this.group, device: `disk${i}` },
       onEvent: (e) => {
-        this.events.push(e);
-        if (e.type === 'point') this.points.push(e.point);
+        this.events[i]?.push(e);
+        if (e.type === 'point') this.points[i]?.push(e.point);
       },
     });
   }
 
-  static async start(seed: number, rule: (call: FaultCall) => Fault | undefined) {
+  static async start(
+    seed: number,
+    rule: (call: FaultCall) => Fault | undefined = () => undefined,
+    intervalMs = 600_000,
+  ): Promise<Group> {
     const random = seeded(seed);
     const store = new FaultStore(new MemoryStore(), rule);
     const { repo, model, writer } = await newModel(store, random, { sizeBytes: SIZES[0] ?? 0 });
@@ -90,37 +115,78 @@ class Group {
       await writeVolumeMeta(repo, testMeta(id, size, `host/sd${i}`));
       volumes.push(id);
     }
-    return new Group(repo, volumes, random, seed);
+    return new Group(repo, volumes, random, seed, intervalMs);
+  }
+
+  disk(i: number): LoggedDevice {
+    const disk = this.disks[i];
+    if (disk === undefined) throw new Error('no such disk');
+    return disk;
+  }
+
+  source(i: number): FakeSource {
+    const source = this.sources[i];
+    if (source === undefined) throw new Error('no such source');
+    return source;
+  }
+
+  live(i: number): LiveCapture {
+    const capture = this.captures[i];
+    if (capture === undefined) throw new Error('no such capture');
+    return capture;
   }
 
   /** One write to a disk chosen at random: in one thread, so that each is issued after the one before was over. */
-  write(): void {
-    const i = Math.floor(this.random() * SIZES.length);
-    const [disk, source] = [this.disks[i], this.sources[i]];
-    if (disk === undefined || source === undefined) throw new Error('no such disk');
+  write(i = Math.floor(this.random() * SIZES.length)): void {
+    const disk = this.disk(i);
     const blocks = Math.ceil(disk.bytes.length / BLOCK);
     const block = this.random() < 0.2 ? blocks - 1 : Math.floor(this.random() * blocks);
     const length = Math.min(BLOCK, disk.bytes.length - block * BLOCK);
-    disk.write(source, block, Buffer.alloc(length, `written ${this.random()} `));
+    disk.write(this.source(i), block, Buffer.alloc(length, `written ${this.random()} `));
   }
 
-  /** Holds every point of the group against all disks. */
+  /** Waits until every device has been read and the group is whole. */
+  async whole(): Promise<void> {
+    await until(() => this.group.look().isWhole, 'the group to be whole');
+  }
+
+  /** A point of all, asked for of one of them. */
+  async point(i = 0): Promise<CapturedPoint> {
+    const point = await this.live(i).point();
+    await until(
+      () => this.points.every((list) => list.some((p) => p.instantNs === point.instantNs)),
+      'the points of the others',
+    );
+    return point;
+  }
+
+  /** Holds every point against its disk, and those of the group against all. */
   async check(): Promise<void> {
-    for (const p of this.points.slice(-8)) {
-      expect(p.seqs).toHaveLength(SIZES.length);
-      for (const [i, disk] of this.disks.entries()) {
-        const image = await imageAt(this.repo, this.volumes[i] ?? '', p.seqs?.[i]);
-        const origin = this.sources.reduce(
-          (o, s) => (s.originNs < o ? s.originNs : o),
-          this.sources[0]?.originNs ?? 0n,
-        );
-        disk.check(image, Number(origin) + p.instantSourceNs, `disk ${i}, point ${p.seqs?.[i]}`);
+    for (const [i, list] of this.points.entries()) {
+      const origin = Number(this.source(i).originNs);
+      for (const p of list.slice(-8)) {
+        const image = await imageAt(this.repo, this.volumes[i] ?? '', p.seq);
+        this.disk(i).check(image, origin + p.instantSourceNs, `disk ${i}, point ${p.seq}`);
+        if (p.group === undefined) continue;
+        for (const [j, other] of this.points.entries()) {
+          const same = other.find((q) => q.instantNs === p.instantNs);
+          if (same === undefined) continue;
+          // One instant by the monotonic clock as well, which is what the writes are held against.
+          expect(Number(this.source(j).originNs) + same.instantSourceNs).toBeCloseTo(
+            origin + p.instantSourceNs,
+            -2,
+          );
+        }
       }
     }
   }
 
+  get shared(): bigint[] {
+    return commonInstants(this.points.map((list) => list.map((p) => p.instantNs)));
+  }
+
   async end(): Promise<void> {
-    await this.capture.stop().catch(() => undefined);
+    for (const capture of this.captures) await capture.stop().catch(() => undefined);
     for (const close of this.closing) await close();
     await this.repo.close();
   }
@@ -146,59 +212,95 @@ describe('a group of devices', () => {
   it('has points that are one instant of all of them', async () => {
     let points = 0;
     for (let seed = 1; seed <= SEEDS; seed++) {
-      const group = await Group.start(seed, () => undefined);
-      const { capture, disks, sources } = group;
+      const group = await Group.start(seed);
+      await group.whole();
       let left = 0;
-      for (const disk of disks)
+      for (const disk of group.disks)
         disk.memory.before = () => {
           if (left > 0 && group.random() < 0.4) group.write();
           if (left-- > 0 && group.random() < 0.4) setImmediate(() => group.write());
         };
-      for (let i = 0; i < 5; i++) {
+      for (let i = 0; i < 6; i++) {
         left = 60;
-        await capture.point();
+        await group.point(i % SIZES.length);
         for (let n = 0; n < 20; n++) group.write();
         if (i === 2) {
-          const [source] = sources;
-          if (source !== undefined) source.loss = { reason: 'overrun', message: 'lost some' };
+          group.source(0).loss = { reason: 'overrun', message: 'lost some' };
+          await group.live(0).point();
+          await group.whole();
         }
       }
-      for (const disk of disks) disk.memory.before = () => undefined;
-      const last = await capture.point();
-      for (const [i, disk] of disks.entries())
-        expect(
-          (await imageAt(group.repo, group.volumes[i] ?? '', last.seqs?.[i])).equals(disk.bytes),
-        ).toBe(true);
+      for (const disk of group.disks) disk.memory.before = () => undefined;
+      // What was put off until now is written before the last point is asked for.
+      await systemClock.sleep(20);
+      const last = await group.point();
+      expect(last.group).toBe('db');
+      for (const [i, disk] of group.disks.entries()) {
+        const seq = group.points[i]?.find((p) => p.instantNs === last.instantNs)?.seq;
+        expect((await imageAt(group.repo, group.volumes[i] ?? '', seq)).equals(disk.bytes)).toBe(
+          true,
+        );
+      }
       await group.check();
-      points += group.points.length;
+      points += group.shared.length;
       await group.end();
     }
-    expect(points).toBeGreaterThanOrEqual(SEEDS * 6);
+    expect(points).toBeGreaterThanOrEqual(SEEDS * 7);
   }, 180_000);
 
+  it('never splits a pair of writes that one program made one after the other', async () => {
+    const group = await Group.start(10, undefined, 5);
+    await group.whole();
+    // The second is issued when the first is over: no point of the group may have the second alone.
+    let pairs = 0;
+    // However long that takes on a machine with much else to do.
+    for (let n = 1; group.shared.length < 6 || n <= 300; n++) {
+      expect(n).toBeLessThan(20_000);
+      pairs = n;
+      for (const i of [0, 1])
+        group.disk(i).write(group.source(i), 7, Buffer.alloc(BLOCK, `${n} `.repeat(8)));
+      if (n % 3 === 0) await systemClock.sleep(n % 8);
+    }
+    await group.point();
+    const numberIn = async (i: number, seq: number): Promise<number> => {
+      const image = await imageAt(group.repo, group.volumes[i] ?? '', seq);
+      return Number.parseInt(image.toString('latin1', 7 * BLOCK, 7 * BLOCK + 8), 10) || 0;
+    };
+    const instants = group.shared;
+    let different = 0;
+    for (const instant of instants) {
+      const seqs = [0, 1].map(
+        (i) => group.points[i]?.find((p) => p.instantNs === instant)?.seq ?? 0,
+      );
+      const [first, second] = await Promise.all(seqs.map((seq, i) => numberIn(i, seq)));
+      expect(second).toBeLessThanOrEqual(first ?? 0);
+      expect((first ?? 0) - (second ?? 0)).toBeLessThanOrEqual(1);
+      different = Math.max(different, first ?? 0);
+    }
+    expect(different).toBe(pairs);
+    expect(instants.length).toBeGreaterThan(3);
+    await group.end();
+  }, 60_000);
+
   it('stores on each volume what is its own, and an empty commit where nothing has changed', async () => {
-    const group = await Group.start(20, () => undefined);
-    const { capture, repo, volumes } = group;
-    const first = await capture.point();
-    expect(first).toMatchObject({ coverage: Coverage.unknown });
-    const [disk, source] = [group.disks[1], group.sources[1]];
-    if (disk === undefined || source === undefined) throw new Error('no such disk');
-    disk.write(source, 1536, Buffer.alloc(512, 'the short last block'));
-    const second = await capture.point();
-    expect(second).toMatchObject({ blocks: 1, coverage: Coverage.exact });
-    expect(second.seqs).toEqual(first.seqs?.map((seq) => seq + 1));
+    const group = await Group.start(20);
+    const { repo, volumes } = group;
+    await group.whole();
+    // Without any write: what was read first becomes a point of all.
+    await until(() => group.shared.length === 1, 'a first point of the group');
+    group.disk(1).write(group.source(1), 1536, Buffer.alloc(512, 'the short last block'));
+    const second = await group.point(1);
+    expect(second).toMatchObject({ blocks: 1, coverage: Coverage.exact, group: 'db' });
+    expect(group.points[0]?.at(-1)).toMatchObject({ blocks: 0, coverage: Coverage.exact });
     const instants = await Promise.all(volumes.map((id) => instantsOf(repo, id)));
-    expect(commonInstants(instants.map((m) => [...m.keys()]))).toEqual([
-      first.instantNs,
-      second.instantNs,
-    ]);
+    expect(commonInstants(instants.map((m) => [...m.keys()]))).toEqual(group.shared);
+    expect(group.shared).toHaveLength(2);
     await group.check();
     await group.end();
   });
 
-  it('is out as a whole when one volume is, and has no point that the others lack', async () => {
+  it('goes on apart while one takes no part, each with points of its own, and together again', async () => {
     let failing = '';
-    const ids: string[] = [];
     // A pack does not say whose it is; the journal entry before it does.
     const packs = new Map<string, string>();
     const group = await Group.start(30, (call) => {
@@ -208,90 +310,66 @@ describe('a group of devices', () => {
       const isWrite = call.kind === 'append' || call.kind === 'sync' || call.kind === 'put';
       return isWrite && failing !== '' && owner === failing ? { do: 'no-space' } : undefined;
     });
-    const { capture, events, repo, volumes, disks } = group;
-    ids.push(...volumes);
-    await capture.point();
-    failing = ids[1] ?? '';
-    for (let i = 0; i < 20; i++) group.write();
-    const waiting = capture.point();
-    await until(() => events.filter((e) => e.type === 'outage').length >= 3, 'an outage');
-    expect(capture.status().outage?.kind).toBe('no-space');
-    for (let i = 0; i < 20; i++) group.write();
+    const { repo, volumes, disks } = group;
+    await group.whole();
+    await group.point();
+    failing = volumes[1] ?? '';
+    for (let i = 0; i < SIZES.length; i++) group.write(i);
+    const waiting = group.live(1).point();
+    await until(() => group.live(1).status().outage?.kind === 'no-space', 'an outage');
+    expect(group.group.look()).toMatchObject({ isWhole: false, missing: ['disk1'] });
+    group.write(0);
+    const own = await group.live(0).point();
+    expect(own.group).toBeUndefined();
     failing = '';
     expect(await waiting).toMatchObject({ coverage: Coverage.coalesced });
-    group.write();
-    const last = await capture.point();
+    await group.whole();
+    expect(group.changes.map((c) => c.isWhole)).toEqual([true, false, true]);
+    const last = await group.point(2);
     const instants = await Promise.all(volumes.map((id) => instantsOf(repo, id)));
     const common = commonInstants(instants.map((m) => [...m.keys()]));
-    expect(common).toEqual(group.points.map((p) => p.instantNs));
-    // What was durable on one volume only is a point of that one and of no other.
-    expect(instants.some((m) => m.size > common.length)).toBe(true);
-    for (const [i, disk] of disks.entries())
-      expect((await imageAt(repo, volumes[i] ?? '', last.seqs?.[i])).equals(disk.bytes)).toBe(true);
+    expect(common).toContain(last.instantNs);
+    expect(common).not.toContain(own.instantNs);
+    for (const [i, disk] of disks.entries()) {
+      const seq = instants[i]?.get(last.instantNs);
+      expect((await imageAt(repo, volumes[i] ?? '', seq)).equals(disk.bytes)).toBe(true);
+    }
     await group.check();
     await group.end();
   });
 
-  it('ends when another writer takes one of its volumes, and when one of its devices fails', async () => {
-    const taken = await Group.start(40, () => undefined);
-    await taken.capture.point();
-    const other = await VolumeWriter.claim(taken.repo, taken.volumes[2] ?? '');
-    await other.history.close();
-    taken.write();
-    const asked = taken.capture.point();
-    await expect(taken.capture.done).rejects.toMatchObject({ kind: 'lost-claim' });
-    await expect(asked).rejects.toMatchObject({ kind: 'lost-claim' });
-    await other.writer.close();
-    await taken.end();
-
-    const broken = await Group.start(41, () => undefined);
-    const [disk] = broken.disks;
-    if (disk !== undefined)
-      disk.memory.before = () => {
-        throw new B2Error('io', 'the medium is bad');
-      };
-    await expect(broken.capture.done).rejects.toMatchObject({ kind: 'io' });
-    expect(broken.points).toEqual([]);
-    await broken.end();
-  });
-
-  it('ends, as one device does, when one of them is resized', async () => {
-    const group = await Group.start(50, () => undefined);
-    await group.capture.point();
-    const [first, second] = group.sources;
-    if (first === undefined || second === undefined) throw new Error('no source');
-    first.loss = { reason: 'overrun', message: 'lost some' };
-    second.loss = { reason: 'resized', message: '/dev/b has grown' };
-    await expect(group.capture.done).rejects.toThrow('/dev/b has grown');
+  it('is not held up by a device that has gone, and takes it in again', async () => {
+    const group = await Group.start(40);
+    await group.whole();
+    await group.point();
+    await group.live(2).stop();
+    group.write(0);
+    const own = await group.live(0).point();
+    expect(own.coverage).toBe(Coverage.exact);
+    expect(own.group).toBeUndefined();
+    expect(group.group.look().missing).toEqual(['disk2']);
+    const back = group.capture(2);
+    await group.whole();
+    expect((await group.point()).group).toBe('db');
+    expect(group.changes.map((c) => c.isWhole)).toEqual([true, false, true]);
+    await back.stop();
     await group.end();
   });
-});
 
-describe('the group as a device', () => {
-  it('reads over the borders of its devices, and zeros between them', async () => {
-    const disks = SIZES.map((size, i) => new LoggedDevice(testImage(60 + i, size)));
-    const { device } = captureGroup(
-      disks.map((d) => ({
-        device: d.device,
-        source: new FakeSource(),
-        sink: { commit: () => Promise.reject(new Error('not asked for')) },
-      })),
-    );
-    const expected = Buffer.alloc(device.facts.sizeBytes);
-    // 5 MiB from 0, 6 MiB and a bit from 8, 2 MiB from 16.
-    disks.forEach((d, i) => d.bytes.copy(expected, i * 8 * MIB));
-    expect(device.facts.sizeBytes).toBe(18 * MIB);
-    for (const [offset, length] of [
-      [0, 18 * MIB],
-      [4 * MIB, 5 * MIB],
-      [6 * MIB, MIB],
-      [14 * MIB, 4 * MIB],
-      [17 * MIB, 2 * MIB],
-    ] as const) {
-      const into = Buffer.alloc(length, 0xee);
-      const got = await device.read(into, offset);
-      expect(got).toBe(Math.min(length, 18 * MIB - offset));
-      expect(into.subarray(0, got).equals(expected.subarray(offset, offset + got))).toBe(true);
-    }
+  it('does not wait longer than an attempt for one that does not come', async () => {
+    const seat = (isAble: boolean): GroupCut => ({
+      originNs: 0n,
+      isAble: () => isAble,
+      decide: () => ({ kind: 'holds', loNs: 1, hiNs: 3, instantNs: 2 }),
+      claim: () => undefined,
+      wallOf: () => 0n,
+    });
+    const group = new PointGroup({ name: 'g', devices: ['a', 'b'], clock: systemClock });
+    const a = group.join('a', seat(true));
+    group.join('b', seat(true));
+    const nowNs = Number(systemClock.monotonicNs());
+    expect(await a.meet(2, nowNs + 20e6, new AbortController().signal)).toEqual({ kind: 'alone' });
+    expect(() => group.join('a', seat(true))).toThrow('already');
+    expect(() => group.join('c', seat(true))).toThrow('not of the group');
   });
 });

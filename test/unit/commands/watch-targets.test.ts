@@ -19,6 +19,9 @@ function input(
       'freeze-limit': undefined,
       'take-over': false,
       'accept-device': false,
+      group: undefined,
+      freeze: undefined,
+      'freeze-after': undefined,
       ...options,
     },
   };
@@ -52,6 +55,49 @@ describe('targetsOf', () => {
         hasHooks: false,
       },
     ]);
+  });
+
+  it('says when file systems may be frozen', () => {
+    const of = (options: Partial<WatchInput['options']>, config: Config = {}): unknown => {
+      const [target] = targetsOf(input(['/dev/x'], options), config);
+      return [target?.freezeMs, target?.freezeAfterMs];
+    };
+    expect(of({})).toEqual([100, 5000]);
+    expect(of({ freeze: 'on-request' })).toEqual([100, undefined]);
+    expect(of({ freeze: 'never' })).toEqual([0, undefined]);
+    expect(of({ 'freeze-limit': 0 })).toEqual([0, undefined]);
+    expect(of({ freeze: 'auto', 'freeze-after': 9000 }, { 'watch.freeze': 'never' })).toEqual([
+      100, 9000,
+    ]);
+    expect(of({}, { 'watch.freeze': 'on-request', 'watch.freeze-limit': 20 })).toEqual([
+      20,
+      undefined,
+    ]);
+    expect(() => of({ 'freeze-after': 1 })).toThrow('freeze-after');
+  });
+
+  it('puts devices into groups, and none into a group of one', () => {
+    const pair = { name: 'data', devices: ['/dev/x', '/dev/y'] };
+    const named = targetsOf(input(['/dev/x', '/dev/y'], { group: 'data' }), {});
+    expect(named.map((t) => t.group)).toEqual([pair, pair]);
+    expect(() => targetsOf(input(['/dev/x'], { group: 'data' }), {})).toThrow('one device only');
+    const config: Config = {
+      'watch.devices': [
+        { device: '/dev/x', group: 'data' },
+        { device: '/dev/y', group: 'data' },
+        { device: '/dev/z' },
+      ],
+    };
+    const all = targetsOf(input([]), config);
+    expect(all.map((t) => t.group)).toEqual([pair, pair, undefined]);
+    // A device that is named alone is watched alone.
+    expect(targetsOf(input(['/dev/x']), config)[0]?.group).toBeUndefined();
+    // Another member makes it another group, and the session another one.
+    const three = targetsOf(input(['/dev/x', '/dev/y', '/dev/z'], { group: 'data' }), {});
+    expect(three[0]?.key).not.toBe(named[0]?.key);
+    expect(() =>
+      targetsOf(input([]), { 'watch.devices': [{ device: '/dev/x', group: 'data' }] }),
+    ).toThrow('one device only');
   });
 
   it('names devices for everybody', () => {

@@ -53,6 +53,8 @@ export class Medium {
   /** Called before each read; throws to make it fail. */
   beforeRead: (offset: number) => void = () => undefined;
   reads = 0;
+  /** Blocks that cannot be read. */
+  readonly bad = new Set<number>();
   readonly sources = new Set<SimSource>();
   static nextSequence = 1n;
 
@@ -157,6 +159,9 @@ export class Machine implements SessionHost {
         await Promise.resolve();
         medium.reads++;
         medium.beforeRead(offset);
+        for (let at = offset; at < offset + into.byteLength; at += BLOCK)
+          if (medium.bad.has(Math.floor(at / BLOCK)))
+            throw new B2Error('io', `read ${PATH}: input/output error`);
         if (this.medium !== medium) throw new B2Error('io', `read ${PATH}: no such device`);
         return medium.bytes.copy(
           into,

@@ -4,12 +4,13 @@ import type { Frozen, Thawed } from '../../../../src/capture/freeze/freezer.js';
 import { holdingOf, type WatchedMount } from '../../../../src/capture/freeze/mounts.js';
 import {
   quiescedPoint,
+  type Freeze,
   type FreezesFor,
   type PointMaker,
   type QuiesceOptions,
 } from '../../../../src/capture/freeze/quiesced-point.js';
 import type { CapturedPoint, LetGo } from '../../../../src/capture/live-capture.js';
-import { systemClock } from '../../../../src/clock.js';
+import { systemClock, type Clock } from '../../../../src/clock.js';
 import { B2Error } from '../../../../src/errors.js';
 import { Coverage, PointClass } from '../../../../src/format/commit.js';
 import { tempDir } from '../../../support/tmp.js';
@@ -29,6 +30,8 @@ const MOUNT: WatchedMount = {
 class FakeCapture implements PointMaker {
   readonly classes: PointClass[] = [];
   pendingBlocks = 0;
+  /** Writers never pause: ordinary points do not come about. */
+  isOutrun = false;
   /** What a point of class fs does. */
   onHeld: (letGo: LetGo, signal?: AbortSignal) => Promise<void> = async (letGo) => {
     if (!(await letGo())) throw new B2Error('failed', 'the writers were not held still');
@@ -41,6 +44,12 @@ class FakeCapture implements PointMaker {
     letGo?: LetGo,
   ): Promise<CapturedPoint> {
     this.classes.push(pointClass);
+    if (this.isOutrun && pointClass === PointClass.crash)
+      await new Promise((_, reject) =>
+        signal?.addEventListener('abort', () =>
+          reject(new B2Error('interrupted', 'nobody waits any longer')),
+        ),
+      );
     if (letGo !== undefined) await this.onHeld(letGo, signal);
     return {
       seq: ++this.seq,
@@ -95,6 +104,13 @@ function options(freezer: FreezesFor, more: Partial<QuiesceOptions> = {}): Quies
   };
 }
 
+/** A hundred times as fast as the system's. */
+const fastClock: Clock = {
+  nowNs: () => systemClock.nowNs(),
+  monotonicNs: () => systemClock.monotonicNs() * 100n,
+  sleep: (ms, signal) => systemClock.sleep(ms / 100, signal),
+};
+
 async function refusal(made: Promise<unknown>): Promise<B2Error> {
   try {
     await made;
@@ -119,6 +135,49 @@ describe('a point with frozen file systems', () => {
       PointClass.fs,
     ]);
     expect([freezer.freezes, freezer.thaws]).toEqual([1, 1]);
+  });
+
+  it('is made where writers let no ordinary point through', async () => {
+    const capture = new FakeCapture();
+    capture.isOutrun = true;
+    capture.pendingBlocks = 100;
+    const freezes: Freeze[] = [];
+    const made = await quiescedPoint(
+      capture,
+      [MOUNT],
+      options(new FakeFreezer(), { clock: fastClock, onFreeze: (f) => freezes.push(f) }),
+    );
+    expect(made.point.pointClass).toBe(PointClass.fs);
+    expect(freezes).toEqual([{ frozenMs: 12, mountPoints: ['/proc'] }]);
+  });
+
+  it('is given up, with a clear answer, where reading never catches up or the disk does not sync', async () => {
+    const capture = new FakeCapture();
+    capture.isOutrun = true;
+    capture.pendingBlocks = 1_000_000;
+    const freezer = new FakeFreezer();
+    const error = await refusal(
+      quiescedPoint(capture, [MOUNT], options(freezer, { clock: fastClock, limitMs: 5000 })),
+    );
+    expect(error).toMatchObject({ kind: 'failed', retryable: true });
+    expect(error.message).toMatch(/after 5 s there are still 3\.8 GiB of changes to be read/);
+    capture.isOutrun = false;
+    capture.pendingBlocks = 0;
+    // A sync that is never over in time.
+    const hurried: Clock = { ...fastClock, sleep: () => Promise.resolve() };
+    const busy = await refusal(
+      quiescedPoint(capture, [MOUNT], options(freezer, { clock: hurried, limitMs: 5000 })),
+    );
+    expect(busy).toMatchObject({ kind: 'failed', retryable: true });
+    expect(busy.message).toMatch(/syncing its file systems takes longer than 5 s/);
+    const given = new AbortController();
+    capture.isOutrun = true;
+    const asked = refusal(
+      quiescedPoint(capture, [MOUNT], options(freezer, { signal: given.signal })),
+    );
+    given.abort();
+    expect((await asked).kind).toBe('interrupted');
+    expect(freezer.freezes).toBe(0);
   });
 
   it('is refused, without a freeze, where it would hold writers longer than the bound, saying by how much', async () => {

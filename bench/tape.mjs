@@ -1,8 +1,13 @@
 #!/usr/bin/env node
-// How fast an export writes to a stand-in for a tape, beside `tar -b 512` of the same packs to the same file system. In turn, both to
-// durable files; medians of the ratios of the rounds. Read back is off: tar does not read back either.
+// How fast an export writes to a stand-in for a tape, beside `tar -b 512` of the same packs to the same file system.
 //
-//   usage: node bench/tape.mjs [--mib 1024] [--rounds 3] [--encryption aes256|none] [--dir DIR]
+// Both end with their bytes on stable storage, as a file mark does on a real drive: b2 syncs each file of the tape before its mark, tar is
+// followed by `sync FILE`. Both begin with the packs in the page cache (`--cache warm`), or both without (`cold`). In turn, after a sync of
+// everything that the run before left. Read back is off: tar does not read back either. Times are those of the whole commands, b2's with the start of
+// the program, the password (scrypt) and the plan; what of it is fixed is shown beside it (`b2 tape list`), and the rate of the writing alone.
+//
+//   usage: node bench/tape.mjs [--mib 2048] [--rounds 3] [--cache warm|cold] [--encryption aes256|none] [--rate 360M] [--dir DIR] [--json]
+//          --rate: the stand-in takes no more than that, as a real drive does (LTO-8: 360M); tar is left out, and under-runs are what counts
 import { execFileSync } from 'node:child_process';
 import {
   closeSync,
@@ -10,6 +15,7 @@ import {
   mkdirSync,
   mkdtempSync,
   openSync,
+  readdirSync,
   rmSync,
   statSync,
   writeSync,
@@ -22,35 +28,62 @@ import { parseArgs } from 'node:util';
 
 const { values } = parseArgs({
   options: {
-    mib: { type: 'string', default: '1024' },
+    mib: { type: 'string', default: '2048' },
     rounds: { type: 'string', default: '3' },
+    cache: { type: 'string', default: 'warm' },
     encryption: { type: 'string', default: 'aes256' },
+    rate: { type: 'string' },
     dir: { type: 'string', default: tmpdir() },
+    json: { type: 'boolean', default: false },
   },
 });
 const program = fileURLToPath(new URL('../bin/b2', import.meta.url));
 const dir = mkdtempSync(join(values.dir, 'b2-bench-tape-'));
+const packs = join(dir, 'repo', 'packs');
 const env = {
   ...process.env,
   B2_REPOSITORY: join(dir, 'repo'),
   B2_PASSWORD: 'bench',
   B2_CONFIG: '/dev/null',
   B2_CACHE_DIR: join(dir, 'cache'),
+  TIMEFORMAT: '%R %U %S',
 };
-const b2 = (...args) =>
-  JSON.parse(
-    execFileSync(program, ['--json', ...args], {
+/** Runs a command; its output, and seconds elapsed and of CPU, with those of its children. */
+const timed = (...command) => {
+  const out = join(dir, 'out');
+  const err = join(dir, 'err');
+  const times = execFileSync(
+    'bash',
+    ['-c', `{ time "$@" >${out} 2>${err}; } 2>&1`, 'bash', ...command],
+    {
       env,
-      stdio: ['ignore', 'pipe', 'pipe'],
-      maxBuffer: 1 << 28,
-    }),
+      encoding: 'utf8',
+    },
   );
-const seconds = (work) => {
-  const from = process.hrtime.bigint();
-  work();
-  return Number(process.hrtime.bigint() - from) / 1e9;
+  const [seconds, user, system] = times.trim().split(' ').map(Number);
+  return {
+    seconds,
+    cpu: user + system,
+    out: execFileSync('cat', [out], { encoding: 'utf8', maxBuffer: 1 << 28 }),
+  };
+};
+const b2 = (...args) => {
+  const { out, ...times } = timed(program, '--json', ...args);
+  return { answer: JSON.parse(out), ...times };
 };
 const median = (list) => list.toSorted((a, b) => a - b)[Math.floor(list.length / 2)];
+const packFiles = () =>
+  readdirSync(packs, { recursive: true, withFileTypes: true })
+    .filter((f) => f.isFile())
+    .map((f) => join(f.parentPath ?? f.path, f.name));
+/** Brings the packs into the page cache, or takes them out of it. */
+const prepare = () => {
+  execFileSync('sync', ['-f', dir]);
+  for (const file of packFiles()) {
+    const how = values.cache === 'cold' ? ['iflag=nocache', 'count=0'] : ['bs=4M', 'of=/dev/null'];
+    execFileSync('dd', [`if=${file}`, ...how, 'status=none']);
+  }
+};
 
 try {
   b2('init', '--encryption', values.encryption);
@@ -65,45 +98,80 @@ try {
   fsyncSync(fd);
   closeSync(fd);
   b2('snapshot', image, '--volume', 'bench');
+  rmSync(image);
+  const fixed = median([0, 1, 2].map(() => b2('tape', 'list').seconds));
   const rounds = [];
   for (let round = 0; round < Number(values.rounds); round++) {
     const tape = join(dir, `tape-${round}`);
     const archive = join(dir, `archive-${round}.tar`);
     mkdirSync(tape);
-    let answer;
-    const runTar = () =>
-      seconds(() => {
-        execFileSync('tar', ['-b', '512', '-C', join(dir, 'repo'), '-cf', archive, 'packs']);
-        execFileSync('sync', [archive]);
-      });
-    const runB2 = () =>
-      seconds(() => {
-        answer = b2('export-tape', `file:${tape}`, '--label', 'BENCH', '--no-verify');
-      });
-    const order = round % 2 === 0;
-    const first = order ? runB2() : runTar();
-    const second = order ? runTar() : runB2();
-    const [whole, tar] = order ? [first, second] : [second, first];
-    const tarRate = statSync(archive).size / tar;
-    const rate = answer.bytes / answer.writeSeconds;
-    rounds.push({
-      rate,
-      whole: answer.bytes / whole,
-      tarRate,
-      ratio: rate / tarRate,
+    const runTar = () => {
+      prepare();
+      const done = timed(
+        'bash',
+        '-c',
+        'tar -b 512 -C "$1" -cf "$2" packs && sync "$2"',
+        'bash',
+        join(dir, 'repo'),
+        archive,
+      );
+      return { ...done, bytes: statSync(archive).size };
+    };
+    const runB2 = () => {
+      prepare();
+      const rate = values.rate === undefined ? '' : `?rate=${values.rate}`;
+      return b2('export-tape', `file:${tape}${rate}`, '--label', 'BENCH', '--no-verify');
+    };
+    let tar;
+    let done;
+    if (values.rate !== undefined) done = runB2();
+    else if (round % 2 === 0) {
+      done = runB2();
+      tar = runTar();
+    } else {
+      tar = runTar();
+      done = runB2();
+    }
+    const { answer } = done;
+    const result = {
+      bytes: answer.bytes,
+      writing: answer.bytes / answer.writeSeconds,
+      whole: answer.bytes / done.seconds,
+      seconds: done.seconds,
+      cpu: done.cpu,
       underRuns: answer.underRuns,
-    });
+    };
+    if (tar !== undefined) {
+      result.tarBytes = tar.bytes;
+      result.tar = tar.bytes / tar.seconds;
+      result.tarSeconds = tar.seconds;
+      result.tarCpu = tar.cpu;
+      result.ratioWhole = result.whole / result.tar;
+      result.ratioWriting = result.writing / result.tar;
+    }
+    rounds.push(result);
     rmSync(tape, { recursive: true });
-    rmSync(archive);
+    rmSync(archive, { force: true });
   }
-  const mib = (n) => `${(n / 2 ** 20).toFixed(0)} MiB/s`;
-  for (const r of rounds)
+  if (values.json) {
+    console.log(JSON.stringify({ fixedSeconds: fixed, cache: values.cache, rounds }));
+  } else {
+    const mib = (n) => `${(n / 2 ** 20).toFixed(0)} MiB/s`;
+    for (const r of rounds)
+      console.log(
+        `b2 ${mib(r.whole)} in ${r.seconds.toFixed(2)} s (${r.cpu.toFixed(1)} s CPU), writing ${mib(r.writing)}, under-runs ${r.underRuns}` +
+          (r.tar === undefined
+            ? ''
+            : `; tar ${mib(r.tar)} in ${r.tarSeconds.toFixed(2)} s (${r.tarCpu.toFixed(1)} s CPU); ratio ${r.ratioWhole.toFixed(2)}, of the writing ${r.ratioWriting.toFixed(2)}`),
+      );
+    if (values.rate === undefined)
+      console.log(
+        `median ratio: whole commands ${median(rounds.map((r) => r.ratioWhole)).toFixed(2)}, writing ${median(rounds.map((r) => r.ratioWriting)).toFixed(2)} (goal at least 0.9)`,
+      );
     console.log(
-      `writing ${mib(r.rate)} (the whole command ${mib(r.whole)}), tar ${mib(r.tarRate)}, ratio ${r.ratio.toFixed(2)}, under-runs ${r.underRuns}`,
+      `${values.cache} page cache, ${(rounds[0].bytes / 2 ** 20).toFixed(0)} MiB on tape; fixed costs of b2 about ${fixed.toFixed(2)} s; load ${loadavg()[0].toFixed(1)}`,
     );
-  console.log(
-    `median ratio ${median(rounds.map((r) => r.ratio)).toFixed(2)} (goal at least 0.9); load ${loadavg()[0].toFixed(1)}`,
-  );
+  }
 } finally {
-  rmSync(dir, { recursive: true });
+  rmSync(dir, { recursive: true, force: true });
 }

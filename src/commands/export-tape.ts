@@ -5,7 +5,8 @@ import { defineCommand, type ArgumentSpecs, type Input, type OptionSpecs } from 
 const args = {
   device: {
     label: 'DEVICE',
-    description: 'tape drive (/dev/nst0), or file:DIRECTORY standing in for a cartridge',
+    description:
+      'tape drive (/dev/nst0), or file:PATH: a directory or file standing in for a cartridge',
     complete: 'device',
   },
 } as const satisfies ArgumentSpecs;
@@ -70,10 +71,10 @@ export const exportTapeCommand = defineCommand({
   summary: 'write points of volumes to tape',
   description: [
     'Writes the newest exact point of every volume, or the points named, to the cartridge in the drive: as tar archives with file marks between them, which any tar reads, and which together are a repository. Nothing but the cartridges and the password or key file is needed to get the data back.',
-    'A cartridge that b2 wrote for this repository is added to, behind what it holds; what an interrupted export left there is overwritten. A blank one is labelled. Any other is refused without --force, with what is on it. When a cartridge is full the set goes on on the next one, which must be blank (or, with --force, not of this set).',
+    'A cartridge that b2 wrote for this repository is added to, behind what it holds; what an interrupted export left there is overwritten, also where that was its first. A blank one is labelled. Any other is refused without --force, with what is on it. When a cartridge is full the set goes on on the next one, which must be blank (or, with --force, not of this set).',
     'With --since-last only the chunks are written that no cartridge of the set holds; such a point needs those earlier cartridges too ("b2 tape list --needs").',
     'What was written is read back at the end of each cartridge. A command for the next cartridge gets B2_TAPE_DRIVE, B2_TAPE_SET, B2_TAPE_NUMBER, B2_TAPE_LABEL and B2_TAPE_PURPOSE in its environment and ends with code 0 when the cartridge is in.',
-    'DEVICE can be file:DIRECTORY (a removable disk): each file of the tape is a file there. file:DIRECTORY?size=650M limits what fits.',
+    'DEVICE can be file:PATH. A directory (a removable disk) holds each file of the tape as a file; a file, empty at first ("touch"), holds all of them, and "tar --ignore-zeros" reads it. The cartridge is full when its file system is; file:PATH?size=650M limits what fits before.',
   ],
   arguments: args,
   options,
@@ -88,6 +89,10 @@ export const exportTapeCommand = defineCommand({
       text: 'One point, with cartridges from a changer.',
     },
     { command: 'b2 export-tape file:/media/usb/b2', text: 'To a removable disk.' },
+    {
+      command: 'b2 export-tape file:/srv/offsite.tape',
+      text: 'To one file that stands in for a cartridge.',
+    },
   ],
   exitCodes: {
     [ExitCode.notFound]: 'no such volume or point, or no cartridge in the drive',

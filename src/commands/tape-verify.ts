@@ -4,7 +4,8 @@ import { defineCommand, type ArgumentSpecs, type Input, type OptionSpecs } from 
 const args = {
   device: {
     label: 'DEVICE',
-    description: 'tape drive (/dev/nst0), or file:DIRECTORY standing in for a cartridge',
+    description:
+      'tape drive (/dev/nst0), or file:PATH: a directory or file standing in for a cartridge',
     complete: 'device',
   },
 } as const satisfies ArgumentSpecs;

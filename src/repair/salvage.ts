@@ -46,7 +46,11 @@ MAGIC.writeUInt32LE(FRAME_MAGIC, 0);
 const TRAILER_MAGIC = Buffer.from('B2PE', 'latin1');
 
 /** Looks for frames in the bytes of a pack. Pure. */
-export function salvagePack(repo: Repository, packId: string, bytes: Buffer): Salvage {
+export function salvagePack(
+  repo: Pick<Repository, 'packContext' | 'id'>,
+  packId: string,
+  bytes: Buffer,
+): Salvage {
   const ctx = repo.packContext();
   const sealer = ctx.keys.packSealer(packId);
   const frames: FooterFrame[] = [];

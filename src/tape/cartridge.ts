@@ -106,3 +106,22 @@ export async function toFile(drive: TapeDrive, file: number): Promise<void> {
   await drive.rewind();
   if (file > 0) await drive.spaceFiles(file);
 }
+
+/**
+ * Goes behind the first `marks` file marks; false if the cartridge has fewer, which only its end of data says: where a drive fails that is thrown. The
+ * head is then at the end of data.
+ */
+export async function reachesFile(drive: TapeDrive, marks: number): Promise<boolean> {
+  try {
+    await toFile(drive, marks);
+    return true;
+  } catch (error) {
+    if (!isKind(error, 'io')) throw error;
+    if ((await drive.status()).atEnd) return false;
+    // Not every drive says why it went no further; that it finds the end of data, and in which file, says it as well.
+    await drive.toEndOfData();
+    const { file } = await drive.status();
+    if (file === undefined || file >= marks) throw error;
+    return false;
+  }
+}

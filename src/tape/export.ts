@@ -4,7 +4,8 @@
  */
 import type { Clock } from '../clock.js';
 import type { TapeDrive } from '../devices/tape/drive.js';
-import { B2Error } from '../errors.js';
+import { writeProtected } from '../devices/tape/file-drive.js';
+import { B2Error, isKind } from '../errors.js';
 import type { EventSink } from '../events.js';
 import { className } from '../format/commit.js';
 import {
@@ -43,6 +44,7 @@ import {
   putParts,
 } from './catalogue.js';
 import {
+  reachesFile,
   readFileId,
   readLabel,
   requireCartridge,
@@ -55,7 +57,8 @@ import { changeCartridge, type CartridgeSource } from './media.js';
 import { ExportPlan, type ExportPoint } from './plan.js';
 import { PackPool, type BuiltPack } from './pool.js';
 import { readBack } from './read-back.js';
-import { surveyCartridge } from './survey.js';
+import { readTapeFile } from './reader.js';
+import { surveyCartridge, type Survey } from './survey.js';
 import { TapeWriter, type MemberPlace } from './writer.js';
 
 export interface ExportOptions {
@@ -130,6 +133,8 @@ export interface ExportResult {
 
 /** Cartridges that may be refused one after the other before the export gives up. */
 const MAX_REFUSALS = 20;
+/** Packs made ahead for a stand-in. */
+const SHORT_DEPTH = 4;
 const ZERO_SESSION = '0'.repeat(32);
 
 /** See the file comment. Kinds: `refused`, `no-space`, `io`, `damaged`, `interrupted`. */
@@ -167,26 +172,29 @@ class PackQueue {
   readonly #pool: PackPool;
   readonly #repo: Repository;
   readonly #depth: number;
+  /** Packs to wait for once there was none. */
+  readonly #enough: number;
   readonly #ahead: { readonly index: number; readonly pack: Promise<BuiltPack>; ready: boolean }[] =
     [];
   #next = 0;
   #first = true;
 
-  constructor(plan: ExportPlan, pool: PackPool, repo: Repository, depth: number) {
+  constructor(plan: ExportPlan, pool: PackPool, repo: Repository, depth: number, streams: boolean) {
     this.#plan = plan;
     this.#pool = pool;
     this.#repo = repo;
     this.#depth = depth;
+    this.#enough = streams ? Math.max(1, Math.floor(depth * 0.75)) : 1;
   }
 
-  /** The next pack. Where none is ready the drive has to stop; then it waits until most of the buffer is full again. */
+  /** The next pack. Where none is ready the drive has to stop; one that must not stop often waits until most of the buffer is full again. */
   async next(): Promise<ReadyPack | undefined> {
     this.#fill();
     const head = this.#ahead[0];
     if (head === undefined) return undefined;
     if (!head.ready) {
       if (!this.#first) this.underRuns++;
-      const enough = this.#ahead.slice(0, Math.max(1, Math.floor(this.#depth * 0.75)));
+      const enough = this.#ahead.slice(0, this.#enough);
       await Promise.all(enough.map((a) => a.pack));
     }
     this.#first = false;
@@ -282,9 +290,11 @@ class Export {
       },
     );
     const { directory, points } = await this.#directory(plan, index, ofSet);
-    const roomBytes = Math.max(1, ...plan.packs.map((p) => p.roomBytes));
-    const depth = Math.max(2, Math.floor(this.#o.bufferBytes / roomBytes));
-    const queue = new PackQueue(plan, this.#pool, repo, depth);
+    const roomBytes = plan.packs.reduce((most, p) => Math.max(most, p.roomBytes), 1);
+    const most = Math.max(2, Math.floor(this.#o.bufferBytes / roomBytes));
+    // Where nothing has to be kept streaming, memory that stays in the cache is worth more.
+    const depth = drive.streams ? most : Math.min(most, SHORT_DEPTH);
+    const queue = new PackQueue(plan, this.#pool, repo, depth, drive.streams);
     try {
       let waiting: readonly ReadyPack[] = [];
       for (;;) {
@@ -321,11 +331,12 @@ class Export {
       const { label } = contents;
       const same = label.repositoryId === this.#o.repo.id;
       if (same && (setName === undefined || setName === label.setName)) {
-        const known = await this.#knownOrRead(label);
-        if (known !== undefined) {
-          if (!known.full) return this.#append(known);
+        const found = await this.#knownOrRead(label);
+        if (found === 'unfinished') return this.#anew(contents, label, undefined);
+        if (found !== undefined) {
+          if (!found.full) return this.#append(found);
           events({ type: 'note', message: `cartridge ${label.label} is full` });
-          return this.#following({ before: known, tape: label, file: 0, barcode: '' });
+          return this.#following({ before: found, tape: label, file: 0, barcode: '' });
         }
       }
       throw this.#refused(contents);
@@ -334,11 +345,16 @@ class Export {
     return this.#fresh(contents, setName ?? this.#o.defaultSetName, undefined);
   }
 
-  async #knownOrRead(label: TapeLabel): Promise<TapeCartridge | undefined> {
+  /**
+   * What is on a cartridge of this repository. `unfinished`: nothing but what an export left that ended before its first contents were written.
+   * Undefined: that cannot be told.
+   */
+  async #knownOrRead(label: TapeLabel): Promise<TapeCartridge | 'unfinished' | undefined> {
     const known = this.#known.find((c) => c.tape.cartridgeId === label.cartridgeId);
     if (known !== undefined) return known;
     const found = await surveyCartridge(this.#o.drive, label, this.#o.repo);
-    if (found.record === undefined) return undefined;
+    if (found.record === undefined)
+      return (await isUnfinished(this.#o.drive, found, label)) ? 'unfinished' : undefined;
     // The repository has forgotten it; the cartridge has not.
     for (const [name, bytes] of found.objects)
       if (name.startsWith('tapes/')) await this.#o.repo.store.put(name, bytes);
@@ -347,12 +363,26 @@ class Export {
     return found.record;
   }
 
+  /** Labels a cartridge once more that holds only an unfinished session. */
+  #anew(
+    contents: CartridgeContents,
+    label: TapeLabel,
+    after: TapeLabel | undefined,
+  ): Promise<Current> {
+    this.#o.events({
+      type: 'warning',
+      message: `cartridge ${label.label} holds only what an interrupted export of this repository left: it is written from its beginning`,
+    });
+    return this.#fresh(contents, label.setName, after);
+  }
+
   async #append(remembered: TapeCartridge): Promise<Current> {
     const { drive, repo, events } = this.#o;
+    if ((await drive.status()).writeProtected) throw writeProtected(drive.path);
     let known = remembered;
     let file = known.sessions.at(-1)?.endFile ?? 1;
     await this.#prepare(known.tape.recordBytes);
-    await toFile(drive, file);
+    await behindFiles(drive, file);
     const behind = await readFileId(drive, known.tape.recordBytes);
     if (typeof behind === 'object' && behind.cartridgeId === known.tape.cartridgeId) {
       // An unfinished session, or a finished one that this repository (an older copy of it) knows nothing of.
@@ -453,10 +483,14 @@ class Export {
     await this.#prepare(tape.recordBytes);
     await drive.rewind();
     const writer = this.#writer(tape, 0);
-    await writer.beginFile('label', ZERO_SESSION);
-    for (const [name, data] of labelMembers(tape, repo.keys.encrypted))
-      await writer.addMember(name, data);
-    await writer.endFile();
+    try {
+      await writer.beginFile('label', ZERO_SESSION);
+      for (const [name, data] of labelMembers(tape, repo.keys.encrypted))
+        await writer.addMember(name, data);
+      await writer.endFile();
+    } finally {
+      await writer.release();
+    }
     if (writer.isFull) throw tooSmall(drive);
     return { before: undefined, tape, file: 1, barcode };
   }
@@ -483,6 +517,11 @@ class Export {
       const ofSet = contents.kind === 'b2' && contents.label.setId === current.tape.setId;
       if (contents.kind === 'blank' || (force && !ofSet))
         return this.#fresh(contents, current.tape.setName, current.tape);
+      if (ofSet && contents.label.repositoryId === this.#o.repo.id) {
+        const { label } = contents;
+        if ((await this.#knownOrRead(label)) === 'unfinished')
+          return this.#anew(contents, label, current.tape);
+      }
       events({ type: 'warning', message: this.#refused(contents).message });
     }
     throw new B2Error(
@@ -709,6 +748,7 @@ class Export {
       return { last, waiting };
     } finally {
       progress.finish();
+      await writer.release();
     }
   }
 
@@ -803,6 +843,58 @@ class Export {
       throw new B2Error('interrupted', `the export to ${this.#o.drive.path} was interrupted`, {
         hint: 'The next export to this cartridge overwrites what was left unfinished.',
       });
+  }
+}
+
+/** Goes to the beginning of file `file`, which is the next one. Where only the mark before it is missing, that is written. */
+async function behindFiles(drive: TapeDrive, file: number): Promise<void> {
+  if (await reachesFile(drive, file)) return;
+  // The contents were the last thing that an export could write before it was killed.
+  await toFile(drive, file - 1);
+  await drive.toEndOfData();
+  await drive.writeMarks(1);
+  await toFile(drive, file);
+}
+
+/**
+ * True for a cartridge that holds, behind its label, nothing or one session that was not finished: every file says of itself that it belongs to that, there is no
+ * record of the cartridge, and the last archive breaks off. One that ends as it should may be what a full cartridge ends with.
+ */
+async function isUnfinished(drive: TapeDrive, survey: Survey, label: TapeLabel): Promise<boolean> {
+  const { files, damage, objects } = survey;
+  const last = files.at(-1);
+  // What some drives give out behind the end of data looks damaged. But no session was ever finished there if no mark follows.
+  const behind = last?.file ?? 0;
+  if (damage.some((d) => d.file > behind)) {
+    try {
+      if (await reachesFile(drive, behind + 2)) return false;
+    } catch (error) {
+      if (!isKind(error, 'io') || !(await drive.status()).loaded) throw error;
+      return false; // the drive cannot tell: a person decides
+    }
+  }
+  if (last === undefined) return true;
+  const ofOne = files.every(
+    (f, i) =>
+      f.cartridgeId === label.cartridgeId &&
+      f.sessionId === last.sessionId &&
+      f.file === i + 1 &&
+      (f.kind === 'directory') === (i === 0),
+  );
+  if (!ofOne || objects.has(tapeName(label.label)) || damage.some((d) => d.file < last.file))
+    return false;
+  if (last.kind === 'directory') return true;
+  await toFile(drive, last.file);
+  const items = readTapeFile({
+    drive,
+    recordBytes: label.recordBytes,
+    file: last.file,
+    onDamage: () => undefined,
+    skip: () => true,
+  });
+  for (;;) {
+    const next = await items.next();
+    if (next.done === true) return next.value.breaksOff;
   }
 }
 

@@ -19,6 +19,7 @@ import { Timeline } from '../repo/timeline.js';
 import { listVolumes } from '../repo/volume.js';
 import { SetKnowledge, openTapeView, surveyOfSet, type TapeView } from './import.js';
 import { toFile } from './cartridge.js';
+import { linkPoints } from './link.js';
 import { changeCartridge, type CartridgeSource } from './media.js';
 import { DEFAULT_TAPE_WORKERS, PackPool } from './pool.js';
 import { readBack } from './read-back.js';
@@ -64,7 +65,7 @@ export interface ImportResult {
   /** Cartridges of the set that are known of and were not read. */
   readonly missingCartridges: readonly string[];
   readonly elapsedSeconds: number;
-  /** Every point is whole. */
+  /** Every point that the cartridges speak of is there and whole. */
   readonly isWhole: boolean;
 }
 
@@ -122,6 +123,8 @@ class Import {
   readonly #read: string[] = [];
   /** Packs that are in the store: true if whole. */
   readonly #packs = new Map<string, boolean>();
+  /** Packs that points need. */
+  readonly #needed = new Set<string>();
   #bytes = 0;
 
   constructor(options: ImportOptions, view: TapeView, pool: PackPool) {
@@ -149,9 +152,16 @@ class Import {
     await store.put(CONFIG_NAME, config);
     const repo = await Repository.open(store, this.#o.secrets, env);
     try {
+      const isLost = (id: string): boolean => this.#packs.get(id) !== true;
+      const linked = await linkPoints(repo, (ids) => ids.filter(isLost).length);
+      for (const [packId, was] of linked) {
+        this.#packs.set(packId, this.#packs.get(was) ?? true);
+        this.#packs.delete(was);
+      }
       // Makes the manifest from the journal, and notes what is lost.
       await repair(repo, { data: false, events, signal: this.#o.signal });
       const points = await this.#points(repo);
+      await this.#dropUseless(repo);
       return {
         repositoryId: repo.id,
         setName: label.setName,
@@ -162,7 +172,7 @@ class Import {
         damagedPacks: [...this.#packs].filter(([, whole]) => !whole).map(([id]) => id),
         missingCartridges: this.#missing(),
         elapsedSeconds: Number(clock.monotonicNs() - startNs) / 1e9,
-        isWhole: points.every((p) => p.whole) && [...this.#packs.values()].every((w) => w),
+        isWhole: this.#isWhole(points),
       };
     } finally {
       await repo.packs.close();
@@ -178,6 +188,42 @@ class Import {
       .map((c) => c.tape.label)
       .filter((l) => !this.#read.includes(l))
       .sort();
+  }
+
+  /** What every cartridge of the set holds is known, and all of them were read. */
+  #knowsAll(): boolean {
+    const { cartridges } = this.#knowledge;
+    return (
+      this.#missing().length === 0 && !this.#goesOn() && this.#read.every((l) => cartridges.has(l))
+    );
+  }
+
+  /** See {@link ImportResult.isWhole}. */
+  #isWhole(points: readonly ImportedPoint[]): boolean {
+    const there = new Set(points.map((p) => `${p.volumeId} ${p.seq}`));
+    for (const c of this.#knowledge.cartridges.values())
+      for (const s of c.sessions)
+        for (const p of s.points) if (!there.has(`${p.volumeId} ${p.seq}`)) return false;
+    if (!points.every((p) => p.whole)) return false;
+    // Where nobody knows which points there should be, a damaged pack may hold one.
+    return this.#knowsAll() || [...this.#packs.values()].every((whole) => whole);
+  }
+
+  /** Removes damaged packs that no point needs: of what was written once more because of the damage. */
+  async #dropUseless(repo: Repository): Promise<void> {
+    if (!this.#knowsAll()) return;
+    for (const [packId, whole] of this.#packs) {
+      if (whole || this.#needed.has(packId) || this.#holdsPoint(packId)) continue;
+      await repo.store.delete(packName(packId));
+      repo.packs.forget(packId);
+    }
+  }
+
+  /** True for the pack with the commit of a point. */
+  #holdsPoint(packId: string): boolean {
+    return [...this.#knowledge.cartridges.values()].some((c) =>
+      c.sessions.some((s) => s.points.some((p) => p.packId === packId)),
+    );
   }
 
   /** True if the set goes on on a cartridge that nothing is known of. */
@@ -298,6 +344,7 @@ class Import {
           const commit = commits.find((c) => c.seq === record.seq);
           // What repair adds over a gap is no point of a tape.
           if (commit === undefined) continue;
+          for (const id of commit.packIds) this.#needed.add(id);
           const missing = commit.packIds.filter((id) => !this.#packs.has(id));
           const labels = new Set<string>();
           for (const id of missing) {

@@ -26,6 +26,7 @@ import { BLOCK_BYTES, blocksOf, roundUp } from '../units.js';
 import { crc32 } from 'node:zlib';
 import { readLabel, requireCartridge, toFile } from './cartridge.js';
 import { MapStore } from './map-store.js';
+import { linkPoints } from './link.js';
 import { changeCartridge, type CartridgeSource } from './media.js';
 import { KEY_STEP } from './pack-work.js';
 import { DEFAULT_TAPE_WORKERS, PackPool } from './pool.js';
@@ -38,6 +39,8 @@ export interface TapeView {
   readonly survey: Survey;
   /** Holds the commits of the points; the packs with their data are not in it. */
   readonly repo: Repository;
+  /** Packs with commits that are in `repo` in the place of one that is on the cartridge. */
+  readonly linked: ReadonlyMap<string, string>;
 }
 
 /** The label of the cartridge in the drive. Kind `refused` for one that is blank or not of b2. */
@@ -68,37 +71,8 @@ export async function openTapeView(
   const first = await surveyCartridge(drive, label, undefined);
   const repo = await openSurvey(first, label, secrets, env, warn);
   const survey = withRecord(first, label, repo);
-  const replaced = replacedPacks(survey.record);
-  if (replaced.size === 0) return { label, survey, repo };
-  await repo.close();
-  const newest: Survey = {
-    ...survey,
-    objects: withoutPacks(survey.objects, replaced),
-    packs: withoutPacks(survey.packs, replaced),
-  };
-  return { label, survey: newest, repo: await openSurvey(newest, label, secrets, env, warn) };
-}
-
-/** Packs of commits that a later session wrote once more: a point is written again when what it was made of there is damaged. */
-function replacedPacks(record: TapeCartridge | undefined): ReadonlySet<string> {
-  const newest = new Map<string, string>();
-  const replaced = new Set<string>();
-  for (const { points } of record?.sessions ?? []) {
-    for (const { volumeId, seq, packId } of points) {
-      const point = `${volumeId} ${seq}`;
-      const before = newest.get(point);
-      if (before !== undefined && before !== packId) replaced.add(before);
-      newest.set(point, packId);
-    }
-  }
-  return replaced;
-}
-
-function withoutPacks(
-  objects: ReadonlyMap<string, Buffer>,
-  packIds: ReadonlySet<string>,
-): ReadonlyMap<string, Buffer> {
-  return new Map([...objects].filter(([name]) => !packIds.has(name.split('/').at(-1) ?? '')));
+  const linked = await linkPoints(repo, () => 0);
+  return { label, survey, repo, linked };
 }
 
 async function openSurvey(
@@ -427,7 +401,7 @@ class TapeRestore {
 
   async #take(
     packId: string,
-    data: Buffer<ArrayBuffer>,
+    data: Buffer<SharedArrayBuffer>,
   ): Promise<{
     frames: number;
     chunks: number;

@@ -2,6 +2,7 @@
  * The work on packs that costs CPU, for one thread: making a pack for a tape out of packs of the repository, checking one that
  * was read from a tape, and taking chunks out of it.
  */
+import { systemClock } from '../clock.js';
 import { B2Error, ioError, isKind, messageOf } from '../errors.js';
 import {
   CHUNK_ENTRY_BYTES,
@@ -16,14 +17,29 @@ import {
 import { packName } from '../format/names.js';
 import {
   PACK_HEADER_BYTES,
+  decodePackHeader,
   encodeFooter,
   encodePackHeader,
   type FooterFrame,
 } from '../format/pack.js';
 import { SEAL_BYTES, numberNonce, type Sealer } from '../format/seal.js';
-import { OpenPack, frameWhat, openFrameBytes, verifiedChunks } from '../repo/pack-reader.js';
+import {
+  OpenPack,
+  frameWhat,
+  openFrameBytes,
+  readFooter,
+  verifiedChunks,
+  type OpenFrame,
+} from '../repo/pack-reader.js';
 import type { PackContext } from '../repo/pack-writer.js';
-import { bulkRead, readSlots, type PackFrames, type WantedFrame } from '../restore/bulk-read.js';
+import {
+  READ_BYTES,
+  bulkRead,
+  readSlots,
+  type PackFrames,
+  type WantedFrame,
+} from '../restore/bulk-read.js';
+import { salvagePack } from '../repair/salvage.js';
 import { MapStore } from './map-store.js';
 
 /** Keys of chunks in a pack: frame number times this plus the index in the frame. */
@@ -79,11 +95,24 @@ export function frameBytesAtMost(frame: FooterFrame, wanted: number): number {
 /** Bytes of a pack besides its frames. */
 export const PACK_REST_BYTES = 1024;
 
+const PROBE_BYTES = 512 * 1024;
+/** Packs after which it is asked again whether the page cache has them. */
+const GUESS_FOR_PACKS = 8;
+/** What comes faster comes from memory. */
+const CACHED_BYTES_PER_S = 1.4e9;
+
 /** One call at a time. */
 export class PackWork {
   readonly #ctx: PackContext;
+  /** Memory that reads around the page cache, and such that reads through it. */
   readonly #slots = readSlots();
+  #cacheSlots: readonly [Buffer, Buffer] | undefined;
+  /** Which of them is used for so many more packs. */
+  #guessed: readonly [Buffer, Buffer] | undefined;
+  #guessFor = 0;
+  /** For what seals hold, and for decompressed bodies: memory that is used again costs less than new. */
   #scratch: Buffer = Buffer.alloc(0);
+  #body: Buffer = Buffer.alloc(0);
 
   constructor(ctx: PackContext) {
     this.#ctx = ctx;
@@ -118,7 +147,7 @@ export class PackWork {
       }
       at += FRAME_HEADER_BYTES + storedBytes;
     };
-    for await (const piece of bulkRead(this.#wanted(job.sources), this.#slots)) {
+    for await (const piece of bulkRead(this.#wanted(job.sources), await this.#slotsFor(job))) {
       const { packId } = piece.pack;
       if (piece.failure !== undefined) throw ioError('read', packName(packId), piece.failure);
       const source = this.#ctx.keys.packSealer(packId);
@@ -143,6 +172,43 @@ export class PackWork {
     return at + end.copy(out, at);
   }
 
+  /**
+   * Packs that are in the page cache already (they were just read or made) are taken from there, which leaves the disk to the writing; others are read around
+   * it, because nothing of them is needed again. Told by how long a read takes: a wrong guess costs time only.
+   */
+  async #slotsFor(job: BuildJob): Promise<readonly [Buffer, Buffer]> {
+    const [first] = job.sources;
+    if (first === undefined || this.#guessed !== undefined) {
+      const guessed = this.#guessed ?? this.#slots;
+      if (--this.#guessFor === 0) this.#guessed = undefined;
+      return guessed;
+    }
+    this.#guessFor = GUESS_FOR_PACKS;
+    this.#guessed = await this.#guessSlots(first);
+    return this.#guessed;
+  }
+
+  async #guessSlots(first: WantedChunks): Promise<readonly [Buffer, Buffer]> {
+    this.#cacheSlots ??= [
+      Buffer.allocUnsafeSlow(READ_BYTES),
+      Buffer.allocUnsafeSlow(READ_BYTES),
+    ] as const;
+    const pack = await OpenPack.open(this.#ctx, first.packId);
+    try {
+      const frame = pack.frame(Math.floor((first.keys[0] ?? 0) / KEY_STEP));
+      const probe = this.#cacheSlots[0].subarray(0, PROBE_BYTES);
+      const startNs = systemClock.monotonicNs();
+      const bytes = await pack.readRaw(probe, frame?.offset ?? 0);
+      const ns = Number(systemClock.monotonicNs() - startNs);
+      return bytes * 1e9 > CACHED_BYTES_PER_S * ns ? this.#cacheSlots : this.#slots;
+    } catch (error) {
+      if (!isKind(error, 'io')) throw error;
+      return this.#slots; // the reading itself will say so
+    } finally {
+      await pack.close();
+    }
+  }
+
   /** The frame as it is, under another seal. Its chunks are what they were when the seal was made. */
   #copy(
     source: Sealer,
@@ -159,8 +225,7 @@ export class PackWork {
     const aad = Buffer.allocUnsafe(16 + FRAME_HEADER_BYTES);
     aad.write(packId, 0, 'hex');
     bytes.copy(aad, 16, 0, FRAME_HEADER_BYTES);
-    if (this.#scratch.length < old.storedBytes)
-      this.#scratch = Buffer.allocUnsafe(old.storedBytes * 2);
+    this.#scratch = atLeast(this.#scratch, old.storedBytes);
     const plain = source.open(
       numberNonce(old.number),
       aad,
@@ -240,33 +305,22 @@ export class PackWork {
     const damaged: { frame: number; reason: string }[] = [];
     let chunks = 0;
     let plainBytes = 0;
-    let pack: OpenPack;
-    try {
-      pack = await this.#open(packId, bytes);
-    } catch (error) {
-      if (!isKind(error, 'damaged')) throw error;
-      return {
-        frames: 0,
-        chunks,
-        plainBytes,
-        sealed: false,
-        damaged: [{ frame: 0, reason: error.message }],
-      };
-    }
-    for (const frame of pack.footer.frames) {
+    const { frames, sealed, damage } = await this.#layout(packId, bytes);
+    damaged.push(...damage);
+    const named = new Set(damage.map((d) => d.frame));
+    const sealer = this.#ctx.keys.packSealer(packId);
+    for (const frame of frames) {
       try {
-        if (frame.type === FrameType.chunks) {
-          chunks += (await pack.readChunks(frame.number)).entries.length;
-        } else {
-          await pack.readFrame(frame.number);
-        }
+        const open = this.#frame(sealer, packId, bytes, frame, true);
+        if (frame.type === FrameType.chunks)
+          chunks += verifiedChunks(open, packId, this.#ctx.keys).entries.length;
         plainBytes += frame.plainBytes;
       } catch (error) {
         if (!isKind(error, 'damaged')) throw error;
-        damaged.push({ frame: frame.number, reason: error.message });
+        if (!named.has(frame.number)) damaged.push({ frame: frame.number, reason: error.message });
       }
     }
-    return { frames: pack.footer.frames.length, chunks, plainBytes, sealed: pack.sealed, damaged };
+    return { frames: frames.length, chunks, plainBytes, sealed, damaged };
   }
 
   /** The chunks with these (ascending) keys, verified. */
@@ -275,19 +329,20 @@ export class PackWork {
     const taken: TakenChunk[] = [];
     const parts: Buffer[] = [];
     let offset = 0;
-    const lost = (frame: number, error: unknown): void => {
-      if (!isKind(error, 'damaged')) throw error;
-      damaged.push({ frame, reason: messageOf(error) });
-    };
-    let pack: OpenPack | undefined;
-    try {
-      pack = await this.#open(packId, bytes);
-    } catch (error) {
-      for (const { number } of framesOf(keys)) lost(number, error);
-    }
-    for (const { number, from, to } of pack === undefined ? [] : framesOf(keys)) {
+    const { frames, damage } = await this.#layout(packId, bytes);
+    const byNumber = new Map(frames.map((f) => [f.number, f]));
+    const sealer = this.#ctx.keys.packSealer(packId);
+    for (const { number, from, to } of framesOf(keys)) {
       try {
-        const { entries, body, starts } = await (pack?.readChunks(number) ?? Promise.reject());
+        const frame = byNumber.get(number);
+        if (frame === undefined)
+          throw new B2Error(
+            'damaged',
+            (damage.find((d) => d.frame === number) ?? damage[0])?.reason ??
+              `${frameWhat(packId, number)}: the pack has no such frame`,
+          );
+        const open = this.#frame(sealer, packId, bytes, frame, false);
+        const { entries, body, starts } = verifiedChunks(open, packId, this.#ctx.keys);
         for (let i = from; i < to; i++) {
           const key = keys[i] ?? 0;
           const sub = key % KEY_STEP;
@@ -299,7 +354,8 @@ export class PackWork {
           offset += length;
         }
       } catch (error) {
-        lost(number, error);
+        if (!isKind(error, 'damaged')) throw error;
+        damaged.push({ frame: number, reason: messageOf(error) });
       }
     }
     const out = Buffer.from(new ArrayBuffer(offset));
@@ -307,11 +363,89 @@ export class PackWork {
     return { taken, bytes: out, damaged };
   }
 
-  async #open(packId: string, bytes: Buffer): Promise<OpenPack> {
-    if (bytes.length < PACK_HEADER_BYTES) throw new B2Error('damaged', `pack ${packId} is cut off`);
-    const store = new MapStore('the tape', new Map([[packName(packId), bytes]]));
-    return OpenPack.open({ ...this.#ctx, store }, packId);
+  /** A frame of a pack that is in memory, opened. `brief`: it is valid until the next one. Kind `damaged` unless all is right. */
+  #frame(
+    sealer: Sealer,
+    packId: string,
+    bytes: Buffer,
+    frame: FooterFrame,
+    brief: boolean,
+  ): OpenFrame {
+    const what = frameWhat(packId, frame.number);
+    const end = frame.offset + FRAME_HEADER_BYTES + frame.storedBytes;
+    if (end > bytes.length) throw new B2Error('damaged', `${what}: the pack ends within the frame`);
+    const sealed = bytes.subarray(frame.offset, end);
+    let open: OpenFrame;
+    if (brief) {
+      this.#scratch = atLeast(this.#scratch, frame.storedBytes);
+      if (frame.compression !== 0) this.#body = atLeast(this.#body, frame.plainBytes);
+      const body = frame.compression === 0 ? undefined : this.#body.subarray(0, frame.plainBytes);
+      open = openFrameBytes(this.#ctx, sealer, packId, sealed, body, this.#scratch);
+    } else {
+      open = openFrameBytes(this.#ctx, sealer, packId, sealed);
+    }
+    if (open.header.number !== frame.number || open.header.type !== frame.type)
+      throw new B2Error('damaged', `${what}: another frame lies where the footer says this one is`);
+    return open;
   }
+
+  /**
+   * Where the frames of a pack are: as its footer says, or, where header or footer are damaged, all that open, also behind damage. `damage`: what
+   * is wrong with the pack besides its frames, under the number ffffffff, and frames that were found and do not open.
+   */
+  async #layout(
+    packId: string,
+    bytes: Buffer,
+  ): Promise<{
+    readonly frames: readonly FooterFrame[];
+    readonly sealed: boolean;
+    readonly damage: readonly { readonly frame: number; readonly reason: string }[];
+  }> {
+    const what = `pack ${packId}`;
+    let reason = `${what}: its footer is damaged`;
+    if (bytes.length < PACK_HEADER_BYTES) {
+      return {
+        frames: [],
+        sealed: false,
+        damage: [{ frame: FOOTER_NUMBER, reason: `${what} is cut off` }],
+      };
+    }
+    try {
+      const { repositoryId, keys } = this.#ctx;
+      const header = decodePackHeader(bytes.subarray(0, PACK_HEADER_BYTES), {
+        packId,
+        repositoryId,
+      });
+      if (header.encrypted !== keys.encrypted)
+        throw new B2Error('damaged', `${what}: its encryption is not that of the repository`);
+      const reader = await new MapStore('the tape', new Map([[what, bytes]])).open(what);
+      const found = await readFooter(this.#ctx, reader, packId);
+      if (found !== undefined) return { frames: found.footer.frames, sealed: true, damage: [] };
+    } catch (error) {
+      if (!isKind(error, 'damaged')) throw error;
+      reason = error.message;
+    }
+    const { footer, damaged } = salvagePack(
+      { packContext: () => this.#ctx, id: this.#ctx.repositoryId },
+      packId,
+      bytes,
+    );
+    return {
+      frames: footer.frames,
+      sealed: false,
+      damage: [
+        { frame: FOOTER_NUMBER, reason },
+        ...damaged.map((d) => ({ frame: d.number, reason: d.reason })),
+      ],
+    };
+  }
+}
+
+/** What stands for the number of a footer's frame (FORMAT.md 5.2). */
+export const FOOTER_NUMBER = 0xffff_ffff;
+
+function atLeast(buffer: Buffer, bytes: number): Buffer {
+  return buffer.length >= bytes ? buffer : Buffer.allocUnsafe(bytes * 2);
 }
 
 /** The frames that ascending keys lie in, with the range of keys of each. */

@@ -1,4 +1,4 @@
-/** Threads that make, check and open packs of tapes, with memory that is bounded by the buffers handed out. */
+/** Threads that make, check and open packs of tapes, with memory that they share and that is bounded by the buffers handed out. */
 import { MessageChannel, type MessagePort } from 'node:worker_threads';
 
 import { B2Error } from '../errors.js';
@@ -24,23 +24,25 @@ export interface PoolOptions {
 
 /** A pack that was made: its bytes are the first `length` of `buffer`. Give the buffer back with {@link PackPool.recycle}. */
 export interface BuiltPack {
-  readonly buffer: ArrayBuffer;
+  readonly buffer: SharedArrayBuffer;
   readonly length: number;
 }
 
 interface Waiting {
-  readonly resolve: (from: { answer: WorkAnswer; buffer: ArrayBuffer }) => void;
+  readonly resolve: (from: { answer: WorkAnswer; buffer: SharedArrayBuffer }) => void;
   readonly reject: (error: unknown) => void;
 }
 
-const KEEP_BUFFERS = 8;
+/** Buffers that wait to be used again. Fresh memory costs more than what is done with it: each page of it is a fault. */
+const KEEP_BUFFERS = 16;
+const LEAST_BUFFER_BYTES = 1024 * 1024;
 
 /** Calls may run at the same time; they are spread over the threads. */
 export class PackPool {
   readonly #ports: MessagePort[] = [];
   readonly #load: number[] = [];
   readonly #calls = new Map<number, Waiting & { readonly port: number }>();
-  readonly #free: ArrayBuffer[] = [];
+  readonly #free: SharedArrayBuffer[] = [];
   readonly #inline: PackWork | undefined;
   #inlineBefore: Promise<unknown> = Promise.resolve();
   #failure: { readonly error: unknown } | undefined;
@@ -104,13 +106,17 @@ export class PackPool {
   }
 
   /** Room for `bytes` at least. */
-  buffer(bytes: number): ArrayBuffer {
+  buffer(bytes: number): SharedArrayBuffer {
     const at = this.#free.findIndex((b) => b.byteLength >= bytes);
     const [found] = at < 0 ? [] : this.#free.splice(at, 1);
-    return found ?? new ArrayBuffer(bytes);
+    if (found !== undefined) return found;
+    // Of few sizes, so that they fit again.
+    let size = LEAST_BUFFER_BYTES;
+    while (size < bytes) size *= 2;
+    return new SharedArrayBuffer(size);
   }
 
-  recycle(buffer: ArrayBuffer): void {
+  recycle(buffer: SharedArrayBuffer): void {
     if (this.#free.length < KEEP_BUFFERS && buffer.byteLength > 0) this.#free.push(buffer);
   }
 
@@ -126,12 +132,12 @@ export class PackPool {
     return { buffer, length: answer.length };
   }
 
-  /** Checks a pack. Its buffer moves away meanwhile: what comes back is another object with the same bytes. */
+  /** Checks a pack. */
   async check(
     packId: string,
-    bytes: ArrayBuffer,
+    bytes: SharedArrayBuffer,
     length: number,
-  ): Promise<PackChecked & { readonly buffer: ArrayBuffer }> {
+  ): Promise<PackChecked & { readonly buffer: SharedArrayBuffer }> {
     const { answer, buffer } = await this.#call(bytes, (id, b) => ({
       type: 'check',
       id,
@@ -146,7 +152,7 @@ export class PackPool {
   /** Takes chunks out of a pack; the buffer is taken. */
   async take(
     packId: string,
-    bytes: ArrayBuffer,
+    bytes: SharedArrayBuffer,
     length: number,
     keys: Uint32Array,
   ): Promise<{
@@ -168,9 +174,9 @@ export class PackPool {
   }
 
   async #call(
-    buffer: ArrayBuffer,
-    message: (id: number, buffer: ArrayBuffer) => Exclude<ToWork, { readonly type: 'end' }>,
-  ): Promise<{ answer: WorkAnswer; buffer: ArrayBuffer }> {
+    buffer: SharedArrayBuffer,
+    message: (id: number, buffer: SharedArrayBuffer) => Exclude<ToWork, { readonly type: 'end' }>,
+  ): Promise<{ answer: WorkAnswer; buffer: SharedArrayBuffer }> {
     if (this.#failure !== undefined) throw this.#failure.error;
     const id = this.#next++;
     const inline = this.#inline;
@@ -187,7 +193,7 @@ export class PackPool {
     this.#load[port] = (this.#load[port] ?? 0) + 1;
     return new Promise((resolve, reject) => {
       this.#calls.set(id, { resolve, reject, port });
-      this.#ports[port]?.postMessage(message(id, buffer), [buffer]);
+      this.#ports[port]?.postMessage(message(id, buffer));
     });
   }
 

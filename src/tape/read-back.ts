@@ -6,7 +6,7 @@ import type { TapeFileKind } from '../format/tape.js';
 import type { Progress } from '../progress.js';
 import type { PackPool } from './pool.js';
 import { MAX_SILENT_FILES } from './survey.js';
-import { objectOfMember, readTapeFile, type TapeDamage } from './reader.js';
+import { objectOfMember, readTapeFile, type TapeDamage, type TapeFileEnd } from './reader.js';
 
 /** A copy of a pack that was met. */
 export interface PackMet {
@@ -50,7 +50,7 @@ export interface ReadBackOptions {
   readonly onPack?:
     | ((
         packId: string,
-        data: Buffer<ArrayBuffer>,
+        data: Buffer<SharedArrayBuffer>,
       ) => Promise<Pick<PackMet, 'frames' | 'chunks' | 'damaged'>>)
     | undefined;
 }
@@ -77,7 +77,7 @@ export async function readBack(options: ReadBackOptions): Promise<ReadBack> {
   const start = (
     packId: string,
     at: { file: number; record: number },
-    data: Buffer<ArrayBuffer>,
+    data: Buffer<SharedArrayBuffer>,
   ): void => {
     const work = (async () => {
       const found = await (options.onPack ?? check)(packId, data);
@@ -115,7 +115,7 @@ export async function readBack(options: ReadBackOptions): Promise<ReadBack> {
           progress?.add(n);
         },
       });
-      let end: { readonly ended: 'mark' | 'end'; readonly empty: boolean } | undefined;
+      let end: TapeFileEnd;
       for (;;) {
         const next = await items.next();
         if (failures.length > 0) throw failures[0];

@@ -29,7 +29,7 @@ export type TapeItem =
   | {
       readonly kind: 'member';
       readonly name: string;
-      readonly data: Buffer<ArrayBuffer>;
+      readonly data: Buffer<SharedArrayBuffer>;
       readonly file: number;
       readonly record: number;
       readonly whole: boolean;
@@ -44,7 +44,7 @@ export interface ReadFileOptions {
   /** Hears of damage. */
   readonly onDamage: (damage: TapeDamage) => void;
   /** Room for the data of a member. Default: new memory. */
-  readonly buffer?: (bytes: number) => ArrayBuffer;
+  readonly buffer?: (bytes: number) => SharedArrayBuffer;
   /** Members to be passed over without keeping their data. */
   readonly skip?: (name: string) => boolean;
   /** Told the bytes of each record. */
@@ -163,17 +163,26 @@ class Stream {
   }
 }
 
-/**
- * Reads one file to its mark; the head is then behind that. The value returned says how it ended: `end` is the end of data, and `empty` is
- * true if the file had no record at all.
- */
+/** How a file ended. */
+export interface TapeFileEnd {
+  /** `end`: with the end of data. */
+  readonly ended: 'mark' | 'end';
+  /** It had no record at all. */
+  readonly empty: boolean;
+  /** The archive does not end as one should: whoever wrote it was interrupted. */
+  readonly breaksOff: boolean;
+}
+
+/** Reads one file to its mark; the head is then behind that. */
 export async function* readTapeFile(
   options: ReadFileOptions,
-): AsyncGenerator<TapeItem, { readonly ended: 'mark' | 'end'; readonly empty: boolean }> {
+): AsyncGenerator<TapeItem, TapeFileEnd> {
   const { file, onDamage } = options;
   const stream = new Stream(options);
   const block = Buffer.alloc(TAR_BLOCK_BYTES);
   let lost = false;
+  /** Blocks of zeros in a row: two end an archive. */
+  let zeros = 0;
   /** The data of the member before, from where a header stands in it. */
   let last: Buffer | undefined;
   const damage = (reason: string): void => {
@@ -186,14 +195,17 @@ export async function* readTapeFile(
     if (n === 0) break;
     if (n < TAR_BLOCK_BYTES) {
       damage('a block of the archive is cut off');
+      zeros = 0;
       break;
     }
     const header = decodeTarHeader(block, 0);
     if (header === undefined) {
       if (block.every((b) => b === 0)) {
         last = undefined;
+        zeros++;
         continue;
       }
+      zeros = 0;
       if (!lost) damage('there is no header of a tar member where one should be');
       lost = true;
       // A record that is missing altogether: the next header came too early, in what was taken for the data of the member before.
@@ -202,6 +214,7 @@ export async function* readTapeFile(
       continue;
     }
     lost = false;
+    zeros = 0;
     last = undefined;
     if (
       header.sizeBytes > MAX_PACK_BYTES ||
@@ -212,7 +225,7 @@ export async function* readTapeFile(
     }
     const padded = tarPaddedBytes(header.sizeBytes);
     const room = options.skip?.(header.name) === true ? undefined : options.buffer?.(padded);
-    const whole = Buffer.from(room ?? new ArrayBuffer(padded), 0, padded);
+    const whole = Buffer.from(room ?? new SharedArrayBuffer(padded), 0, padded);
     const got = await stream.take(whole);
     if (got < padded) {
       whole.fill(0, got);
@@ -234,7 +247,7 @@ export async function* readTapeFile(
     yield { kind: 'member', name: header.name, data, file, record, whole: !stream.damaged };
   }
   await stream.drain();
-  return { ended: stream.ended ?? 'end', empty: stream.position === 0 };
+  return { ended: stream.ended ?? 'end', empty: stream.position === 0, breaksOff: zeros < 2 };
 }
 
 /** Only members that span records can hide the header of another. */

@@ -10,7 +10,7 @@ import {
   type TapeFileId,
   type TapeLabel,
 } from '../format/tape.js';
-import { toFile } from './cartridge.js';
+import { reachesFile } from './cartridge.js';
 import { objectOfMember, readTapeFile, type TapeDamage } from './reader.js';
 
 /** Files without anything that can be recognised, one after the other, that end a cartridge. */
@@ -41,7 +41,8 @@ export async function surveyCartridge(
   const packs = new Map<string, Buffer>();
   const damage: TapeDamage[] = [];
   let record: TapeCartridge | undefined;
-  await toFile(drive, 1);
+  // No mark behind the label: whoever wrote it was interrupted.
+  if (!(await reachesFile(drive, 1))) return { files, objects, packs, damage, record };
   /** Files in a row that said nothing: what a drive may give out behind the end of data. */
   let silent = 0;
   for (let file = 1; silent < MAX_SILENT_FILES; file++) {

@@ -9,6 +9,7 @@ import { startProgress } from '../progress.js';
 import { readCommits, type ReadCommit } from '../repo/commits.js';
 import { toFile } from './cartridge.js';
 import { SetKnowledge, type TapeView } from './import.js';
+import { FOOTER_NUMBER } from './pack-work.js';
 import { DEFAULT_TAPE_WORKERS, PackPool } from './pool.js';
 import { readBack, type PackMet } from './read-back.js';
 import type { TapeDamage } from './reader.js';
@@ -104,8 +105,8 @@ export async function verifyTape(options: TapeVerifyOptions): Promise<TapeVerify
       file: p.file,
       record: p.record,
       packId: p.packId,
-      frames: p.damaged.map((d) => d.frame),
-      message: `${p.damaged.length === 0 ? 'its footer is damaged' : (p.damaged[0]?.reason ?? '')}${
+      frames: p.damaged.map((d) => d.frame).filter((frame) => frame !== FOOTER_NUMBER),
+      message: `${p.damaged[0]?.reason ?? ''}${
         p.damaged.length > 1 ? ` and ${p.damaged.length - 1} more` : ''
       }${good.has(p.packId) ? '; there is a whole copy on this cartridge' : ''}`,
       points: good.has(p.packId) ? [] : (users.get(p.packId) ?? []),
@@ -148,8 +149,8 @@ async function pointsByPack(view: TapeView): Promise<Map<string, string[]>> {
   const names = new Map<string, string>();
   for (const c of survey.record?.sessions ?? [])
     for (const p of c.points) names.set(p.volumeId, p.volumeName);
-  for (const name of survey.packs.keys()) {
-    const packId = name.split('/').at(-1) ?? '';
+  const onTape = [...survey.packs.keys()].map((name) => name.split('/').at(-1) ?? '');
+  for (const packId of [...onTape, ...view.linked.keys()]) {
     let commits: ReadCommit[];
     try {
       commits = await readCommits(repo.packs, repo.keys, packId, undefined, () => undefined);
@@ -159,7 +160,7 @@ async function pointsByPack(view: TapeView): Promise<Map<string, string[]>> {
     }
     for (const c of commits) {
       const point = `${names.get(c.commit.volumeId) ?? c.commit.volumeId} #${c.seq}`;
-      for (const id of new Set([packId, ...c.packIds])) {
+      for (const id of new Set([view.linked.get(packId) ?? packId, ...c.packIds.slice(1)])) {
         const list = users.get(id) ?? [];
         if (!list.includes(point)) list.push(point);
         users.set(id, list);

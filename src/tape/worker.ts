@@ -12,26 +12,26 @@ export interface TapeJob {
   readonly port: MessagePort;
 }
 
-/** Buffers move with the messages, both ways. */
+/** Packs are in memory that both sides see; who has the message works on it. */
 export type ToWork =
   | {
       readonly type: 'build';
       readonly id: number;
       readonly job: BuildJob;
-      readonly buffer: ArrayBuffer;
+      readonly buffer: SharedArrayBuffer;
     }
   | {
       readonly type: 'check';
       readonly id: number;
       readonly packId: string;
-      readonly buffer: ArrayBuffer;
+      readonly buffer: SharedArrayBuffer;
       readonly length: number;
     }
   | {
       readonly type: 'take';
       readonly id: number;
       readonly packId: string;
-      readonly buffer: ArrayBuffer;
+      readonly buffer: SharedArrayBuffer;
       readonly length: number;
       readonly keys: Uint32Array;
     }
@@ -47,7 +47,7 @@ export type WorkAnswer =
       readonly damaged: PackChecked['damaged'];
     };
 
-export type FromWork = { readonly id: number; readonly buffer: ArrayBuffer } & (
+export type FromWork = { readonly id: number; readonly buffer: SharedArrayBuffer } & (
   | { readonly answer: WorkAnswer; readonly error?: undefined }
   | { readonly answer?: undefined; readonly error: PortableError }
 );
@@ -95,14 +95,10 @@ serveWorker<TapeJob, undefined>(async ({ handle, port }, context) => {
         last = last.then(async () => {
           try {
             const answer = await doWork(work, message);
-            port.postMessage({ id, buffer, answer } satisfies FromWork, [
-              buffer,
-              ...(answer.type === 'taken' ? [answer.bytes] : []),
-            ]);
+            const moved = answer.type === 'taken' ? [answer.bytes] : [];
+            port.postMessage({ id, buffer, answer } satisfies FromWork, moved);
           } catch (error) {
-            port.postMessage({ id, buffer, error: toPortableError(error) } satisfies FromWork, [
-              buffer,
-            ]);
+            port.postMessage({ id, buffer, error: toPortableError(error) } satisfies FromWork);
           }
         });
       });

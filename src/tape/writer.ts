@@ -1,5 +1,5 @@
 /** Writes the files of a tape: tar archives, cut into records of one size. */
-import type { TapeDrive } from '../devices/tape/drive.js';
+import type { TapeDrive, TapeWritten } from '../devices/tape/drive.js';
 import {
   TAR_END_BYTES,
   encodeTarComment,
@@ -7,10 +7,22 @@ import {
   tarPaddedBytes,
 } from '../format/tape-tar.js';
 import { tapeComment, type TapeFileId, type TapeFileKind } from '../format/tape.js';
-import { roundUp } from '../units.js';
+import { alignedMemory } from '../memory.js';
+import { roundDown, roundUp } from '../units.js';
 
 /** Bytes handed to the drive at once, about. */
 const BATCH_BYTES = 4 * 1024 * 1024;
+
+// Memory of this kind is freed late: one pair serves all cartridges of a process, one after the other.
+let kept: readonly [Buffer, Buffer] | undefined;
+
+function takeBatches(bytes: number): readonly [Buffer, Buffer] {
+  const found = kept;
+  kept = undefined;
+  if (found?.[0].length === bytes) return found;
+  const { buffer } = alignedMemory(2 * bytes);
+  return [Buffer.from(buffer, 0, bytes), Buffer.from(buffer, bytes, bytes)];
+}
 
 /** Where a member came to lie. */
 export interface MemberPlace {
@@ -29,7 +41,7 @@ interface Border {
 }
 
 /**
- * One cartridge being written. The head of the drive must be where `file` begins. When the cartridge takes no more, the head goes back
+ * One cartridge being written; `release` it. While the drive writes one batch of records the next one is filled. The head of the drive must be where `file` begins. When the cartridge takes no more, the head goes back
  * to the last border between members behind which there is room for the end of an archive, so that `tar` finds a whole one in every file.
  */
 export class TapeWriter {
@@ -43,8 +55,13 @@ export class TapeWriter {
   readonly #recordBytes: number;
   readonly #cartridgeId: string;
   readonly #mtime: number;
-  readonly #batch: Buffer;
+  #batch: Buffer;
+  /** The one that the drive may be reading. */
+  #other: Buffer;
   #fill = 0;
+  /** Records that the drive was given and has not acknowledged. */
+  #pending = 0;
+  #inFlight: Promise<TapeWritten | { readonly error: unknown }> | undefined;
   #file: number;
   /** Records of this file that are on the cartridge. */
   #fileRecords = 0;
@@ -66,7 +83,14 @@ export class TapeWriter {
     this.#cartridgeId = options.cartridgeId;
     this.#mtime = options.mtime;
     this.#file = options.file;
-    this.#batch = Buffer.allocUnsafeSlow(roundUp(BATCH_BYTES, options.recordBytes));
+    [this.#batch, this.#other] = takeBatches(roundUp(BATCH_BYTES, options.recordBytes));
+  }
+
+  /** Waits until the drive has done with what it was given, whatever comes of it. The writer is of no more use. */
+  async release(): Promise<void> {
+    await this.#inFlight;
+    this.#inFlight = undefined;
+    kept = [this.#batch, this.#other];
   }
 
   /** The file that is open, or that comes next. */
@@ -85,7 +109,7 @@ export class TapeWriter {
 
   /** Bytes of the open file so far. */
   get fileBytes(): number {
-    return this.#fileRecords * this.#recordBytes + this.#fill;
+    return (this.#fileRecords + this.#pending) * this.#recordBytes + this.#fill;
   }
 
   /** Members of the open file that end here or before stay on the cartridge, whatever comes. */
@@ -120,9 +144,9 @@ export class TapeWriter {
     return { file: this.#file, record: Math.floor(start / this.#recordBytes), end };
   }
 
-  /** Hands whole records to the drive, so that only a part of one waits. */
+  /** Hands whole records to the drive, so that only a part of one waits here. */
   async settle(): Promise<void> {
-    await this.#flush(this.#fill - (this.#fill % this.#recordBytes));
+    await this.#send();
   }
 
   /**
@@ -134,7 +158,8 @@ export class TapeWriter {
     if (!this.isFull) {
       this.#noteBorder(kept);
       await this.#put([Buffer.alloc(roundUp(kept + TAR_END_BYTES, this.#recordBytes) - kept)]);
-      await this.#flush(this.#fill);
+      await this.#send();
+      await this.#acknowledged();
     }
     if (this.isFull) kept = await this.#cut();
     this.#fill = 0;
@@ -163,7 +188,8 @@ export class TapeWriter {
     const length =
       roundUp(border.offset + TAR_END_BYTES, this.#recordBytes) - record * this.#recordBytes;
     await this.#put([border.prefix, Buffer.alloc(length - border.prefix.length)]);
-    await this.#flush(this.#fill);
+    await this.#send();
+    await this.#acknowledged();
     const fits = !this.isFull;
     this.isFull = true;
     return fits ? border.offset : 0;
@@ -185,20 +211,35 @@ export class TapeWriter {
         const n = part.copy(this.#batch, this.#fill, at);
         at += n;
         this.#fill += n;
-        if (this.#fill === this.#batch.length) await this.#flush(this.#fill);
+        if (this.#fill === this.#batch.length) await this.#send();
       }
     }
   }
 
-  /** Writes the first `bytes` of the batch, a whole number of records. */
-  async #flush(bytes: number): Promise<void> {
+  /** Gives the drive the whole records of the batch, and goes on with the other one. */
+  async #send(): Promise<void> {
+    await this.#acknowledged();
+    const bytes = roundDown(this.#fill, this.#recordBytes);
     if (bytes === 0 || this.isFull) return;
-    const { records, earlyWarning, full } = await this.#drive.write(this.#batch.subarray(0, bytes));
+    this.#pending = bytes / this.#recordBytes;
+    this.#inFlight = this.#drive
+      .write(this.#batch.subarray(0, bytes))
+      .catch((error: unknown) => ({ error }));
+    this.#fill = this.#batch.copy(this.#other, 0, bytes, this.#fill);
+    [this.#batch, this.#other] = [this.#other, this.#batch];
+  }
+
+  /** Waits for what the drive was given. */
+  async #acknowledged(): Promise<void> {
+    const done = await this.#inFlight;
+    this.#inFlight = undefined;
+    this.#pending = 0;
+    if (done === undefined) return;
+    if ('error' in done) throw done.error;
+    const { records, earlyWarning, full } = done;
     this.#fileRecords += records;
     this.records += records;
     if (earlyWarning || full) this.nearEnd = true;
     this.isFull = full;
-    this.#batch.copyWithin(0, records * this.#recordBytes, this.#fill);
-    this.#fill -= records * this.#recordBytes;
   }
 }

@@ -8,10 +8,12 @@ import {
   mkdirSync,
   readdirSync,
   readFileSync,
+  statSync,
   symlinkSync,
   truncateSync,
   writeFileSync,
 } from 'node:fs';
+import { setTimeout as delay } from 'node:timers/promises';
 import { afterEach, describe, expect, it } from 'vitest';
 import type { ExportTapeAnswer } from '../../src/commands/run/export-tape.js';
 import type { ImportTapeAnswer } from '../../src/commands/run/import-tape.js';
@@ -194,6 +196,49 @@ describe('tape', () => {
     await b2.json(['import-tape', device, '--to', part, '--at', '#1', '--force']);
     cmp(before, part);
   }, 600_000);
+
+  it('one file is a cartridge too, which tar reads at once, also after the export was killed', async () => {
+    const { dir, b2, image } = await newBed();
+    const cartridge = dir.join('offsite.tape');
+    writeFileSync(cartridge, '');
+    const device = `file:${cartridge}`;
+    // Slow enough to be killed in the middle of the data.
+    const killed = b2.start([
+      'export-tape',
+      `${device}?rate=8M`,
+      '--label',
+      'ONE',
+      '--buffer',
+      '8M',
+    ]);
+    while (statSync(cartridge).size < 6 * MIB) await delay(20);
+    killed.child.kill('SIGKILL');
+    expect((await killed.ended).signal).toBe('SIGKILL');
+    const done = await b2.json<ExportTapeAnswer>(['export-tape', device, '--label', 'ONE']);
+    expect(done).toMatchObject({
+      verified: true,
+      cartridges: [{ label: 'ONE-001', firstFile: 1 }],
+    });
+    pokeWithDd(image, 9 * MIB, noise(8, MIB));
+    await b2.json(['snapshot', image, '--volume', 'web1/sda']);
+    const second = await b2.json<ExportTapeAnswer>(['export-tape', device, '--since-last']);
+    expect(second.chunks).toBeLessThan(20);
+    expect(await b2.json<TapeVerifyAnswer>(['tape', 'verify', device])).toMatchObject({
+      damage: 0,
+      points: 2,
+      complete: true,
+    });
+    const target = dir.join('target.img');
+    await b2.json(['import-tape', device, '--to', target]);
+    cmp(image, target);
+    const out = dir.join('out');
+    mkdirSync(out);
+    execFileSync('tar', ['--ignore-zeros', '-C', out, '-xf', cartridge]);
+    const foreign = new ForeignRepository(`${out}/b2-repository`, { password: PASSWORD });
+    extract(foreign, false, 'web1/sda', '2', `${out}/image`, null);
+    foreign.close();
+    cmp(image, `${out}/image`);
+  });
 
   it('refuses what is not its own, and says what is on it', async () => {
     const { dir, b2 } = await newBed();

@@ -286,6 +286,10 @@ function restoredLines(data: ImportTapeAnswer, r: TapeRestoreResult, style: Styl
     lines.push(`  and ${r.missingRanges.length - RANGES_SHOWN} more ranges`);
   const labels = new Set(r.missingPacks.map((p) => p.cartridge ?? 'a cartridge that is not known'));
   if (labels.size > 0) lines.push(`missing: ${[...labels].join(', ')}`);
+  if (labels.size > 0)
+    lines.push(
+      'Put in another cartridge with --next-cartridge or --changer. If an export was interrupted and went on later, begin with the newest cartridge of the set: it knows of the others.',
+    );
   for (const d of r.damaged.slice(0, RANGES_SHOWN)) lines.push(`  ${d.reason}`);
   return lines;
 }

@@ -15,6 +15,8 @@ export interface TapeStatus {
   /** A cartridge is in the drive and ready. */
   readonly loaded: boolean;
   readonly writeProtected: boolean;
+  /** The drive is known to be at the end of data. */
+  readonly atEnd: boolean;
   /** File in which the head is, if the drive knows. */
   readonly file: number | undefined;
   /** Record in that file, if the drive knows. */
@@ -42,6 +44,8 @@ export interface TapeWritten {
 export interface TapeDrive {
   /** As the user named it. */
   readonly path: string;
+  /** Stopping costs it time (and wear): it is better given much at a time than a little whenever there is something. */
+  readonly streams: boolean;
   status(): Promise<TapeStatus>;
   /**
    * Prepares for records of `recordBytes` (a multiple of 4096). `fixed` asks for the fixed block mode; otherwise the drive is put in the variable one

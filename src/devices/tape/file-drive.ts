@@ -1,33 +1,23 @@
 /**
- * A directory that stands in for a tape drive, for removable disks and for tests: `file:PATH[?size=650M&reserve=8M&fault=…]`.
+ * A directory or a file that stands in for a cartridge, for removable disks and for tests:
+ * `file:PATH[?size=650M&reserve=8M&rate=360M&fault=…]`.
  *
- * What PATH means when the drive is loaded (a mount point, a link) is the cartridge. Each file of the tape is a file
- * `000000.tar`, `000001.tar`, … there; the border between two is the file mark, and a file that has no mark behind it ends in
- * `.part`. `cartridge.json` remembers the size of records. A file `write-protected` protects it.
+ * What PATH means when the drive is loaded (a mount point, a link) is the cartridge: a directory (directory-medium.ts) or a file
+ * (container-medium.ts). It is full when `size`, or what its file system has left, is used up.
  *
  * Faults are for tests and drills, separated by commas: `pull@N` (the cartridge is gone with the Nth record moved), `write@N` and
  * `read@N` (the Nth record fails once), `bad@FILE:RECORD` (that record cannot be read), `nowarn` (no early warning).
  */
-import { constants } from 'node:fs';
-import {
-  access,
-  mkdir,
-  open,
-  readFile,
-  readdir,
-  realpath,
-  rename,
-  rm,
-  stat,
-  type FileHandle,
-} from 'node:fs/promises';
-import { join } from 'node:path';
+import { realpath, stat } from 'node:fs/promises';
 
+import { systemClock, type Clock } from '../../clock.js';
 import { B2Error, errnoOf, ioError } from '../../errors.js';
-import { DEFAULT_RECORD_BYTES, RECORD_STEP_BYTES, MAX_RECORD_BYTES } from '../../format/tape.js';
-import { fsyncDirectory, writeFileDurable } from '../../fs.js';
+import { DEFAULT_RECORD_BYTES } from '../../format/tape.js';
 import { parseSize } from '../../human.js';
+import { ContainerMedium } from './container-medium.js';
+import { DirectoryMedium } from './directory-medium.js';
 import type { TapeDrive, TapeRead, TapeStatus, TapeWritten } from './drive.js';
+import type { FileOnTape, Medium } from './medium.js';
 
 export interface FileDriveFaults {
   /** Records moved (read or written, counted from 1) with which the cartridge is gone. */
@@ -47,39 +37,40 @@ export interface FileDriveOptions {
   readonly sizeBytes?: number | undefined;
   /** Bytes before the end at which the drive warns. */
   readonly reserveBytes?: number | undefined;
+  /** Bytes a second that the drive takes at most; undefined: as many as the disk does. */
+  readonly rateBytes?: number | undefined;
   readonly faults?: FileDriveFaults | undefined;
 }
 
 const NO_FAULTS: FileDriveFaults = { bad: new Set(), noWarning: false };
-const STATE_FILE = 'cartridge.json';
-const PROTECT_FILE = 'write-protected';
-/** What a file mark takes of the size. */
-const MARK_BYTES = 4096;
 const RESERVE_SHARE = 0.1;
 const RESERVE_MAX = 64 * 1024 * 1024;
+/** Left on the file system for what it needs itself, and for marks. */
+const SLACK_BYTES = 256 * 1024;
 
 /** True if `path` names a stand-in rather than a drive. */
 export function isFileDrive(path: string): boolean {
   return path.startsWith('file:');
 }
 
-/** The directory and options in `file:PATH?…`. Kind `usage` for what is neither. */
+/** The path and options in `file:PATH?…`. Kind `usage` for what is neither. */
 export function parseFileDrive(text: string): { path: string; options: FileDriveOptions } {
   const rest = text.replace(/^file:(\/\/(?=\/))?/, '');
   const at = rest.lastIndexOf('?');
   const path = at < 0 ? rest : rest.slice(0, at);
-  if (path === '') throw new B2Error('usage', `${text} names no directory`);
+  if (path === '') throw new B2Error('usage', `${text} names no directory or file`);
   const options: { -readonly [K in keyof FileDriveOptions]: FileDriveOptions[K] } = {};
   for (const [key, value] of new URLSearchParams(at < 0 ? '' : rest.slice(at + 1))) {
     try {
       if (key === 'size') options.sizeBytes = parseSize(value);
       else if (key === 'reserve') options.reserveBytes = parseSize(value);
+      else if (key === 'rate') options.rateBytes = parseSize(value);
       else if (key === 'fault') options.faults = parseFaults(value);
       else throw new RangeError('there is no such option');
     } catch (error) {
       if (!(error instanceof RangeError)) throw error;
       throw new B2Error('usage', `${text}: ${key}: ${error.message}`, {
-        hint: 'The options are size, reserve and fault: file:/media/disk?size=650M.',
+        hint: 'The options are size, reserve, rate and fault: file:/media/disk?size=650M.',
       });
     }
   }
@@ -101,46 +92,50 @@ function parseFaults(text: string): FileDriveFaults {
   return faults;
 }
 
-const nameOf = (file: number): string => `${String(file).padStart(6, '0')}.tar`;
-
-interface FileOnTape {
-  bytes: number;
-  /** A mark follows. */
-  closed: boolean;
-}
-
 /** See the file comment. */
 export class FileDrive implements TapeDrive {
   readonly path: string;
+  readonly streams: boolean;
   readonly #link: string;
   readonly #options: FileDriveOptions;
   readonly #faults: FileDriveFaults;
-  #directory = '';
-  #files: FileOnTape[] | undefined;
-  /** Of the records on the cartridge. */
-  #recordBytes = DEFAULT_RECORD_BYTES;
+  readonly #clock: Pick<Clock, 'sleep' | 'monotonicNs'>;
+  #medium: Medium | undefined;
   /** Asked for; counts from the next time that the cartridge is written from its beginning. */
   #nextRecordBytes: number | undefined;
   #file = 0;
   #offset = 0;
-  #handle:
-    { readonly file: number; readonly handle: FileHandle; readonly writing: boolean } | undefined;
+  /** What the file system has left, as far as is known: it is asked again before that is used up. */
+  #freeBytes = 0;
+  #freeAsked = 0;
+  /** Until when the records so far take a drive of `rateBytes`. */
+  #busyUntilNs = 0n;
   #moved = 0;
   #written = 0;
   #read = 0;
   #gone = false;
 
-  private constructor(path: string, link: string, options: FileDriveOptions) {
+  private constructor(
+    path: string,
+    link: string,
+    options: FileDriveOptions,
+    clock: Pick<Clock, 'sleep' | 'monotonicNs'>,
+  ) {
     this.path = path;
     this.#link = link;
     this.#options = options;
+    this.streams = options.rateBytes !== undefined;
     this.#faults = options.faults ?? NO_FAULTS;
+    this.#clock = clock;
   }
 
-  /** `text` is `file:PATH…`. A directory that is not there is a drive without a cartridge. */
-  static async open(text: string): Promise<FileDrive> {
+  /** `text` is `file:PATH…`. A path that is not there is a drive without a cartridge. */
+  static async open(
+    text: string,
+    clock: Pick<Clock, 'sleep' | 'monotonicNs'> = systemClock,
+  ): Promise<FileDrive> {
     const { path, options } = parseFileDrive(text);
-    const drive = new FileDrive(text, path, options);
+    const drive = new FileDrive(text, path, options, clock);
     await drive.#mount();
     return drive;
   }
@@ -148,52 +143,40 @@ export class FileDrive implements TapeDrive {
   /** Looks at what the path means now. */
   async #mount(): Promise<void> {
     await this.#release();
-    this.#files = undefined;
+    this.#medium = undefined;
     this.#nextRecordBytes = undefined;
     this.#file = 0;
     this.#offset = 0;
+    this.#freeAsked = 0;
+    this.#freeBytes = 0;
     this.#gone = false;
     try {
-      this.#directory = await realpath(this.#link);
-      if (!(await stat(this.#directory)).isDirectory())
-        throw new B2Error('refused', `${this.#link} is not a directory`, {
-          hint: 'A directory stands in for a cartridge: make one, and name it as file:PATH.',
+      const path = await realpath(this.#link);
+      const found = await stat(path);
+      if (!found.isDirectory() && !found.isFile())
+        throw new B2Error('refused', `${this.#link} is neither a directory nor a file`, {
+          hint: 'A directory or an ordinary file stands in for a cartridge; drives are named without "file:".',
         });
-      const names = new Set(await readdir(this.#directory));
-      const files: FileOnTape[] = [];
-      for (let n = 0; ; n++) {
-        const closed = names.has(nameOf(n));
-        if (!closed && !names.has(`${nameOf(n)}.part`)) break;
-        const found = await stat(join(this.#directory, closed ? nameOf(n) : `${nameOf(n)}.part`));
-        files.push({ bytes: found.size, closed });
-        if (!closed) break;
-      }
-      this.#recordBytes = await this.#storedRecordBytes();
-      this.#files = files;
+      this.#medium = found.isDirectory()
+        ? await DirectoryMedium.open(path)
+        : await ContainerMedium.open(path);
     } catch (error) {
       if (errnoOf(error) === 'ENOENT') return;
       throw ioError('load', this.path, error);
     }
   }
 
-  async #storedRecordBytes(): Promise<number> {
-    try {
-      const o: unknown = JSON.parse(await readFile(join(this.#directory, STATE_FILE), 'utf8'));
-      const n = typeof o === 'object' && o !== null && 'recordBytes' in o ? o.recordBytes : 0;
-      if (typeof n === 'number' && n >= RECORD_STEP_BYTES && n <= MAX_RECORD_BYTES) return n;
-    } catch (error) {
-      if (errnoOf(error) !== 'ENOENT' && !(error instanceof SyntaxError)) throw error;
-    }
-    return DEFAULT_RECORD_BYTES;
+  #loaded(): Medium {
+    if (this.#gone) throw this.#error('the cartridge was pulled');
+    if (this.#medium === undefined)
+      throw new B2Error('not-found', `there is no cartridge in ${this.path}`, {
+        hint: `Mount the disk, or make the directory ${this.#link} (or an empty file of that name).`,
+      });
+    return this.#medium;
   }
 
-  #medium(): FileOnTape[] {
-    if (this.#gone) throw this.#error('the cartridge was pulled');
-    if (this.#files === undefined)
-      throw new B2Error('not-found', `there is no cartridge in ${this.path}`, {
-        hint: `Mount the disk, or make the directory ${this.#link}.`,
-      });
-    return this.#files;
+  get #recordBytes(): number {
+    return this.#medium?.recordBytes ?? DEFAULT_RECORD_BYTES;
   }
 
   #error(what: string, cause?: unknown): B2Error {
@@ -202,27 +185,29 @@ export class FileDrive implements TapeDrive {
   }
 
   async status(): Promise<TapeStatus> {
-    const loaded = this.#files !== undefined && !this.#gone;
+    const medium = this.#gone ? undefined : this.#medium;
+    if (medium === undefined)
+      return {
+        loaded: false,
+        writeProtected: false,
+        atEnd: false,
+        file: undefined,
+        record: undefined,
+      };
+    const last = medium.files.at(-1);
     return {
-      loaded,
-      writeProtected: loaded && (await this.#isProtected()),
-      file: loaded ? this.#file : undefined,
-      record: loaded ? Math.floor(this.#offset / this.#recordBytes) : undefined,
+      loaded: true,
+      writeProtected: await medium.isProtected(),
+      atEnd:
+        this.#file >= medium.files.length - (last?.closed === false ? 1 : 0) &&
+        this.#offset >= (medium.files[this.#file]?.bytes ?? 0),
+      file: this.#file,
+      record: Math.floor(this.#offset / this.#recordBytes),
     };
   }
 
-  async #isProtected(): Promise<boolean> {
-    try {
-      await access(this.#directory, constants.W_OK);
-      await access(join(this.#directory, PROTECT_FILE));
-      return true;
-    } catch (error) {
-      return errnoOf(error) !== 'ENOENT';
-    }
-  }
-
   async setRecordBytes(recordBytes: number, _fixed: boolean): Promise<void> {
-    this.#medium();
+    this.#loaded();
     this.#nextRecordBytes = recordBytes;
   }
 
@@ -231,13 +216,13 @@ export class FileDrive implements TapeDrive {
   }
 
   async rewind(): Promise<void> {
-    this.#medium();
+    this.#loaded();
     this.#file = 0;
     this.#offset = 0;
   }
 
   async spaceFiles(count: number): Promise<void> {
-    const files = this.#medium();
+    const { files } = this.#loaded();
     for (let i = 0; i < count; i++) {
       if (files[this.#file]?.closed !== true) {
         this.#offset = files[this.#file]?.bytes ?? 0;
@@ -249,27 +234,27 @@ export class FileDrive implements TapeDrive {
   }
 
   async backRecords(count: number): Promise<void> {
-    this.#medium();
+    this.#loaded();
     const records = Math.ceil(this.#offset / this.#recordBytes);
     if (records < count) throw this.#error(`there are no ${count} records before this one`);
     this.#offset = (records - count) * this.#recordBytes;
   }
 
   async skipRecord(): Promise<void> {
-    const file = this.#medium()[this.#file];
+    const file = this.#loaded().files[this.#file];
     this.#offset = Math.min(file?.bytes ?? 0, this.#offset + this.#recordBytes);
   }
 
   async toEndOfData(): Promise<void> {
-    const files = this.#medium();
+    const { files } = this.#loaded();
     const last = files.at(-1);
     this.#file = last === undefined || last.closed ? files.length : files.length - 1;
     this.#offset = files[this.#file]?.bytes ?? 0;
   }
 
   async read(into: Buffer): Promise<TapeRead> {
-    const files = this.#medium();
-    const file = files[this.#file];
+    const medium = this.#loaded();
+    const file: FileOnTape | undefined = medium.files[this.#file];
     if (file === undefined) return { kind: 'end' };
     if (this.#offset >= file.bytes) {
       if (!file.closed) return { kind: 'end' };
@@ -284,23 +269,21 @@ export class FileDrive implements TapeDrive {
     const bytes = Math.min(this.#recordBytes, file.bytes - this.#offset);
     if (bytes > into.length) throw this.#error(`the record is larger than ${into.length} bytes`);
     try {
-      const handle = await this.#handleOf(this.#file, false);
-      const { bytesRead } = await handle.read(into, 0, bytes, this.#offset);
-      if (bytesRead !== bytes) throw this.#error('the file has become shorter');
+      const got = await medium.read(this.#file, into.subarray(0, bytes), this.#offset);
+      if (got !== bytes) throw this.#error('the file has become shorter');
     } catch (error) {
       throw ioError('read', this.path, error);
     }
     this.#offset += bytes;
+    await this.#pace(bytes);
     return { kind: 'record', bytes };
   }
 
   async write(data: Buffer): Promise<TapeWritten> {
-    this.#medium();
-    if (await this.#isProtected()) throw writeProtected(this.path);
-    await this.#truncate();
-    let records = 0;
+    const medium = await this.#beginWriting();
     const wanted = data.length / this.#recordBytes;
-    const room = this.#room();
+    const room = await this.#room(data.length);
+    let records = 0;
     let full = false;
     while (records < wanted) {
       if ((records + 1) * this.#recordBytes > room) {
@@ -313,55 +296,43 @@ export class FileDrive implements TapeDrive {
       records++;
     }
     const bytes = records * this.#recordBytes;
-    const file = this.#files?.[this.#file];
-    if (bytes > 0 && file !== undefined) {
+    if (bytes > 0) {
       try {
-        const handle = await this.#handleOf(this.#file, true);
-        for (let at = 0; at < bytes;) {
-          const { bytesWritten } = await handle.write(data, at, bytes - at, this.#offset + at);
-          at += bytesWritten;
-        }
-        file.bytes = this.#offset + bytes;
+        await medium.append(data.subarray(0, bytes));
         this.#offset += bytes;
+        this.#freeBytes -= bytes;
       } catch (error) {
-        if (errnoOf(error) !== 'ENOSPC') throw ioError('write', this.path, error);
+        if (!isNoSpace(error)) throw ioError('write', this.path, error);
         // What of it has arrived is not known, and need not be: it is not counted.
-        await this.#handle?.handle.truncate(this.#offset);
+        await medium.cut(this.#file, this.#offset, this.#recordBytes);
+        this.#freeAsked = 0;
         return { records: 0, earlyWarning: true, full: true };
       }
+      await this.#pace(bytes);
     }
-    return { records, earlyWarning: full || this.#warns(), full };
+    return { records, earlyWarning: full || (await this.#warns()), full };
   }
 
   async writeMarks(count: number): Promise<{ earlyWarning: boolean }> {
-    const files = this.#medium();
-    if (await this.#isProtected()) throw writeProtected(this.path);
-    await this.#truncate();
+    const medium = this.#loaded();
     try {
       for (let i = 0; i < count; i++) {
-        const file = files[this.#file];
         // A second mark at the end of data is the end of data itself.
-        if (file === undefined || (file.bytes === 0 && this.#file > 0)) {
-          await this.#release();
-          if (file !== undefined) await this.#remove(this.#file);
-          files.length = Math.min(files.length, this.#file);
+        if (this.#offset === 0 && this.#file > 0) {
+          if (await medium.isProtected()) throw writeProtected(this.path);
+          await medium.drop(this.#file);
           break;
         }
-        const handle = await this.#handleOf(this.#file, true);
-        await handle.datasync();
-        await this.#release();
-        const name = join(this.#directory, nameOf(this.#file));
-        await rename(`${name}.part`, name);
-        file.closed = true;
+        await this.#beginWriting();
+        await medium.mark();
+        this.#freeBytes -= medium.markBytes;
         this.#file++;
         this.#offset = 0;
       }
-      await fsyncDirectory(this.#directory);
-      await this.#handle?.handle.datasync();
     } catch (error) {
-      throw ioError('write', this.path, error);
+      throw ioError('write a file mark on', this.path, error);
     }
-    return { earlyWarning: this.#warns() };
+    return { earlyWarning: await this.#warns() };
   }
 
   eject(): Promise<void> {
@@ -377,77 +348,87 @@ export class FileDrive implements TapeDrive {
   }
 
   /** Makes the head's place the end of data, and its file one that can be written. */
-  async #truncate(): Promise<void> {
-    const files = this.#medium();
-    const file = files[this.#file];
+  async #beginWriting(): Promise<Medium> {
+    const medium = this.#loaded();
+    const file = medium.files[this.#file];
     const atEnd =
-      this.#file === files.length - 1 && file?.closed === false && file.bytes === this.#offset;
-    if (atEnd) return;
-    await this.#release();
+      this.#file === medium.files.length - 1 &&
+      file?.closed === false &&
+      file.bytes === this.#offset;
+    // At the very beginning the size of records may change.
+    if (atEnd && (this.#file > 0 || this.#offset > 0)) return medium;
+    if (await medium.isProtected()) throw writeProtected(this.path);
     try {
-      if (this.#file === 0 && this.#offset === 0) {
-        await mkdir(this.#directory, { recursive: true });
-        this.#recordBytes = this.#nextRecordBytes ?? this.#recordBytes;
-      }
-      for (let n = files.length - 1; n > this.#file; n--) await this.#remove(n);
-      const part = join(this.#directory, `${nameOf(this.#file)}.part`);
-      if (file?.closed === true) await rename(part.slice(0, -'.part'.length), part);
-      files.length = this.#file;
-      files.push({ bytes: this.#offset, closed: false });
-      const handle = await this.#handleOf(this.#file, true);
-      await handle.truncate(this.#offset);
-      const state = Buffer.from(`${JSON.stringify({ recordBytes: this.#recordBytes })}\n`);
-      if (this.#file === 0) await writeFileDurable(join(this.#directory, STATE_FILE), state);
+      const recordBytes = this.#nextRecordBytes ?? this.#recordBytes;
+      await medium.cut(this.#file, this.#offset, recordBytes);
+      this.#offset = medium.files[this.#file]?.bytes ?? this.#offset;
     } catch (error) {
       throw ioError('write', this.path, error);
     }
+    this.#freeAsked = 0;
+    return medium;
   }
 
-  async #remove(file: number): Promise<void> {
-    const name = join(this.#directory, nameOf(file));
-    await rm(name, { force: true });
-    await rm(`${name}.part`, { force: true });
-  }
-
-  #used(): number {
-    return (this.#files ?? []).reduce((sum, f) => sum + f.bytes + (f.closed ? MARK_BYTES : 0), 0);
-  }
-
-  #room(): number {
-    return (this.#options.sizeBytes ?? Number.POSITIVE_INFINITY) - this.#used();
-  }
-
-  #warns(): boolean {
+  /** Bytes that still fit; exact enough for the next `wanted` ones. */
+  async #room(wanted: number): Promise<number> {
+    const medium = this.#loaded();
     const { sizeBytes } = this.#options;
-    if (sizeBytes === undefined || this.#faults.noWarning) return false;
-    const reserve =
-      this.#options.reserveBytes ?? Math.min(RESERVE_MAX, Math.floor(sizeBytes * RESERVE_SHARE));
-    return this.#room() < reserve;
+    if (this.#freeBytes < this.#freeAsked / 2 + wanted + SLACK_BYTES) {
+      try {
+        this.#freeBytes = await medium.freeBytes();
+      } catch (error) {
+        throw ioError('ask for the free space of', this.path, error);
+      }
+      this.#freeAsked = this.#freeBytes;
+    }
+    const free = Math.max(0, this.#freeBytes - SLACK_BYTES);
+    return sizeBytes === undefined ? free : Math.min(free, sizeBytes - usedBytes(medium));
+  }
+
+  async #warns(): Promise<boolean> {
+    if (this.#faults.noWarning) return false;
+    const { sizeBytes, reserveBytes } = this.#options;
+    const room = await this.#room(0);
+    const total = sizeBytes ?? usedBytes(this.#loaded()) + room;
+    return room < (reserveBytes ?? Math.min(RESERVE_MAX, Math.floor(total * RESERVE_SHARE)));
+  }
+
+  /** Waits as long as a drive of that rate would take, which has a buffer of its own. */
+  async #pace(bytes: number): Promise<void> {
+    const { rateBytes } = this.#options;
+    if (rateBytes === undefined) return;
+    const nowNs = this.#clock.monotonicNs();
+    // Time in which it had nothing to do is lost: a drive does not catch up.
+    if (this.#busyUntilNs < nowNs) this.#busyUntilNs = nowNs;
+    this.#busyUntilNs += BigInt(Math.round((bytes * 1e9) / rateBytes));
+    const waitNs = this.#busyUntilNs - nowNs - DRIVE_BUFFER_NS;
+    if (waitNs > 0n) await this.#clock.sleep(Number(waitNs) / 1e6);
   }
 
   #move(): void {
     if (++this.#moved === this.#faults.pullAt) this.#gone = true;
-    this.#medium();
-  }
-
-  async #handleOf(file: number, writing: boolean): Promise<FileHandle> {
-    const open_ = this.#handle;
-    if (open_ !== undefined && open_.file === file && (open_.writing || !writing))
-      return open_.handle;
-    await this.#release();
-    const closed = this.#files?.[file]?.closed === true;
-    const name = join(this.#directory, closed ? nameOf(file) : `${nameOf(file)}.part`);
-    const flags = writing ? constants.O_RDWR | constants.O_CREAT : constants.O_RDONLY;
-    const handle = await open(name, flags | constants.O_NOFOLLOW, 0o600);
-    this.#handle = { file, handle, writing };
-    return handle;
+    this.#loaded();
   }
 
   async #release(): Promise<void> {
-    const handle = this.#handle?.handle;
-    this.#handle = undefined;
-    await handle?.close();
+    try {
+      await this.#medium?.close();
+    } catch (error) {
+      throw ioError('close', this.path, error);
+    }
   }
+}
+
+/** A drive of a given rate has memory for so long; real ones have more. */
+const DRIVE_BUFFER_NS = 200_000_000n;
+
+function usedBytes(medium: Medium): number {
+  return medium.files.reduce((sum, f) => sum + f.bytes + (f.closed ? medium.markBytes : 0), 0);
+}
+
+function isNoSpace(error: unknown): boolean {
+  const errno = errnoOf(error);
+  return errno === 'ENOSPC' || errno === 'EDQUOT' || errno === 'EFBIG';
 }
 
 /** The error of a write to a protected cartridge. */

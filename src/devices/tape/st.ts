@@ -31,16 +31,20 @@ const MT = {
 
 // Status bits of linux/mtio.h (GMT_…).
 const GMT_WR_PROT = 0x0400_0000;
+const GMT_EOD = 0x0800_0000;
 const GMT_ONLINE = 0x0100_0000;
 const GMT_DR_OPEN = 0x0004_0000;
 
 /** How long a cartridge may take to become ready: large ones thread for more than a minute. */
 const READY_MS = 180_000;
+/** How long a drive may say that there is nothing in it, after one was put in. */
+const EMPTY_MS = 20_000;
 const POLL_MS = 500;
 
 /** See the file comment. */
 export class StDrive implements TapeDrive {
   readonly path: string;
+  readonly streams = true;
   readonly #clock: Pick<Clock, 'sleep' | 'monotonicNs'>;
   #handle: FileHandle;
   #readOnly: boolean;
@@ -70,6 +74,7 @@ export class StDrive implements TapeDrive {
       return {
         loaded: (flags & GMT_ONLINE) !== 0 && (flags & GMT_DR_OPEN) === 0,
         writeProtected: (flags & GMT_WR_PROT) !== 0 || this.#readOnly,
+        atEnd: (flags & GMT_EOD) !== 0,
         file: file < 0 ? undefined : file,
         record: block < 0 ? undefined : block,
       };
@@ -135,7 +140,6 @@ export class StDrive implements TapeDrive {
   }
 
   async #atEndOfData(): Promise<boolean> {
-    const GMT_EOD = 0x0800_0000;
     try {
       return ((await tapeDriveStatus(this.#handle.fd)).flags & GMT_EOD) !== 0;
     } catch {
@@ -199,11 +203,21 @@ export class StDrive implements TapeDrive {
     await tapeOperation(this.#handle.fd, MT.load, 1).catch(() => undefined); // loaded already, or no such command
     const startNs = this.#clock.monotonicNs();
     while (!(await this.status()).loaded) {
-      if (Number(this.#clock.monotonicNs() - startNs) / 1e6 > READY_MS)
-        throw noCartridge(this.path);
+      const waitedMs = Number(this.#clock.monotonicNs() - startNs) / 1e6;
+      const limitMs = (await this.#isEmpty()) ? EMPTY_MS : READY_MS;
+      if (waitedMs > limitMs) throw noCartridge(this.path);
       await this.#clock.sleep(POLL_MS);
       await this.#handle.close();
       ({ handle: this.#handle, readOnly: this.#readOnly } = await openNode(this.path));
+    }
+  }
+
+  /** The drive says that there is no cartridge in it, rather than that it is not ready. */
+  async #isEmpty(): Promise<boolean> {
+    try {
+      return ((await tapeDriveStatus(this.#handle.fd)).flags & GMT_DR_OPEN) !== 0;
+    } catch {
+      return false;
     }
   }
 

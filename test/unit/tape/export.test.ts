@@ -1,5 +1,6 @@
 import { execFileSync } from 'node:child_process';
 import {
+  copyFileSync,
   mkdirSync,
   readFileSync,
   readdirSync,
@@ -22,6 +23,8 @@ import {
   type TapeRestoreResult,
 } from '../../../src/tape/import.js';
 import { importRepository, type ImportResult } from '../../../src/tape/import-repository.js';
+import { decodeTarHeader } from '../../../src/format/tape-tar.js';
+import { listCartridges, putCartridge } from '../../../src/tape/catalogue.js';
 import { verifyTape } from '../../../src/tape/verify.js';
 import { openImage } from '../../../src/repo/point.js';
 import { Repository } from '../../../src/repo/repository.js';
@@ -280,6 +283,85 @@ describe('a repository from tapes alone', () => {
   });
 });
 
+describe('points that were not written in order', () => {
+  it('an older point exported after a newer one is in the repository that is brought back', async () => {
+    const bed = await newBed();
+    const images = new Map<number, Buffer>();
+    for (const seq of [1, 2, 3, 4]) {
+      const image = Buffer.from(images.get(seq - 1) ?? testImage(16, 3 * MIB));
+      testImage(20 + seq, 200_000).copy(image, seq * 400_000);
+      images.set(seq, image);
+      await bed.capture(image, 'v', `p${seq}`);
+    }
+    const drive = await FileDrive.open(`file:${bed.cartridge('c1')}`);
+    for (const at of ['#3', '#1', '#4', '#2'])
+      await bed.export(drive, [await bed.point('v', at)], { sinceLast: true });
+    for (const [seq, image] of images) {
+      const { bytes } = await restore(bed, drive, `#${seq}`);
+      expect(bytes.equals(image)).toBe(true);
+    }
+    const back = await bringBack(bed, drive, undefined, images);
+    expect(back.points.map((p) => [p.seq, p.whole])).toEqual([
+      [1, true],
+      [2, true],
+      [3, true],
+      [4, true],
+    ]);
+    expect(back.isWhole).toBe(true);
+    await drive.close();
+  });
+
+  it('of a point that was written twice because of damage the whole copy counts', async () => {
+    const bed = await newBed();
+    const first = testImage(17, 4 * MIB);
+    await bed.capture(first);
+    const second = Buffer.from(first);
+    testImage(18, 300_000).copy(second, 3 * MIB);
+    await bed.capture(second);
+    const path = bed.cartridge('c1');
+    const drive = await FileDrive.open(`file:${path}`);
+    await bed.export(drive, [await bed.point('v', '#1')]);
+    await bed.export(drive, [await bed.point('v', '#2')], { sinceLast: true });
+    const file = `${path}/000002.tar`;
+    const bytes = readFileSync(file);
+    bytes.writeUInt8((bytes[MIB] ?? 0) ^ 1, MIB);
+    writeFileSync(file, bytes);
+    const view = await openTapeView(drive, [PASSWORD], BED_ENVIRONMENT, () => undefined);
+    const found = await verifyTape({
+      drive,
+      view,
+      workers: 0,
+      clock: systemClock,
+      events: (e) => bed.events.push(e),
+    });
+    await view.repo.close();
+    expect(found.damagedPacks.length).toBe(1);
+    const record = (await listCartridges(bed.repo, () => undefined))[0];
+    if (record === undefined) throw new Error('no cartridge');
+    await putCartridge(bed.repo, {
+      ...record,
+      sessions: record.sessions.map((s) => ({ ...s, damagedPacks: found.damagedPacks })),
+    });
+    const again = await bed.export(
+      drive,
+      [await bed.point('v', '#1'), await bed.point('v', '#2')],
+      { sinceLast: true },
+    );
+    expect(again.chunks).toBeGreaterThan(0);
+    const images = new Map([
+      [1, first],
+      [2, second],
+    ]);
+    const back = await bringBack(bed, drive, undefined, images);
+    expect(back.points.map((p) => [p.seq, p.whole])).toEqual([
+      [1, true],
+      [2, true],
+    ]);
+    expect(back).toMatchObject({ isWhole: true, damagedPacks: found.damagedPacks });
+    await drive.close();
+  });
+});
+
 describe('damage on a cartridge', () => {
   async function oneCartridge(): Promise<{
     bed: TapeBed;
@@ -339,6 +421,31 @@ describe('damage on a cartridge', () => {
     expect(found.findings).toMatchObject([{ kind: 'pack', file: 3, record: 0, points: ['v #1'] }]);
     expect(found.findings[0]?.frames?.length).toBe(1);
     await expectRest(bed, drive, image, 5 * 65_536);
+    await drive.close();
+  });
+
+  it('a pack whose footer is damaged is named, and costs nothing but the frames that are', async () => {
+    const { bed, drive, path, image } = await oneCartridge();
+    const file = `${path}/000003.tar`;
+    const bytes = readFileSync(file);
+    const header = decodeTarHeader(bytes, 1024);
+    if (header === undefined) throw new Error('no pack where one should be');
+    const end = 1536 + header.sizeBytes;
+    bytes.writeUInt8((bytes[end - 60] ?? 0) ^ 4, end - 60);
+    writeFileSync(file, bytes);
+    const found = await check(bed, drive);
+    expect(found.findings).toMatchObject([{ kind: 'pack', file: 3, frames: [], points: ['v #1'] }]);
+    expect(found.findings[0]?.message).toContain('footer');
+    expect((await restore(bed, drive)).bytes.equals(image)).toBe(true);
+    // A frame in the middle as well: those behind it are found all the same.
+    bytes.writeUInt8((bytes[200_000] ?? 0) ^ 4, 200_000);
+    writeFileSync(file, bytes);
+    const more = await check(bed, drive);
+    expect(more.findings).toMatchObject([{ kind: 'pack', file: 3 }]);
+    expect(more.findings[0]?.frames?.length).toBe(1);
+    await expectRest(bed, drive, image, 5 * 65_536);
+    const back = await bringBack(bed, drive, undefined, new Map());
+    expect(back).toMatchObject({ isWhole: false, damagedPacks: [more.findings[0]?.packId] });
     await drive.close();
   });
 
@@ -404,11 +511,82 @@ describe('what is refused, and what goes on', () => {
     await expect(bed.export(pulled, [await bed.point()])).rejects.toMatchObject({ kind: 'io' });
     await pulled.close();
     const drive = await FileDrive.open(`file:${path}`);
-    await expect(bed.export(drive, [await bed.point()])).rejects.toMatchObject({ kind: 'refused' });
-    const done = await bed.export(drive, [await bed.point()], { force: true });
+    const done = await bed.export(drive, [await bed.point()]);
     expect(done.isWhole).toBe(true);
+    expect(done.cartridges).toMatchObject([{ label: 'SET-001', firstFile: 1 }]);
+    expect(bed.events).toContainEqual(
+      expect.objectContaining({
+        type: 'warning',
+        message: expect.stringContaining('interrupted export') as string,
+      }),
+    );
     const { bytes } = await restore(bed, drive);
     expect(bytes.equals(image)).toBe(true);
+    await drive.close();
+  });
+
+  it('what an interrupted first export left is begun anew wherever it broke off, but nothing that may have been finished', async () => {
+    const bed = await newBed();
+    await bed.capture(testImage(15, 5 * MIB));
+    const points = [await bed.point()];
+    const whole = bed.cartridge('whole');
+    const first = await FileDrive.open(`file:${whole}`);
+    await bed.export(first, points, { setName: 'ANEW', verify: false });
+    await first.close();
+    const files = tapeFiles(whole);
+    await bed.repo.store.delete('tapes/ANEW-001');
+    /** The cartridge as it was before the last bytes were written; the repository knows nothing of it. */
+    const cut = (name: string, keep: number, lastBytes: number | undefined): string => {
+      const path = bed.cartridge(name);
+      copyFileSync(`${whole}/cartridge.json`, `${path}/cartridge.json`);
+      for (const [i, file] of files.slice(0, keep).entries()) {
+        const bytes = readFileSync(`${whole}/${file}`);
+        const open = i === keep - 1 && lastBytes !== undefined;
+        writeFileSync(
+          `${path}/${file}${open ? '.part' : ''}`,
+          open ? bytes.subarray(0, lastBytes) : bytes,
+        );
+      }
+      return path;
+    };
+    const label = statSync(`${whole}/${files[0] ?? ''}`).size;
+    for (const [name, keep, lastBytes] of [
+      ['label-without-mark', 1, label],
+      ['label-only', 1, undefined],
+      ['within-the-directory', 2, 0],
+      ['directory-only', 2, undefined],
+      ['within-the-data', 3, 10 * 65_536],
+    ] as const) {
+      const drive = await FileDrive.open(`file:${cut(name, keep, lastBytes)}`);
+      const done = await bed.export(drive, points, { verify: false });
+      expect([name, done.cartridges[0]?.firstFile, done.setName]).toEqual([name, 1, 'ANEW']);
+      await bed.repo.store.delete('tapes/ANEW-001');
+      await drive.close();
+    }
+    // Behind the end of data some drives give out anything; a whole file of it may have been the contents.
+    const junk = cut('junk-behind', 3, 10 * 65_536);
+    renameSync(`${junk}/${files[2] ?? ''}.part`, `${junk}/${files[2] ?? ''}`);
+    writeFileSync(`${junk}/000003.tar`, Buffer.alloc(65_536, 0x55));
+    const closed = await FileDrive.open(`file:${junk}`);
+    await expect(bed.export(closed, points)).rejects.toMatchObject({ kind: 'refused' });
+    await closed.close();
+    renameSync(`${junk}/000003.tar`, `${junk}/000003.tar.part`);
+    const open = await FileDrive.open(`file:${junk}`);
+    const anew = await bed.export(open, points, { verify: false });
+    expect(anew.cartridges[0]?.firstFile).toBe(1);
+    await open.close();
+    await bed.repo.store.delete('tapes/ANEW-001');
+    // Nothing but the last mark is missing: it was finished, and is added to.
+    const behind = await FileDrive.open(
+      `file:${cut('contents-without-mark', files.length, label)}`,
+    );
+    const more = await bed.export(behind, points, { verify: false });
+    expect(more.cartridges).toMatchObject([{ label: 'ANEW-001', firstFile: files.length }]);
+    await behind.close();
+    await bed.repo.store.delete('tapes/ANEW-001');
+    // Data that ends as it should, without contents: what a full cartridge may look like.
+    const drive = await FileDrive.open(`file:${cut('perhaps-full', files.length - 1, undefined)}`);
+    await expect(bed.export(drive, points)).rejects.toMatchObject({ kind: 'refused' });
     await drive.close();
   });
 

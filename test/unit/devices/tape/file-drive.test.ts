@@ -1,4 +1,4 @@
-import { mkdirSync, readdirSync, writeFileSync } from 'node:fs';
+import { mkdirSync, readFileSync, readdirSync, writeFileSync } from 'node:fs';
 import { afterEach, describe, expect, it } from 'vitest';
 import { FileDrive, parseFileDrive } from '../../../../src/devices/tape/file-drive.js';
 import { tapeDriveSuite } from '../../../support/tape-suite.js';
@@ -26,6 +26,127 @@ async function drive(options = '', path = cartridge()): Promise<FileDrive> {
   return opened;
 }
 
+/** An empty file: a blank cartridge. */
+function container(): string {
+  const dir = tempDir();
+  dirs.push(dir);
+  writeFileSync(dir.join('c.tape'), '');
+  return dir.join('c.tape');
+}
+
+describe('a file as a drive', () => {
+  tapeDriveSuite(async () => FileDrive.open(`file:${container()}`));
+
+  const one = (n: number): Buffer => Buffer.alloc(8 * KIB, n);
+
+  /** Three files of two records each, the last one without a mark. */
+  async function three(): Promise<string> {
+    const path = container();
+    const d = await drive('', path);
+    for (const n of [1, 11, 21]) {
+      await d.write(Buffer.concat([one(n), one(n + 1)]));
+      if (n < 21) await d.writeMarks(1);
+    }
+    await d.close();
+    return path;
+  }
+
+  /** What each file begins with, record by record. */
+  async function all(path: string): Promise<number[][]> {
+    const d = await FileDrive.open(`file:${path}`);
+    const files: number[][] = [];
+    const into = Buffer.alloc(1024 * KIB);
+    for (let file: number[] = []; ;) {
+      const found = await d.read(into);
+      if (found.kind === 'record') {
+        file.push(into[0] ?? -1);
+        continue;
+      }
+      if (found.kind === 'mark' || file.length > 0) files.push(file);
+      if (found.kind === 'end') break;
+      file = [];
+    }
+    await d.close();
+    return files;
+  }
+
+  it('is found again as it was, also after a crash before the last mark', async () => {
+    const path = await three();
+    expect(await all(path)).toEqual([
+      [1, 2],
+      [11, 12],
+      [21, 22],
+    ]);
+    const d = await FileDrive.open(`file:${path}`);
+    await d.toEndOfData();
+    await d.write(one(23));
+    await d.writeMarks(2);
+    await d.close();
+    expect(await all(path)).toEqual([
+      [1, 2],
+      [11, 12],
+      [21, 22, 23],
+    ]);
+  });
+
+  it('reads on where a mark or the header is damaged: two files are then one, and nothing else is lost', async () => {
+    const path = await three();
+    const bytes = readFileSync(path);
+    const firstMark = 4 * KIB + 16 * KIB;
+    const damagedMark = Buffer.from(bytes);
+    damagedMark.fill(0x55, firstMark, firstMark + 600);
+    writeFileSync(path, damagedMark);
+    // The first mark is read as data; records behind it are no longer in their places.
+    const files = await all(path);
+    expect(files.length).toBe(2);
+    expect(files[1]).toEqual([21, 22]);
+    const d = await FileDrive.open(`file:${path}`);
+    await d.toEndOfData();
+    await d.writeMarks(1);
+    await d.close();
+    const closed = readFileSync(path);
+    bytes.copy(closed, firstMark, firstMark, firstMark + 4 * KIB);
+    closed.fill(0x55, 0, 600);
+    writeFileSync(path, closed);
+    expect(await all(path)).toEqual([
+      [1, 2],
+      [11, 12],
+      [21, 22],
+    ]);
+  });
+
+  it('does not take marks of another container inside its data for its own', async () => {
+    const inner = readFileSync(await three());
+    const path = container();
+    const d = await drive('', path);
+    const padded = Buffer.alloc(Math.ceil(inner.length / (8 * KIB)) * 8 * KIB);
+    inner.copy(padded);
+    await d.write(padded);
+    await d.writeMarks(1);
+    await d.write(padded);
+    await d.close();
+    expect((await all(path)).map((file) => file.length)).toEqual([
+      padded.length / (8 * KIB),
+      padded.length / (8 * KIB),
+    ]);
+  });
+
+  it('shows something foreign as it is, and overwrites it from the beginning only', async () => {
+    const path = container();
+    writeFileSync(path, Buffer.alloc(100_000, 0x41));
+    const d = await FileDrive.open(`file:${path}`);
+    expect(await d.read(Buffer.alloc(1024 * KIB))).toEqual({ kind: 'record', bytes: 100_000 });
+    await expect(d.write(Buffer.alloc(256 * KIB))).rejects.toMatchObject({ kind: 'refused' });
+    expect(readFileSync(path).every((b) => b === 0x41)).toBe(true);
+    await d.setRecordBytes(8 * KIB, false);
+    await d.rewind();
+    await d.write(one(7));
+    await d.writeMarks(1);
+    await d.close();
+    expect(await all(path)).toEqual([[7]]);
+  });
+});
+
 describe('a directory as a drive', () => {
   tapeDriveSuite(async () => FileDrive.open(`file:${cartridge()}`));
 
@@ -40,7 +161,7 @@ describe('a directory as a drive', () => {
     expect(parseFileDrive('file:///media/a').path).toBe('/media/a');
     expect(() => parseFileDrive('file:/a?colour=red')).toThrow(/no such option/);
     expect(() => parseFileDrive('file:/a?fault=fire@1')).toThrow(/no such fault/);
-    expect(() => parseFileDrive('file:')).toThrow(/names no directory/);
+    expect(() => parseFileDrive('file:')).toThrow(/names no directory or file/);
   });
 
   it('warns before the end, then takes whole records only, then none', async () => {
@@ -75,6 +196,25 @@ describe('a directory as a drive', () => {
     expect((await guarded.status()).writeProtected).toBe(true);
     await expect(guarded.write(Buffer.alloc(8 * KIB))).rejects.toMatchObject({ kind: 'refused' });
     await guarded.close();
+  });
+
+  it('takes no more than its rate', async () => {
+    let nowNs = 0n;
+    const slept: number[] = [];
+    const clock = {
+      monotonicNs: () => nowNs,
+      sleep: (ms: number) => {
+        slept.push(ms);
+        nowNs += BigInt(Math.round(ms * 1e6));
+        return Promise.resolve();
+      },
+    };
+    const d = await FileDrive.open(`file:${cartridge()}?rate=1M`, clock);
+    expect(d.streams).toBe(true);
+    await d.setRecordBytes(8 * KIB, false);
+    for (let i = 0; i < 3; i++) await d.write(Buffer.alloc(1024 * KIB));
+    expect(slept.map((ms) => Math.round(ms))).toEqual([800, 1000, 1000]);
+    await d.close();
   });
 
   it('fails as it is told to', async () => {

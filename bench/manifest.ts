@@ -8,15 +8,20 @@
  * segments are written at their final level right away, which gives the same segments as merging and takes a fifth of the time.) Then, each
  * in a process of its own and with none of its files in the page cache: open the image at a random time and find a
  * random block. Ends with 1 if a process needed more than 256 MiB. With --dir and --keep a second run measures again without building.
+ *
+ * `--repository DIR` only makes a whole repository of such a volume, for the programs that read one (bench/access.mjs).
  */
 import { spawnSync } from 'node:child_process';
 import { createHash, randomBytes, randomInt } from 'node:crypto';
-import { existsSync, mkdtempSync, readdirSync, readFileSync, rmSync } from 'node:fs';
+import { existsSync, mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import path from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { parseArgs } from 'node:util';
 import type { SegmentName } from '../src/format/names.js';
+import type { KeyRing } from '../src/format/seal.js';
+import type { PageCache } from '../src/repo/segments/page-cache.js';
+import type { Store } from '../src/repo/store.js';
 import type { SegmentReader } from '../src/repo/segments/reader.js';
 
 const GIB = 1024 ** 3;
@@ -48,7 +53,15 @@ interface Sample {
   readonly maxRssMiB: number;
 }
 
-async function context(dir: string) {
+interface Context {
+  readonly store: Store;
+  readonly keys: KeyRing;
+  readonly repositoryId: string;
+  readonly volumeId: string;
+  readonly cache: PageCache;
+}
+
+async function context(dir: string): Promise<Context> {
   const { openDirectoryStore } = await import('../src/repo/store-directory.js');
   const { keyRing } = await import('../src/format/seal.js');
   const { PageCache } = await import('../src/repo/segments/page-cache.js');
@@ -57,15 +70,13 @@ async function context(dir: string) {
   return { store, keys, repositoryId: REPOSITORY, volumeId: VOLUME, cache: new PageCache() };
 }
 
-type Context = Awaited<ReturnType<typeof context>>;
-
 /** As VolumeHistory does it. */
 async function openAll(ctx: Context): Promise<{ deltas: SegmentReader[]; fulls: SegmentReader[] }> {
   const { parseSegmentName, segmentName } = await import('../src/format/names.js');
   const { chooseSegments } = await import('../src/repo/segments/choose.js');
   const { openSegment } = await import('../src/repo/segments/reader.js');
   const names: SegmentName[] = [];
-  for await (const { name } of ctx.store.list(`volumes/${VOLUME}/manifest`)) {
+  for await (const { name } of ctx.store.list(`volumes/${ctx.volumeId}/manifest`)) {
     const parsed = parseSegmentName(name);
     if (parsed !== undefined) names.push(parsed);
   }
@@ -90,18 +101,17 @@ function segmentSizes(commits: number): { level: number; count: number }[] {
   return sizes;
 }
 
-async function build(dir: string, commits: number): Promise<void> {
+async function build(ctx: Context, commits: number): Promise<void> {
   const { memorySegment } = await import('../src/repo/segments/memory.js');
   const { putSegment, PackMap, copyCommits } = await import('../src/repo/segments/writer.js');
   const { putFullMap } = await import('../src/repo/segments/merge.js');
   const { nextStep } = await import('../src/repo/segments/maintain.js');
   const { encodeExtent, EXTENT_RECORD_BYTES } = await import('../src/format/extent.js');
-  const ctx = await context(dir);
   const target = () => ({
     store: ctx.store,
     keys: ctx.keys,
-    repositoryId: REPOSITORY,
-    volumeId: VOLUME,
+    repositoryId: ctx.repositoryId,
+    volumeId: ctx.volumeId,
     chunkBlocks: CHUNK_BLOCKS,
     salt: randomBytes(16),
     createdNs: START_NS,
@@ -211,7 +221,83 @@ async function build(dir: string, commits: number): Promise<void> {
       process.stderr.write(`  ${seq.toLocaleString('en')} commits\n`);
     }
   }
-  await ctx.store.close();
+}
+
+/** Where the one block lies that a volume of {@link buildRepository} really has. */
+const REAL_BLOCK = DEVICE_BLOCKS / 2;
+
+/**
+ * A repository (key file `key` in it) with a volume `bench/1t` of that history, whose last commit has data: 64 KiB of the text
+ * "b2 " from half of the device on. What the others name is nowhere.
+ */
+async function buildRepository(dir: string, commits: number): Promise<void> {
+  const { Repository } = await import('../src/repo/repository.js');
+  const { openDirectoryStore } = await import('../src/repo/store-directory.js');
+  const { keyFileText, parseKeyFile } = await import('../src/repo/keys.js');
+  const { writeVolumeMeta } = await import('../src/repo/volume.js');
+  const { VolumeWriter } = await import('../src/repo/volume-writer.js');
+  const { PageCache } = await import('../src/repo/segments/page-cache.js');
+  const { currentIdentity } = await import('../src/process-identity.js');
+  const { systemClock } = await import('../src/clock.js');
+  const store = await openDirectoryStore(dir, { create: true });
+  const text = keyFileText(randomBytes(32));
+  writeFileSync(path.join(dir, 'key'), text, { mode: 0o600 });
+  const repo = await Repository.init(
+    store,
+    { encryption: 'aes256-gcm', chunkBytes: CHUNK_BLOCKS * 4096, packBytes: 32 * 1024 ** 2 },
+    { kind: 'keyFile', material: parseKeyFile(text, 'key'), source: 'key' },
+    { clock: systemClock, random: (n) => randomBytes(n), owner: currentIdentity() },
+  );
+  const volumeId = repo.newId();
+  await writeVolumeMeta(repo, {
+    id: volumeId,
+    name: 'bench/1t',
+    host: 'bench',
+    createdNs: START_NS,
+    device: '/dev/bench',
+    sizeBytes: TIB,
+    logicalBlockBytes: 512,
+    facts: {},
+    updatedNs: START_NS,
+  });
+  const { keys } = repo;
+  // The commits that are made up are of epoch 1: this claim.
+  const first = await VolumeWriter.claim(repo, volumeId);
+  await first.history.close();
+  await first.writer.close();
+  await build(
+    { store, keys, repositoryId: repo.config.id, volumeId, cache: new PageCache() },
+    commits,
+  );
+  const { writer, history } = await VolumeWriter.claim(repo, volumeId);
+  await history.close();
+  const pack = await writer.openPack();
+  const data = Buffer.alloc(CHUNK_BLOCKS * 4096, 'b2 ');
+  await pack.flush();
+  const place = pack.addChunk(data, keys.chunkId(data));
+  const now = systemClock.nowNs();
+  await writer.commit({
+    pointClass: 2,
+    coverage: 0,
+    full: false,
+    instantNs: now,
+    startedNs: now,
+    sizeBytes: TIB,
+    extents: [
+      {
+        block: REAL_BLOCK,
+        count: CHUNK_BLOCKS,
+        packId: pack.packId,
+        frame: place,
+        sub: 0,
+        skip: 0,
+      },
+    ],
+    storedBytes: data.length,
+    facts: {},
+  });
+  await writer.close();
+  await repo.close();
 }
 
 async function sample(dir: string, fraction: number): Promise<Sample> {
@@ -309,8 +395,11 @@ async function main(): Promise<void> {
       commits: { type: 'string', default: '1048544' },
       child: { type: 'string' },
       fraction: { type: 'string', default: '0.5' },
+      repository: { type: 'string' },
     },
   });
+  if (values.repository !== undefined)
+    return buildRepository(values.repository, Number(values.commits));
   if (values.child !== undefined) {
     const dir = values.dir ?? '';
     const out =
@@ -323,7 +412,9 @@ async function main(): Promise<void> {
     if (!existsSync(path.join(dir, 'volumes'))) {
       const start = performance.now();
       process.stderr.write(`building the manifest in ${dir}\n`);
-      await build(dir, Number(values.commits));
+      const ctx = await context(dir);
+      await build(ctx, Number(values.commits));
+      await ctx.store.close();
       spawnSync('sync');
       process.stderr.write(`built in ${((performance.now() - start) / 1000).toFixed(0)} s\n`);
     }

@@ -24,23 +24,29 @@ interface Waiting {
 /** A line longer than this is not QEMU's. */
 const MAX_LINE = 16 * 1024 * 1024;
 const RETRY_MS = 20;
+const ANSWER_MS = 30_000;
 
 /** One connection, ready for commands. Events are not listened to. */
 export class Qmp {
   private readonly socket: Socket;
+  private readonly clock: Clock;
   private readonly waiting = new Map<number, Waiting>();
   private rest = '';
   private lastId = 0;
   private end: Error | undefined;
 
-  constructor(socket: Socket) {
+  constructor(socket: Socket, clock: Clock) {
     this.socket = socket;
+    this.clock = clock;
     socket.setEncoding('utf8').on('data', (text: string) => this.take(text));
     socket.on('error', (error) => this.stop(error));
     socket.on('close', () => this.stop(new Error('QEMU has closed the connection')));
   }
 
-  /** Connects as soon as QEMU listens there, for at most `withinMs`, and ends the negotiation. */
+  /**
+   * Connects as soon as QEMU listens there, for at most `withinMs`, and ends the negotiation. Gives up when `signal` aborts. Kind
+   * `failed`.
+   */
   static async open(
     path: string,
     clock: Clock,
@@ -49,29 +55,47 @@ export class Qmp {
   ): Promise<Qmp> {
     const untilNs = clock.monotonicNs() + BigInt(withinMs) * 1_000_000n;
     for (;;) {
+      let qmp: Qmp | undefined;
+      const stop = (): void => qmp?.close();
+      signal?.addEventListener('abort', stop, { once: true });
       try {
-        const qmp = new Qmp(await connected(path));
+        qmp = new Qmp(await connected(path), clock);
+        if (signal?.aborted === true) stop();
         await qmp.command('qmp_capabilities');
         return qmp;
       } catch (error) {
+        stop();
         if (signal?.aborted === true || clock.monotonicNs() > untilNs) {
           throw new B2Error('failed', `QEMU does not answer: ${messageOf(error)}`, {
             cause: error,
           });
         }
         await clock.sleep(RETRY_MS, signal);
+      } finally {
+        signal?.removeEventListener('abort', stop);
       }
     }
   }
 
-  /** Resolves to what the command returns; rejects with {@link QmpError}, or when the connection ends. */
-  command(execute: string, args: Readonly<Record<string, unknown>> = {}): Promise<unknown> {
-    if (this.end !== undefined) return Promise.reject(this.end);
+  /**
+   * Resolves to what the command returns; rejects with {@link QmpError}, or when the connection ends: as it does when nothing is
+   * answered for half a minute.
+   */
+  async command(execute: string, args: Readonly<Record<string, unknown>> = {}): Promise<unknown> {
+    if (this.end !== undefined) throw this.end;
     const id = ++this.lastId;
-    return new Promise((resolve, reject) => {
-      this.waiting.set(id, { resolve, reject });
-      this.socket.write(`${JSON.stringify({ execute, arguments: args, id })}\n`);
+    const answered = new AbortController();
+    void this.clock.sleep(ANSWER_MS, answered.signal).then(() => {
+      if (!answered.signal.aborted) this.socket.destroy(new Error(`no answer to ${execute}`));
     });
+    try {
+      return await new Promise((resolve, reject) => {
+        this.waiting.set(id, { resolve, reject });
+        this.socket.write(`${JSON.stringify({ execute, arguments: args, id })}\n`);
+      });
+    } finally {
+      answered.abort();
+    }
   }
 
   close(): void {

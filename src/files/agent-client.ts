@@ -55,6 +55,11 @@ export class FilesAgent {
     this.#waiting.clear();
   }
 
+  /** True when it answers nothing any more. */
+  get isEnded(): boolean {
+    return this.#isEnded;
+  }
+
   ask<Q extends AgentQuestion>(question: Q): Promise<AgentAnswers[Q['op']]> {
     if (this.#isEnded) return Promise.reject(ended());
     return new Promise((resolve, reject) => {
@@ -65,9 +70,8 @@ export class FilesAgent {
       });
       const request: AgentRequest = { id, question };
       this.#child.send(request, (error) => {
-        if (error === null || error === undefined) return;
-        this.#waiting.delete(id);
-        reject(error);
+        // It has gone, and the news of that is on its way.
+        if (error !== null && error !== undefined) this.#gone();
       });
     });
   }

@@ -84,7 +84,7 @@ export async function openKernelEnvironment(
   clock: Clock,
   events: EventSink,
 ): Promise<KernelEnvironment> {
-  const { image, failures } = await throwAwayOverlay(base);
+  const { image, failures, failed } = await throwAwayOverlay(base);
   try {
     const fuseFd = openFuse();
     let holder: Holder;
@@ -95,7 +95,7 @@ export async function openKernelEnvironment(
       throw error;
     }
     // Not before it is mounted: reading the descriptor fails until then.
-    const file = new BlockFile({ fuseFd, image, events, failed: () => undefined });
+    const file = new BlockFile({ fuseFd, image, events, failed });
     return new KernelEnvironment(holder, file, () => image.close(), failures, clock, events);
   } catch (error) {
     await image.close();
@@ -226,6 +226,11 @@ export class KernelEnvironment implements Environment {
     return this.#holder.namespaceFd;
   }
 
+  /** True when the image cannot be read any more, whatever is mounted from it: open another environment. */
+  get isBroken(): boolean {
+    return this.#file.isEnded;
+  }
+
   mount(area: FoundArea): Promise<string> {
     let mounted = this.#mounted.get(area.name);
     if (mounted === undefined) {
@@ -238,6 +243,8 @@ export class KernelEnvironment implements Environment {
   }
 
   async #mount(area: FoundArea): Promise<string> {
+    // Not reached any more, it would be a long row of errors of tools.
+    if (this.isBroken && this.failures.length > 0) throw this.failures.at(-1);
     const { place } = this.#holder;
     const dir = `${place}/fs/${area.name}`;
     const driver = driverOf(area.type) ?? area.type;

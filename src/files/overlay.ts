@@ -5,6 +5,8 @@ import { openTemporaryOverlay, type WritableImage } from '../nbd/index.js';
 export interface ThrowAway {
   readonly image: WritableImage;
   readonly failures: readonly unknown[];
+  /** Puts something else that went wrong among the failures. */
+  readonly failed: (error: unknown) => void;
 }
 
 /** Failures that are kept: the first ones tell. */
@@ -13,8 +15,11 @@ const KEPT = 100;
 /** Takes `base` over: it is closed with the overlay. */
 export async function throwAwayOverlay(base: Image, directory?: string): Promise<ThrowAway> {
   const failures: unknown[] = [];
+  const failed = (error: unknown): void => {
+    if (failures.length < KEPT && !failures.includes(error)) failures.push(error);
+  };
   const told = (error: unknown): never => {
-    if (failures.length < KEPT) failures.push(error);
+    failed(error);
     throw error;
   };
   const watched: Image = {
@@ -28,5 +33,5 @@ export async function throwAwayOverlay(base: Image, directory?: string): Promise
     base: watched,
     ...(directory === undefined ? {} : { directory }),
   });
-  return { image, failures };
+  return { image, failures, failed };
 }

@@ -53,6 +53,8 @@ export interface VmOptions {
 
 /** Without KVM a loaded machine takes long; a guest that hangs takes for ever. */
 const TCG_PATIENCE_MS = 240_000;
+/** Between QEMU's end of output and its own. */
+const ENDING_MS = 10_000;
 /** Slots of the guest's bus. */
 const MAX_DISKS = 24;
 /** For the log of a large xfs or btrfs. */
@@ -242,14 +244,25 @@ async function startWith(
     ended.then(() => 'ended' as const),
     clock.sleep(patience, late.signal).then(() => 'late' as const),
   ]);
+  if (state === 'ready') {
+    late.abort();
+    return { child, ended, parser };
+  }
+  // One that is about to end is let: killed, it would say nothing of why it does.
+  const isEnding =
+    state === 'ended' &&
+    (await Promise.race([
+      ended.then(() => true),
+      clock.sleep(ENDING_MS, late.signal).then(() => false),
+    ]));
   late.abort();
-  if (state === 'ready') return { child, ended, parser };
-  child.kill('SIGKILL');
+  if (!isEnding) child.kill('SIGKILL');
   const status = await ended;
-  if (state === 'ended' && status !== 0 && accelerator === 'tcg') {
+  if (isEnding && status !== 0 && accelerator === 'tcg') {
+    const signal = status > 128 ? ' (it was killed: for lack of memory, perhaps)' : '';
     throw new B2Error(
       'failed',
-      `QEMU ended while the tiny virtual machine started: ${lastLine(said()) || `status ${status}`}`,
+      `QEMU ended while the tiny virtual machine started: ${lastLine(said()) || `status ${status}${signal}`}`,
     );
   }
   return undefined;

@@ -45,12 +45,12 @@ export function openFuse(): number {
 }
 
 export interface BlockFileOptions {
-  /** From {@link openFuse}; closed by {@link BlockFile.close}. Somebody else mounts it. */
+  /** From {@link openFuse}; closed when {@link BlockFile.ended} settles. Somebody else mounts it. */
   readonly fuseFd: number;
   /** Stays the caller's. */
   readonly image: WritableImage;
   readonly events: EventSink;
-  /** Told of every failed read and write; whoever asked gets EIO. */
+  /** Told of every failed read and write (whoever asked gets EIO), and of the end of the connection where nobody wanted it. */
   readonly failed: (error: unknown) => void;
 }
 
@@ -58,7 +58,12 @@ export interface BlockFileOptions {
 export class BlockFile {
   readonly #options: BlockFileOptions;
   readonly #channel: FuseChannel;
-  #isClosed = false;
+  /**
+   * Settles when nobody asks any more, and nobody can: the descriptor is closed, and with it the connection, so that who still has
+   * the file open gets errors and waits for nothing. Rejects with kind `io` where the kernel's requests can no longer be read, after
+   * a warning and {@link BlockFileOptions.failed}.
+   */
+  readonly ended: Promise<void>;
 
   constructor(options: BlockFileOptions) {
     this.#options = options;
@@ -68,20 +73,38 @@ export class BlockFile {
       events: options.events,
       maxPending: MAX_PENDING,
     });
+    this.ended = this.#serve();
+    // Who is interested awaits it; a failure before that is not unhandled.
+    this.ended.catch(() => undefined);
   }
 
-  /** Settles when nobody asks any more. */
-  get ended(): Promise<void> {
-    return this.#channel.ended;
+  /** True when nobody can ask any more. */
+  get isEnded(): boolean {
+    return this.#channel.isGone;
+  }
+
+  async #serve(): Promise<void> {
+    const { events, failed, fuseFd } = this.#options;
+    try {
+      await this.#channel.ended;
+    } catch (error) {
+      const failure = new B2Error(
+        'io',
+        `an image that file systems were mounted from cannot be read any more: ${messageOf(error)}`,
+        { cause: error },
+      );
+      events({ type: 'warning', message: failure.message });
+      failed(failure);
+      throw failure;
+    } finally {
+      closeSync(fuseFd);
+    }
   }
 
   /** Ends the connection: who still reads the file gets errors. */
   async close(): Promise<void> {
-    if (this.#isClosed) return;
-    this.#isClosed = true;
     this.#channel.stop();
-    await this.#channel.ended.catch(() => undefined);
-    closeSync(this.#options.fuseFd);
+    await this.ended.catch(() => undefined);
   }
 
   #send(unique: bigint, payload: Uint8Array | undefined, errno = 0): void {

@@ -34,7 +34,8 @@ const REMEMBERED_POINTS = 256;
 export interface FilesSource {
   /** Tells points apart. */
   readonly key: string;
-  /** For messages. */
+  /** The volume, and the point of it: for messages. */
+  readonly volume: string;
   readonly name: string;
   readonly mtimeNs: bigint;
   readonly openImage: () => Promise<Image>;
@@ -49,6 +50,10 @@ interface Shared {
   readonly opened: Promise<Opened>;
   users: number;
   idle: NodeJS.Timeout | undefined;
+  /** True when nothing can be read through it any more: the next look opens another. */
+  isBroken: () => boolean;
+  /** Another has taken its place: it ends with its last user. */
+  isReplaced: boolean;
 }
 
 /** An area of a point, mounted when it is asked for. */
@@ -77,6 +82,8 @@ export class FilesView {
   readonly #options: FilesViewOptions;
   readonly #areas = new Map<string, Promise<readonly FoundArea[]>>();
   readonly #points = new Map<string, Shared>();
+  readonly #replaced = new Set<Shared>();
+  readonly #toldOf = new Set<string>();
   readonly #closing = new Set<Promise<void>>();
   /** Attributes of roots that have been mounted. */
   readonly #roots = new Map<string, AgentStat>();
@@ -116,13 +123,15 @@ export class FilesView {
       this.#points.delete(key);
       this.#end(shared);
     }
+    for (const shared of this.#replaced) this.#end(shared);
+    this.#replaced.clear();
     await Promise.all(this.#closing);
   }
 
   #areasOf(source: FilesSource): Promise<readonly FoundArea[]> {
     const known = this.#areas.get(source.key);
     if (known !== undefined) return known;
-    const found = readAreas(source);
+    const found = this.#readAreas(source);
     this.#areas.set(source.key, found);
     // A store that was away may be back.
     found.catch(() => this.#areas.delete(source.key));
@@ -133,24 +142,33 @@ export class FilesView {
     return found;
   }
 
-  /** Asks the agent about a path below a root. The mount stays for as long as this takes, and a while. */
-  async #ask<Q extends AgentQuestion>(root: Root, question: Q): Promise<AgentAnswers[Q['op']]> {
-    return this.#use(root, ({ agent }) => agent.ask(question));
+  async #readAreas(source: FilesSource): Promise<readonly FoundArea[]> {
+    const image = await source.openImage();
+    try {
+      const areas = await findAreas(image, source.name);
+      for (const area of areas) {
+        const why = leftOut(area);
+        if (why === undefined) continue;
+        // Once for a volume, not for each of its points.
+        const what = `${source.volume}, ${area.name}: ${why}`;
+        if (this.#toldOf.has(what)) continue;
+        this.#toldOf.add(what);
+        this.#options.events({ type: 'warning', message: what });
+      }
+      return areas.filter((area) => area.holds === 'files' && area.devices === 1);
+    } finally {
+      await image.close();
+    }
   }
 
+  /** Runs `fn` with the area mounted at `directory`. The mount stays for as long as this takes, and a while. */
   async #use<T>(root: Root, fn: (opened: Opened, directory: string) => Promise<T>): Promise<T> {
     const shared = this.#take(root);
     try {
       const opened = await shared.opened;
       const directory = await opened.environment.mount(root.area);
       await this.#rememberRoot(root, opened, directory);
-      try {
-        return await fn(opened, directory);
-      } catch (error) {
-        // What reading the image has failed with says more than the EIO that came of it.
-        const [first] = errnoOf(error) === 'EIO' ? opened.environment.failures : [];
-        throw first ?? error;
-      }
+      return await withReason(opened, () => fn(opened, directory));
     } finally {
       this.#give(root.source.key, shared);
     }
@@ -167,13 +185,31 @@ export class FilesView {
     if (this.#isClosed) throw new B2Error('failed', 'the mount is being taken down');
     const { key } = root.source;
     let shared = this.#points.get(key);
+    if (shared?.isBroken() === true) {
+      clearTimeout(shared.idle);
+      shared.isReplaced = true;
+      if (shared.users === 0) this.#end(shared);
+      else this.#replaced.add(shared);
+      shared = undefined;
+    }
     if (shared === undefined) {
-      shared = { opened: this.#open(root), users: 0, idle: undefined };
+      shared = {
+        opened: this.#open(root),
+        users: 0,
+        idle: undefined,
+        isBroken: () => false,
+        isReplaced: false,
+      };
       this.#points.set(key, shared);
       const mine = shared;
-      mine.opened.catch(() => {
-        if (this.#points.get(key) === mine) this.#points.delete(key);
-      });
+      mine.opened.then(
+        ({ environment, agent }) => {
+          mine.isBroken = () => environment.isBroken || agent.isEnded;
+        },
+        () => {
+          if (this.#points.get(key) === mine) this.#points.delete(key);
+        },
+      );
       this.#makeRoom(key);
     }
     clearTimeout(shared.idle);
@@ -186,7 +222,9 @@ export class FilesView {
 
   #give(key: string, shared: Shared): void {
     shared.users--;
-    if (shared.users > 0 || this.#points.get(key) !== shared) return;
+    if (shared.users > 0) return;
+    if (shared.isReplaced && this.#replaced.delete(shared)) this.#end(shared);
+    if (this.#points.get(key) !== shared) return;
     clearTimeout(shared.idle);
     shared.idle = setTimeout(() => this.#drop(key, shared), IDLE_MS);
     shared.idle.unref();
@@ -307,7 +345,7 @@ export class FilesView {
   }
 
   async #openFile(root: Root, relative: Buffer, sizeBytes: number): Promise<OpenFile> {
-    // An open file keeps its file system mounted.
+    // An open file keeps its file system mounted, and its handle means something to this agent only.
     const shared = this.#take(root);
     let isClosed = false;
     const release = (): void => {
@@ -316,20 +354,27 @@ export class FilesView {
       this.#give(root.source.key, shared);
     };
     try {
-      const handle = await this.#pathAsk(root, relative, (path) => ({ op: 'open', path }));
+      const opened = await shared.opened;
+      const { agent, environment } = opened;
+      const directory = await environment.mount(root.area);
+      await this.#rememberRoot(root, opened, directory);
+      const ask = <Q extends AgentQuestion>(question: Q): Promise<AgentAnswers[Q['op']]> =>
+        withReason(opened, () => agent.ask(question));
+      const path = Buffer.concat([Buffer.from(directory), relative]);
+      const handle = await ask({ op: 'open', path });
       return {
         sizeBytes,
         read: async (into, offset) => {
           const { length } = into;
-          const bytes = await this.#ask(root, { op: 'read', handle, offset, length });
+          const bytes = await ask({ op: 'read', handle, offset, length });
           if (bytes.length !== length)
             throw new B2Error('io', `a file of ${root.source.name} ended too early`);
           into.set(bytes);
         },
-        seek: (offset, what) => this.#ask(root, { op: 'seek', handle, offset, what }),
+        seek: (offset, what) => ask({ op: 'seek', handle, offset, what }),
         close: async () => {
           if (isClosed) return;
-          await this.#ask(root, { op: 'close', handle }).catch(() => undefined);
+          await agent.ask({ op: 'close', handle }).catch(() => undefined);
           release();
         },
       };
@@ -340,13 +385,22 @@ export class FilesView {
   }
 }
 
-async function readAreas(source: FilesSource): Promise<readonly FoundArea[]> {
-  const image = await source.openImage();
+/** Why an area with file systems in it is no directory, in words; undefined where it is one, or holds none. */
+function leftOut({ holds, devices, type }: FoundArea): string | undefined {
+  if (holds === 'container')
+    return 'the logical volumes (LVM) in it are not shown here, because they would mix with those of this machine; "b2 ls", "b2 cat" and "b2 restore --path" read them';
+  if (holds === 'files' && devices > 1)
+    return `the ${type} in it lies on ${devices} devices and is not shown: one of them alone cannot be read`;
+  return undefined;
+}
+
+/** What `fn` gives. What reading the image has failed with says more than the EIO that came of it. */
+async function withReason<T>({ environment }: Opened, fn: () => Promise<T>): Promise<T> {
   try {
-    const areas = await findAreas(image, source.name);
-    return areas.filter((area) => area.holds === 'files' && area.devices === 1);
-  } finally {
-    await image.close();
+    return await fn();
+  } catch (error) {
+    const [first] = errnoOf(error) === 'EIO' ? environment.failures : [];
+    throw first ?? error;
   }
 }
 

@@ -42,17 +42,28 @@ export async function serveMount(options: ServeMountOptions): Promise<Mounted> {
   const attached = await attach(options.mountpoint);
   const server = new MountServer(options, attached);
   const late = new AbortController();
+  let failure: unknown;
   const isGreeted = await Promise.race([
     server.session.ready.then(() => true),
     server.ended.then(
       () => false,
-      () => false,
+      (error: unknown) => {
+        failure = error;
+        return false;
+      },
     ),
     clock.sleep(GREETING_MS, late.signal).then(() => false),
   ]);
   late.abort();
   if (!isGreeted) {
-    await server.close();
+    await server.close().catch(() => undefined);
+    if (failure !== undefined) {
+      throw new B2Error(
+        'failed',
+        `${attached.mountpoint}: the kernel's requests cannot be read: ${messageOf(failure)}`,
+        { cause: failure },
+      );
+    }
     throw new B2Error(
       'unsupported',
       `${attached.mountpoint}: the kernel did not begin to talk FUSE 7.23 or newer`,

@@ -116,7 +116,7 @@ export interface MountTreeOptions {
   readonly warn: (message: string) => void;
   /** Shows the file systems inside as directories. Closed with the tree. */
   readonly files?: FilesView | undefined;
-  /** How long {@link TreeFile.allocatedBytes} may take, in ms. */
+  /** How long {@link TreeFile.allocatedBytes} may take, in ms. Default: 100, and 5 of a device that takes long in any case. */
   readonly patienceMs?: number;
 }
 
@@ -129,12 +129,18 @@ export interface MountedPoint {
 /** How long the list of volumes is good for. */
 const VOLUMES_VALID_NS = 1_000_000_000n;
 const PATIENCE_MS = 100;
+/** Of larger devices nobody waits for the count of allocated bytes: who wants to read them would wait for nothing. */
+const COUNTED_AT_ONCE_BYTES = 64 * 1024 ** 3;
+const PATIENCE_LARGE_MS = 5;
 /** Points whose partitions and allocated bytes are remembered. */
 const REMEMBERED_POINTS = 256;
 /** Counts of allocated bytes that may wait for their turn. */
 const WAITING_COUNTS = 64;
-/** Bytes of an image whose extents are asked for at once. */
-const COUNT_STEP_BYTES = 1024 * 1024 * 1024;
+/** Bytes of an image whose extents are asked for at once: a read waits no longer than for that. */
+const COUNT_STEP_BYTES = 64 * 1024 * 1024;
+/** A count steps aside for those who read, and this long after. */
+const READING_NS = 100_000_000n;
+const STEP_ASIDE_MS = 20;
 
 /** A part of a disk that is shown as a file. */
 interface Part {
@@ -177,6 +183,7 @@ export class MountTree {
   #chosen: readonly MountedPoint[] | undefined;
   #counts: Promise<unknown> = Promise.resolve();
   #waitingCounts = 0;
+  #lastReadNs = -READING_NS;
   #isClosed = false;
 
   constructor(options: MountTreeOptions) {
@@ -502,6 +509,7 @@ export class MountTree {
   #source(view: VolumeView, point: Point): FilesSource {
     return {
       key: `${view.meta.id}:${point.seq}`,
+      volume: view.meta.name,
       name: `${view.meta.name} #${point.seq}`,
       mtimeNs: point.instantNs,
       openImage: async () => {
@@ -577,7 +585,10 @@ export class MountTree {
         const { image } = use;
         return {
           sizeBytes: part.sizeBytes,
-          read: (into, offset) => image.read(into, part.offset + offset),
+          read: (into, offset) => {
+            this.#lastReadNs = this.#options.clock.monotonicNs();
+            return image.read(into, part.offset + offset);
+          },
           seek: (offset, what) => seekIn(image, part, offset, what),
           close: () => use.close(),
         };
@@ -616,12 +627,23 @@ export class MountTree {
     const stop = new AbortController();
     try {
       const late = this.#options.clock
-        .sleep(this.#options.patienceMs ?? PATIENCE_MS, stop.signal)
+        .sleep(
+          this.#options.patienceMs ??
+            (part.sizeBytes > COUNTED_AT_ONCE_BYTES ? PATIENCE_LARGE_MS : PATIENCE_MS),
+          stop.signal,
+        )
         .then(() => undefined);
       return await Promise.race([counting, late]);
     } finally {
       stop.abort();
     }
+  }
+
+  /** Lets others have their turn: between two steps of a count. */
+  async #stepAside(): Promise<void> {
+    const { clock } = this.#options;
+    if (clock.monotonicNs() - this.#lastReadNs < READING_NS) await clock.sleep(STEP_ASIDE_MS);
+    else await new Promise((resolve) => setImmediate(resolve));
   }
 
   async #count(view: VolumeView, point: Point, part: Part): Promise<number | undefined> {
@@ -633,6 +655,7 @@ export class MountTree {
         if (this.#isClosed) return undefined;
         const runs = await use.image.extents(at, Math.min(COUNT_STEP_BYTES, end - at));
         for (const run of runs) if (!run.hole) bytes += run.length;
+        if (at + COUNT_STEP_BYTES < end) await this.#stepAside();
       }
       return bytes;
     } finally {

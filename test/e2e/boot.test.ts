@@ -1,18 +1,25 @@
 /** `b2 boot` and `b2 verify --boot --fsck` of the built program: a disk with a kernel and busybox, started from a repository. */
-import { mkdirSync, readFileSync, readdirSync } from 'node:fs';
+import { mkdirSync, readFileSync, readdirSync, rmSync } from 'node:fs';
 import { afterAll, beforeAll, expect, it } from 'vitest';
 import { isPng } from '../../src/boot/png.js';
 import type { BootAnswer } from '../../src/commands/run/boot.js';
 import type { VerifyAnswer } from '../../src/commands/run/verify.js';
 import { findGuestKernel, findStaticBusybox } from '../../src/files/guest.js';
 import { B2 } from '../support/b2.js';
-import { BOOT_NEEDS, FIXTURE_PROMPT, bootableDisk } from '../support/boot-fixture.js';
+import {
+  BOOT_NEEDS,
+  FIXTURE_PROMPT,
+  FIXTURE_ROOT_BYTES,
+  bootableDisk,
+} from '../support/boot-fixture.js';
+import { tool } from '../support/disks.js';
 import { missing, requires } from '../support/requires.js';
 import { tempDir, type TempDir } from '../support/tmp.js';
 
 const kernel = await findGuestKernel();
 const NEEDS = {
   ...BOOT_NEEDS,
+  tools: [...(BOOT_NEEDS.tools ?? []), 'qemu-img', 'debugfs', 'dumpe2fs'],
   also: () =>
     kernel === undefined
       ? 'a kernel in /boot'
@@ -45,6 +52,24 @@ async function nothingLeft(): Promise<void> {
   expect(readdirSync(dir.join('tmp'))).toEqual([]);
 }
 
+/** The root of the disk as `b2 serve nbd` with these options serves it: the file that counts boots, and whether its journal is empty. */
+async function rootOf(
+  options: readonly string[],
+): Promise<{ readonly boots: string; readonly isClean: boolean }> {
+  const { child, ended } = b2.start(['--json', 'serve', 'nbd', 'fixture', ...options]);
+  const line = await new Promise<string>((resolve) => child.stdout?.once('data', resolve));
+  const { uri } = JSON.parse(line) as { readonly uri: string };
+  const copy = dir.join('copy.img');
+  tool('qemu-img', ['convert', '-O', 'raw', uri, copy]);
+  child.kill('SIGTERM');
+  expect((await ended).code).toBe(0);
+  const root = `${copy}?offset=${FIXTURE_ROOT_BYTES}`;
+  const boots = tool('debugfs', ['-R', 'cat /boots', root]);
+  const isClean = !tool('dumpe2fs', ['-h', root]).includes('needs_recovery');
+  rmSync(copy);
+  return { boots, isClean };
+}
+
 beforeAll(async () => {
   if (missing(NEEDS) !== undefined) return;
   dir = tempDir();
@@ -61,17 +86,24 @@ afterAll(async () => {
 });
 
 requires(NEEDS).describe('b2 boot', () => {
-  it('starts a disk from the repository to its login prompt, and shows its screen', async () => {
+  it('starts a disk from the repository, checks it in every way, shows its screen and keeps what it wrote', async () => {
     const screen = dir.join('screen.png');
+    const overlay = dir.join('overlay');
     const done = await b2.run(
       '--json',
       'boot',
       'fixture',
       '--check',
       FIXTURE_PROMPT,
+      '--port',
+      '80',
+      '--command',
+      // What the guest's web server says comes from its disk.
+      'test "$(busybox wget -qO- http://127.0.0.1:$B2_PORT/)" = "boots: 1"',
+      '--overlay',
+      overlay,
       '--screenshot',
       screen,
-      '--no-network',
       ...PATIENCE,
     );
     const [start = '', ...rest] = done.stdout.split('\n');
@@ -79,17 +111,22 @@ requires(NEEDS).describe('b2 boot', () => {
       type: 'booting',
       volume: 'fixture',
       firmware: 'bios',
+      hostPort: expect.any(Number) as number,
     });
     const answer = JSON.parse(rest.join('\n')) as BootAnswer;
+    expect(answer.why).toBe(undefined);
     expect(done.code).toBe(0);
     expect(answer).toMatchObject({ ok: true, disk: 'virtio', screenshot: screen });
-    expect(answer.passed.map((p) => p.check)).toEqual(['console']);
+    expect(answer.passed.map((p) => p.check).sort()).toEqual(['command', 'console', 'port']);
     expect(answer.console).toContain('boots: 1');
     expect(answer.writtenBytes).toBeGreaterThan(0);
     expect(isPng(readFileSync(screen))).toBe(true);
     process.stderr.write(`booted in ${answer.seconds.toFixed(1)} s by ${answer.accelerator}\n`);
     await nothingLeft();
-    // What it wrote went nowhere near the repository.
+    // What it wrote is in the overlay, whole: it was switched off by its power button. And nowhere near the repository.
+    const found = await rootOf(['--overlay', overlay]);
+    expect(found).toMatchObject({ boots: 'x\n', isClean: true });
+    expect(await rootOf([])).toMatchObject({ boots: '' });
     expect(await b2.run('verify', '--data', 'all')).toMatchObject({ code: 0 });
   });
 
@@ -145,8 +182,41 @@ requires(NEEDS).describe('b2 boot', () => {
 
   it('needs a console or something to wait for', async () => {
     expect(await b2.error(['boot', 'fixture'])).toMatchObject({ code: 2 });
+    expect(
+      await b2.error(['boot', 'fixture', '--port', '80', '--no-network', '--headless']),
+    ).toMatchObject({ code: 2, message: '--port needs a network, and --no-network takes it away' });
   });
 });
+
+/** Firmware alone takes half a minute without KVM: not by default. */
+const UEFI = process.env['B2_TEST_BOOT_UEFI'] === '1';
+
+if (UEFI) {
+  requires({ ...NEEDS, paths: ['/usr/share/OVMF'] }).describe('b2 boot by UEFI', () => {
+    it('starts a disk with an EFI system partition, and goes on with its overlay', async () => {
+      const disk = await bootableDisk(dir, 'uefi');
+      await b2.json(['snapshot', '--volume', 'efi', disk]);
+      for (const boots of [1, 2]) {
+        const done = await b2.run(
+          '--json',
+          'boot',
+          'efi',
+          '--check',
+          FIXTURE_PROMPT,
+          '--overlay',
+          dir.join('efi-overlay'),
+          ...PATIENCE,
+        );
+        const [start = '', ...rest] = done.stdout.split('\n');
+        expect(JSON.parse(start)).toMatchObject({ volume: 'efi', firmware: 'uefi' });
+        const answer = JSON.parse(rest.join('\n')) as BootAnswer;
+        expect(answer).toMatchObject({ ok: true });
+        expect(answer.console).toContain(`boots: ${boots}`);
+        await nothingLeft();
+      }
+    });
+  });
+}
 
 requires({
   ...NEEDS,

@@ -10,8 +10,10 @@ import {
   readFileSync,
   readdirSync,
   readlinkSync,
+  readSync,
   statSync,
 } from 'node:fs';
+import { connect } from 'node:net';
 import { afterAll, beforeAll, expect, it } from 'vitest';
 
 import { B2, PROGRAM } from '../support/b2.js';
@@ -132,6 +134,27 @@ requires(needs).describe('b2 mount --files', () => {
   const mount = (): Promise<Mounted> =>
     b2.json<Mounted>(['mount', dir.join('m'), '--volume', 'web/sda', '--files']);
 
+  const mountImages = (): Promise<Mounted> =>
+    b2.json<Mounted>(['mount', dir.join('m'), '--volume', 'web/sda']);
+
+  /** Serves NBD on a socket that one which was killed may have left, to one client, and ends. */
+  const serveAndEnd = async (signal: NodeJS.Signals): Promise<void> => {
+    const { child, ended } = b2.start(['serve', 'nbd', 'web/sda', '--socket', dir.join('s')]);
+    await new Promise((resolve) => child.stdout?.once('data', resolve));
+    const client = connect(dir.join('s'));
+    const greeting = await new Promise<Buffer>((resolve, reject) => {
+      client.once('data', resolve);
+      client.once('error', reject);
+    });
+    expect(greeting.toString('latin1', 0, 16)).toBe('NBDMAGICIHAVEOPT');
+    child.kill(signal);
+    const end = await ended;
+    client.destroy();
+    expect(signal === 'SIGKILL' ? end.signal : end.code).toBe(signal === 'SIGKILL' ? signal : 0);
+    // What was shot could not remove it: the next one that serves there does.
+    expect(existsSync(dir.join('s'))).toBe(signal === 'SIGKILL');
+  };
+
   const isGone = (pid: number): boolean =>
     !isAlive(pid) &&
     helpersOf(pid).length === 0 &&
@@ -168,10 +191,21 @@ requires(needs).describe('b2 mount --files', () => {
   it(`leaves no mount, loop device, socket or process behind, ${CYCLES} times`, async () => {
     const ways = ['umount', 'SIGKILL', 'SIGTERM', 'SIGINT', 'agent', 'busy'] as const;
     for (let i = 0; i < CYCLES; i++) {
-      const way = ways[i % ways.length] ?? 'umount';
-      const { pid } = await mount();
-      const inside = dir.join('m/latest/p2');
-      expect(readFileSync(`${inside}/late/file`, 'utf8')).toBe('only in the journal\n');
+      // In turn: file systems inside, images, NBD.
+      const what = (['files', 'images', 'nbd'] as const)[i % 3] ?? 'files';
+      const way = ways[Math.floor(i / 3) % ways.length] ?? 'umount';
+      if (what === 'nbd') {
+        await serveAndEnd(way === 'SIGKILL' || way === 'SIGINT' ? way : 'SIGTERM');
+        continue;
+      }
+      const { pid } = await (what === 'files' ? mount() : mountImages());
+      const inside = dir.join(what === 'files' ? 'm/latest/p2/late/file' : 'm/latest/p2.img');
+      const fd = openSync(inside, 'r');
+      const head = Buffer.alloc(20);
+      readSync(fd, head, 0, head.length, what === 'files' ? 0 : 1024);
+      if (way !== 'busy') closeSync(fd);
+      if (what === 'files') expect(head.toString()).toBe('only in the journal\n');
+      else expect(head.some((byte) => byte !== 0)).toBe(true);
       if (way === 'umount') {
         expect((await b2.run('umount', dir.join('m'))).code).toBe(0);
       } else if (way === 'agent') {
@@ -180,7 +214,6 @@ requires(needs).describe('b2 mount --files', () => {
         expect((await b2.run('umount', dir.join('m'))).code).toBe(0);
       } else if (way === 'busy') {
         // A file is open in it, which then cannot be read any more.
-        const fd = openSync(`${inside}/etc/deep/er/random`, 'r');
         try {
           expect((await b2.run('umount', '--lazy', dir.join('m'))).code).toBe(0);
           process.kill(pid, 'SIGTERM');
@@ -191,8 +224,11 @@ requires(needs).describe('b2 mount --files', () => {
       } else {
         process.kill(pid, way);
       }
-      await eventually(`${way}: everything gone`, () => isGone(pid));
+      await eventually(`${what}, ${way}: everything gone`, () => isGone(pid));
+      if (i % 100 === 99) process.stderr.write(`${i + 1} cycles\n`);
     }
+    await serveAndEnd('SIGTERM');
+    expect(existsSync(dir.join('s'))).toBe(false);
     expect(namespaces().size).toBe(0);
   });
 

@@ -1,6 +1,14 @@
 /** The backend `vm` of `b2 ls`, `cat` and `restore --path`: for a user without privileges, and for what the kernel here may not read. */
 import { execFileSync } from 'node:child_process';
-import { chmodSync, chownSync, mkdirSync, readFileSync, readdirSync, statSync } from 'node:fs';
+import {
+  chmodSync,
+  chownSync,
+  mkdirSync,
+  readFileSync,
+  readdirSync,
+  statSync,
+  writeFileSync,
+} from 'node:fs';
 import { afterAll, beforeAll, expect, it } from 'vitest';
 
 import { findGuestKernel } from '../../src/files/guest.js';
@@ -127,6 +135,19 @@ requires(needs).describe('in a tiny virtual machine', () => {
     expect(entries?.map((e) => e.path)).toEqual(
       ['lost+found', ...readdirSync('/etc/alternatives')].sort().map((name) => `/${name}`),
     );
+  });
+
+  it('says what QEMU said where that ends at once, also when it takes its time for it', async () => {
+    mkdirSync(dir.join('bin'));
+    // Its output has ended a while before it has: b2 must not shoot it and take its own shot for the reason.
+    const fake = '#!/bin/sh\nexec >&-\nsleep 0.3\necho "no such machine" >&2\nexit 3\n';
+    writeFileSync(dir.join('bin/qemu-system-x86_64'), fake, { mode: 0o755 });
+    const PATH = `${dir.join('bin')}:${process.env['PATH']}`;
+    const error = await new B2(dir, { PATH }).error(['ls', 'web/sda:p4:/', '--backend', 'vm']);
+    expect(error).toMatchObject({
+      code: 1,
+      message: 'QEMU ended while the tiny virtual machine started: no such machine',
+    });
   });
 
   it('reads FAT, with the whole names', async () => {

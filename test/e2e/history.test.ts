@@ -7,15 +7,19 @@ import {
   chownSync,
   copyFileSync,
   mkdirSync,
+  readFileSync,
+  readdirSync,
   renameSync,
   rmSync,
   symlinkSync,
+  truncateSync,
   utimesSync,
   writeFileSync,
 } from 'node:fs';
 import { afterAll, beforeAll, expect, it } from 'vitest';
 
 import { B2 } from '../support/b2.js';
+import { tool } from '../support/disks.js';
 import { LOOP_NEEDS, makeFileSystem, makerOf, mountDevice, newLoop } from '../support/loop.js';
 import { requires } from '../support/requires.js';
 import { mountsBelow, tempDir, type TempDir } from '../support/tmp.js';
@@ -222,5 +226,119 @@ requires(needs).describe('the history of a file on ext4', () => {
     expect(found).toMatchObject({ identical: true, changes: [], backends: [] });
     expect(await b2.error(['diff', 'host/disk:/no', '--from', 's6'])).toMatchObject({ code: 4 });
     expect(await b2.error(['diff', 'host/disk'])).toMatchObject({ code: 2 });
+  });
+});
+
+requires({
+  ...needs,
+  tools: [...needs.tools, 'sfdisk', 'mke2fs', makerOf('btrfs')],
+}).describe('history and diff of a disk with several file systems', () => {
+  let dir: TempDir;
+  let b2: B2;
+  let firstPacks: readonly string[];
+
+  const packs = (): readonly string[] =>
+    readdirSync(dir.join('repo/packs'), { recursive: true, withFileTypes: true })
+      .filter((e) => e.isFile())
+      .map((e) => `${e.parentPath}/${e.name}`);
+
+  beforeAll(async () => {
+    dir = tempDir();
+    b2 = new B2(dir);
+    await b2.json(['init', '--encryption', 'none']);
+    const uuid = '11111111-2222-3333-4444-55555555555';
+    for (const [name, text] of [
+      ['s1', 'one\n'],
+      ['s2', 'two, longer\n'],
+    ] as const) {
+      rmSync(dir.join('tree'), { recursive: true, force: true });
+      mkdirSync(dir.join('tree/etc'), { recursive: true });
+      writeFileSync(dir.join('tree/etc/conf'), text);
+      for (const [file, size] of [
+        ['p1', 32],
+        ['p2', 128],
+        ['disk', 164],
+      ] as const) {
+        rmSync(dir.join(file), { force: true });
+        writeFileSync(dir.join(file), '');
+        truncateSync(dir.join(file), size * MIB);
+      }
+      tool('mke2fs', [
+        '-q',
+        '-F',
+        '-t',
+        'ext4',
+        '-U',
+        `${uuid}5`,
+        '-d',
+        dir.join('tree'),
+        dir.join('p1'),
+      ]);
+      tool('mkfs.btrfs', [
+        '-q',
+        '-f',
+        '-U',
+        `${uuid}6`,
+        '--rootdir',
+        dir.join('tree'),
+        dir.join('p2'),
+      ]);
+      tool('sfdisk', ['-q', dir.join('disk')], 'label: gpt\nstart=1MiB,size=32MiB\nsize=128MiB\n');
+      for (const [file, at] of [
+        ['p1', 1],
+        ['p2', 33],
+      ] as const)
+        tool('dd', [
+          `if=${dir.join(file)}`,
+          `of=${dir.join('disk')}`,
+          'bs=1M',
+          `seek=${at}`,
+          'conv=notrunc,sparse',
+          'status=none',
+        ]);
+      await b2.json(['snapshot', dir.join('disk'), '--volume', 'host/disk', '--name', name]);
+      if (name === 's1') firstPacks = packs();
+    }
+  });
+  afterAll(() => dir.remove());
+
+  it('finds the versions in the file system that is named', async () => {
+    for (const [place, fileSystem] of [
+      ['p1:/etc/conf', 'p1'],
+      ['p2/etc/conf', 'p2'],
+    ] as const) {
+      const found = await b2.json<History>(['history', `host/disk:${place}`]);
+      expect(found).toMatchObject({ fileSystem, backends: ['kernel'] });
+      expect(found.versions.map((v) => v.sha256)).toEqual([
+        sha256('two, longer\n'),
+        sha256('one\n'),
+      ]);
+    }
+  });
+
+  it('compares each of them', async () => {
+    const diff = await b2.json<Diff>(['diff', 'host/disk', '--from', 's1', '--to', 's2']);
+    expect(diff.fileSystems.length).toBe(2);
+    expect(diff.changes.map((c) => `${c.change} ${c.path}`)).toHaveLength(2);
+    expect(diff.changes.every((c) => c.change === 'changed' && c.path.endsWith('/etc/conf'))).toBe(
+      true,
+    );
+  });
+
+  it('says what cannot be told where packs are damaged, and guesses nothing', async () => {
+    for (const pack of firstPacks) {
+      const bytes = readFileSync(pack);
+      bytes.fill(0xaa, 128, Math.max(128, Math.floor(bytes.length * 0.9)));
+      writeFileSync(pack, bytes);
+    }
+    const found = await b2.json<History>(['history', 'host/disk:p1:/etc/conf'], 3);
+    expect(found.versions.map((v) => v.state)).toContain('unreadable');
+    expect(found.versions.every((v) => v.state === 'unreadable' || v.sha256 !== undefined)).toBe(
+      true,
+    );
+    expect(await b2.error(['diff', 'host/disk', '--from', 's1', '--to', 's2'])).toMatchObject({
+      code: 5,
+      message: expect.stringMatching(/pack [0-9a-f]{32}/) as string,
+    });
   });
 });

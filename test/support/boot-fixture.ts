@@ -1,10 +1,11 @@
 /**
- * A small Debian-like disk that really boots: MBR, a FAT with SYSLINUX, this machine's kernel and an initrd, and an ext4 root with
- * busybox, which counts its boots, writes to its disk, and shows a login prompt on the serial port. Made without root and mounts.
+ * A small Debian-like disk that really boots, by BIOS (MBR, SYSLINUX) or by UEFI (GPT, the firmware's shell starts the kernel): a FAT
+ * with this machine's kernel and an initrd, and an ext4 root with busybox, which counts its boots, writes to its disk, serves its
+ * count of boots by HTTP on port 80, goes off at its power button, and shows a login prompt on the serial port. Made without root and mounts.
  */
 import { execFileSync } from 'node:child_process';
 import { cpSync, mkdirSync, readFileSync, symlinkSync, truncateSync, writeFileSync } from 'node:fs';
-import { join } from 'node:path';
+import { basename, join } from 'node:path';
 import { gzipSync } from 'node:zlib';
 import { cpioArchive, type CpioEntry } from '../../src/files/cpio.js';
 import { findGuestKernel, findStaticBusybox, ModuleTree } from '../../src/files/guest.js';
@@ -18,6 +19,8 @@ const FAT_START = 2048;
 const FAT_SECTORS = 65_536;
 const ROOT_START = FAT_START + FAT_SECTORS;
 const ROOT_SECTORS = 65_536;
+/** Where its ext4 begins. */
+export const FIXTURE_ROOT_BYTES = ROOT_START * SECTOR;
 /** What it says when it is up. */
 export const FIXTURE_PROMPT = 'fixture login:';
 
@@ -40,22 +43,34 @@ const INITTAB = `::sysinit:/bin/sh /etc/rc
 ttyS0::respawn:/bin/busybox getty -L 115200 ttyS0 vt100
 tty1::respawn:/bin/busybox getty 38400 tty1
 ::ctrlaltdel:/bin/busybox reboot
+::shutdown:/bin/mount -o remount,ro /
 `;
 const RC = `mount -t devtmpfs d /dev; mount -t proc p /proc; mount -t sysfs s /sys
 hostname fixture
 echo x >>/boots; sync
-echo "boots: $(wc -l </boots)"
+ip link set lo up; ip addr add 10.0.2.15/24 dev eth0 && ip link set eth0 up
+mkdir -p /www; echo "boots: $(wc -l </boots)" >/www/index.html
+httpd -h /www
+acpid -l /dev/null
+cat /www/index.html
 `;
 const APPLETS =
-  'sh mount umount ls cat echo getty login init poweroff reboot sync md5sum hostname wc';
+  'sh mount umount ls cat echo getty login init poweroff reboot sync md5sum hostname wc ip mkdir httpd acpid run-parts';
+
+/** What the kernel is started with. */
+const COMMAND_LINE =
+  'console=tty0 console=ttyS0,115200 panic=-1 net.ifnames=0 mitigations=off nokaslr loglevel=3';
 
 /** Makes the disk; returns its path. */
-export async function bootableDisk(dir: TempDir): Promise<string> {
+export async function bootableDisk(
+  dir: TempDir,
+  firmware: 'bios' | 'uefi' = 'bios',
+): Promise<string> {
   const kernel = await findGuestKernel();
   const busybox = findStaticBusybox();
   if (kernel === undefined || busybox === undefined)
     throw new Error('no kernel in /boot or no static busybox');
-  const work = dir.join('fixture');
+  const work = dir.join(`fixture-${firmware}`);
   mkdirSync(work);
   const disk = join(work, 'disk.img');
   writeFileSync(disk, '');
@@ -63,27 +78,31 @@ export async function bootableDisk(dir: TempDir): Promise<string> {
   tool(
     'sfdisk',
     ['-q', disk],
-    `label: dos\nstart=${FAT_START},size=${FAT_SECTORS},type=6,bootable\nstart=${ROOT_START},size=${ROOT_SECTORS},type=83\n`,
+    firmware === 'bios'
+      ? `label: dos\nstart=${FAT_START},size=${FAT_SECTORS},type=6,bootable\nstart=${ROOT_START},size=${ROOT_SECTORS},type=83\n`
+      : `label: gpt\nstart=${FAT_START},size=${FAT_SECTORS},type=U\nstart=${ROOT_START},size=${ROOT_SECTORS},type=L\n`,
   );
   // The FAT.
   const initrd = join(work, 'initrd.gz');
   writeFileSync(initrd, await initialArchive(kernel.modules, busybox));
-  const config = join(work, 'syslinux.cfg');
+  const config = join(work, firmware === 'bios' ? 'syslinux.cfg' : 'startup.nsh');
   writeFileSync(
     config,
-    'DEFAULT l\nPROMPT 0\nTIMEOUT 0\nLABEL l\n KERNEL vmlinuz\n APPEND initrd=initrd.gz console=tty0 console=ttyS0,115200 panic=-1 net.ifnames=0 mitigations=off nokaslr loglevel=3\n',
+    firmware === 'bios'
+      ? `DEFAULT l\nPROMPT 0\nTIMEOUT 0\nLABEL l\n KERNEL vmlinuz\n APPEND initrd=initrd.gz ${COMMAND_LINE}\n`
+      : `fs0:\r\nvmlinuz.efi initrd=\\initrd.gz ${COMMAND_LINE}\r\n`,
   );
   const fat = join(work, 'fat');
   writeFileSync(fat, '');
   truncateSync(fat, FAT_SECTORS * SECTOR);
   tool('mkfs.fat', ['-F', '16', '-i', 'CAFE0001', '-h', String(FAT_START), fat]);
   for (const [from, to] of [
-    [kernel.image, 'vmlinuz'],
+    [kernel.image, firmware === 'bios' ? 'vmlinuz' : 'vmlinuz.efi'],
     [initrd, 'initrd.gz'],
-    [config, 'syslinux.cfg'],
+    [config, basename(config)],
   ] as const)
     tool('mcopy', ['-i', fat, from, `::${to}`]);
-  tool('syslinux', ['--install', fat]);
+  if (firmware === 'bios') tool('syslinux', ['--install', fat]);
   tool('dd', [
     `if=${fat}`,
     `of=${disk}`,
@@ -91,7 +110,15 @@ export async function bootableDisk(dir: TempDir): Promise<string> {
     'conv=notrunc,sparse',
     'status=none',
   ]);
-  tool('dd', [`if=${MBR_CODE}`, `of=${disk}`, 'bs=440', 'count=1', 'conv=notrunc', 'status=none']);
+  if (firmware === 'bios')
+    tool('dd', [
+      `if=${MBR_CODE}`,
+      `of=${disk}`,
+      'bs=440',
+      'count=1',
+      'conv=notrunc',
+      'status=none',
+    ]);
   // The root.
   const root = join(work, 'root');
   for (const name of ['bin', 'sbin', 'etc', 'dev', 'proc', 'sys', 'tmp', 'root', 'home'])
@@ -103,9 +130,12 @@ export async function bootableDisk(dir: TempDir): Promise<string> {
   writeFileSync(join(root, 'etc/rc'), RC);
   writeFileSync(join(root, 'etc/passwd'), 'root::0:0:root:/root:/bin/sh\n');
   writeFileSync(join(root, 'etc/group'), 'root:x:0:\n');
+  // The power button.
+  mkdirSync(join(root, 'etc/acpi/PWRF'), { recursive: true });
+  writeFileSync(join(root, 'etc/acpi/PWRF/00000080'), '#!/bin/sh\npoweroff\n', { mode: 0o755 });
   writeFileSync(join(root, 'etc/issue'), 'b2 test fixture\n');
   writeFileSync(join(root, 'home/hello.txt'), 'hello from the backup\n');
-  const place = `offset=${ROOT_START * SECTOR},root_owner=0:0`;
+  const place = `offset=${FIXTURE_ROOT_BYTES},root_owner=0:0`;
   const size = `${(ROOT_SECTORS * SECTOR) / 1024}k`;
   tool('mke2fs', ['-q', '-t', 'ext4', '-d', root, '-L', 'root', '-E', place, disk, size]);
   return disk;
@@ -113,7 +143,15 @@ export async function bootableDisk(dir: TempDir): Promise<string> {
 
 async function initialArchive(modules: string, busybox: string): Promise<Buffer> {
   const tree = await ModuleTree.read(modules);
-  const files = tree.order(['virtio_pci', 'virtio_blk', 'crc32c_generic', 'ext4']);
+  const files = tree.order([
+    'virtio_pci',
+    'virtio_blk',
+    'virtio_net',
+    'crc32c_generic',
+    'ext4',
+    'button',
+    'evdev',
+  ]);
   const directory = (path: string): CpioEntry => ({
     path,
     mode: 0o040755,

@@ -53,6 +53,8 @@ export function run(context: CommandContext, input: BootInput): Promise<Outcome<
     throw new B2Error('usage', 'there is no terminal for the console of the machine', {
       hint: 'Give a --check, --port or --command to wait for, a --timeout, or --headless to run until it is stopped.',
     });
+  if (options.port !== undefined && options['no-network'])
+    throw new B2Error('usage', '--port needs a network, and --no-network takes it away');
   return withRepository(context, async (repo) => {
     const warn = (message: string): void => context.events({ type: 'warning', message });
     const volume = await volumeNamed(context, repo, input.arguments.volume);

@@ -2,7 +2,7 @@
 import { createServer, type Socket } from 'node:net';
 import { afterEach, beforeEach, describe, expect, it } from 'vitest';
 import { Qmp, QmpError } from '../../../src/boot/qmp.js';
-import { systemClock } from '../../../src/clock.js';
+import { systemClock, type Clock } from '../../../src/clock.js';
 import { tempDir, type TempDir } from '../../support/tmp.js';
 
 let dir: TempDir;
@@ -13,8 +13,11 @@ afterEach(() => dir.remove());
 
 type Talk = (request: { execute: string; id: number; arguments: unknown }, to: Socket) => void;
 
-async function serve(talk: Talk): Promise<string> {
-  const path = dir.join('q');
+let sockets = 0;
+
+/** `greet` is called in place of the answer to the negotiation. */
+async function serve(talk: Talk, greet?: () => void): Promise<string> {
+  const path = dir.join(`q${sockets++}`);
   const server = createServer((socket) => {
     socket.on('error', () => undefined);
     socket.write('{"QMP": {"version": {}, "capabilities": []}}\r\n');
@@ -24,7 +27,8 @@ async function serve(talk: Talk): Promise<string> {
       for (let at = rest.indexOf('\n'); at >= 0; at = rest.indexOf('\n')) {
         const request = JSON.parse(rest.slice(0, at)) as Parameters<Talk>[0];
         rest = rest.slice(at + 1);
-        if (request.execute === 'qmp_capabilities')
+        if (request.execute === 'qmp_capabilities' && greet !== undefined) greet();
+        else if (request.execute === 'qmp_capabilities')
           socket.write(`{"return": {}, "id": ${request.id}}\r\n`);
         else talk(request, socket);
       }
@@ -88,5 +92,33 @@ describe('QMP', () => {
     await expect(
       Qmp.open(dir.join('none'), systemClock, 60_000, abort.signal),
     ).rejects.toMatchObject({ kind: 'failed' });
+  });
+
+  it('gives up where somebody listens and says nothing', async () => {
+    const abort = new AbortController();
+    let isAsked = false;
+    const path = await serve(
+      () => undefined,
+      () => {
+        isAsked = true;
+        abort.abort();
+      },
+    );
+    await expect(Qmp.open(path, systemClock, 60_000, abort.signal)).rejects.toMatchObject({
+      kind: 'failed',
+    });
+    expect(isAsked).toBe(true);
+    // Without a signal it is the clock that ends it.
+    const waits: number[] = [];
+    const hasty: Clock = {
+      ...systemClock,
+      sleep: (ms, signal) => {
+        waits.push(ms);
+        return systemClock.sleep(20, signal);
+      },
+    };
+    const qmp = await Qmp.open(await serve(() => undefined), hasty, 5000);
+    await expect(qmp.command('stop')).rejects.toThrow('no answer to stop');
+    expect(waits).toContain(30_000);
   });
 });

@@ -1,14 +1,20 @@
+import { availableParallelism } from 'node:os';
 import { defineConfig } from 'vitest/config';
+import { LongestFirst } from './test/support/sequencer.js';
 
 /**
- * Three projects. `unit` is pure; `integration` (real loop devices, mounts) and
- * `e2e` (the built program in dist/) make machine-wide things: a test must bear another file's tests beside it. All run in forks,
- * because some count what is open in their process; two workers, because on two cores vitest's own default is one.
+ * Three projects. `unit` is pure; `integration` (real loop devices, mounts) and `e2e` (the built program in
+ * dist/) make machine-wide things: a test must bear other files' tests beside it. All run in forks, because
+ * some count what is open in their process, and in one pool, one worker more than there are cores: tests of
+ * the latter two wait for disks and timers much of their time.
  */
-const workers = 2;
+const workers = Number(
+  process.env['B2_TEST_WORKERS'] ?? Math.min(4, Math.max(2, availableParallelism() + 1)),
+);
 
 export default defineConfig({
   test: {
+    sequence: { sequencer: LongestFirst },
     projects: [
       {
         test: {

@@ -7,12 +7,12 @@
 set -eu
 
 # e2fsprogs … ntfs-3g: file systems inside images; fdisk … parted: partition tables; qemu-utils: VM formats; libnbd-bin … openssl: clients of our NBD server;
-# rsync acl attr libcap2-bin: what files know, compared; lvm2: logical volumes inside images; liblz4-1: the fast LZ4; man-db: checks the man pages; bash zsh fish: completion is tested in each; shellcheck: our scripts;
+# rsync acl attr libcap2-bin: what files know, compared; lvm2: logical volumes inside images; liblz4-1: the fast LZ4; libsodium23: the fast scrypt; man-db: checks the man pages; bash zsh fish: completion is tested in each; shellcheck: our scripts;
 # make g++ python3: sqlite3 is compiled where its prebuilt cannot be fetched.
-packages="rsync acl attr libcap2-bin lvm2 e2fsprogs xfsprogs btrfs-progs dosfstools ntfs-3g fdisk gdisk parted util-linux mount qemu-utils libnbd-bin python3-libnbd nbdkit fio openssl liblz4-1 man-db bash zsh fish shellcheck make g++ python3 procps git qemu-system-x86 linux-image-amd64 busybox-static syslinux syslinux-common mtools ovmf"
+packages="rsync acl attr libcap2-bin lvm2 e2fsprogs xfsprogs btrfs-progs dosfstools ntfs-3g fdisk gdisk parted util-linux mount qemu-utils libnbd-bin python3-libnbd nbdkit fio openssl liblz4-1 libsodium23 man-db bash zsh fish shellcheck make g++ python3 procps git qemu-system-x86 linux-image-amd64 busybox-static syslinux syslinux-common mtools ovmf"
 what=tests
 if [ "${1:-}" = --bench ]; then
-  packages="e2fsprogs util-linux liblz4-1 lz4 b3sum openssl time restic borgbackup casync"
+  packages="e2fsprogs util-linux liblz4-1 libsodium23 lz4 b3sum openssl time restic borgbackup casync python3-pyfuse3 fuse3 nbdkit libnbd-bin fio"
   what=benchmarks
 elif [ $# -gt 0 ]; then
   echo "usage: setup-system.sh [--bench]" >&2

@@ -41,13 +41,27 @@ function newDir(): TempDir {
 interface Encryption {
   readonly name: string;
   readonly init: readonly string[];
-  readonly env: Readonly<Record<string, string>>;
+  readonly env: (dir: TempDir) => Readonly<Record<string, string>>;
 }
-const ENCRYPTED: Encryption = { name: 'encrypted', init: [], env: { B2_PASSWORD: 'open sesame' } };
-const PLAIN: Encryption = { name: 'not encrypted', init: ['--encryption', 'none'], env: {} };
+const BY_PASSWORD: Encryption = {
+  name: 'encrypted',
+  init: [],
+  env: () => ({ B2_PASSWORD: 'open sesame' }),
+};
+/** The same data, and each start half a second quicker than with a password. */
+const ENCRYPTED: Encryption = {
+  name: 'encrypted',
+  init: [],
+  env: (dir) => ({ B2_KEY_FILE: dir.join('key') }),
+};
+const PLAIN: Encryption = {
+  name: 'not encrypted',
+  init: ['--encryption', 'none'],
+  env: () => ({}),
+};
 
 async function newRepository(dir: TempDir, how: Encryption): Promise<B2> {
-  const b2 = new B2(dir, how.env);
+  const b2 = new B2(dir, how.env(dir));
   const made = await b2.json<InitResult>(['init', ...how.init]);
   expect(made).toMatchObject({
     url: b2.repository,
@@ -156,7 +170,7 @@ const SOURCES: readonly (readonly [string, (dir: TempDir) => Promise<Source>])[]
 
 requires(NEEDS).describe('init, snapshot, change, snapshot, restore', () => {
   for (const [what, make] of SOURCES) {
-    for (const how of [ENCRYPTED, PLAIN]) {
+    for (const how of [make === rawPartition ? BY_PASSWORD : ENCRYPTED, PLAIN]) {
       it(
         `${what}, ${how.name}`,
         async () => {
@@ -223,7 +237,7 @@ requires(NEEDS).describe('init, snapshot, change, snapshot, restore', () => {
             });
             // Reading gigabytes of holes for each target takes minutes: once is enough for the large image.
             const compare = source.sizeBytes === 4 * GIB && !FULL ? cmpSparse : cmp;
-            if (i === 1 && how === ENCRYPTED) cmp(reference, file);
+            if (i === 1 && how !== PLAIN) cmp(reference, file);
             else compare(reference, file);
             source.check?.(file);
             // As sparse as the source, give or take the chunks at the edges of holes.
@@ -322,7 +336,7 @@ requires(NEEDS).describe('what costs nothing', () => {
     });
     // Another host: another name of the machine, and no local copy of the index.
     tool('sh', ['-c', 'cat "$0" "$0" > "$1"', image, dir.join('b.img')]);
-    const started = new B2(dir, { ...ENCRYPTED.env, B2_CACHE_DIR: dir.join('other-cache') });
+    const started = new B2(dir, { ...ENCRYPTED.env(dir), B2_CACHE_DIR: dir.join('other-cache') });
     const other = await started.json<SnapshotAnswer>([
       'snapshot',
       dir.join('b.img'),

@@ -22,7 +22,7 @@ import { seeded, testMeta } from '../support/model-volume.js';
 import { tempDir, type TempDir } from '../support/tmp.js';
 
 const MIB = 1024 * 1024;
-const IMAGE_BYTES = 16 * MIB;
+const IMAGE_BYTES = 4 * MIB;
 const CHUNK = 64 * 1024;
 const KILLS = Number(process.env['B2_TEST_KILLS'] ?? 200);
 const MOST_RUNS = 420;

@@ -42,7 +42,7 @@ let disk: Buffer;
 
 beforeEach(async () => {
   dir = tempDir();
-  b2 = new B2(dir, { B2_PASSWORD: 'a password of the test' });
+  b2 = new B2(dir, { B2_KEY_FILE: dir.join('key') });
   mkdirSync(dir.join('m'));
   writeFileSync(dir.join('disk'), '');
   disk = Buffer.alloc(SIZE);
@@ -210,7 +210,8 @@ requires({ root: true, paths: ['/dev/fuse'], tools: ['sfdisk', 'cmp', 'cp', 'umo
       expect(await b2.error(['mount', dir.join('nothing')])).toMatchObject({ code: 4 });
       expect(await b2.error(['mount', at(), '--volume', 'none'])).toMatchObject({ code: 4 });
       expect(await b2.error(['mount', at(), '--at', '1999-01-01'])).toMatchObject({ code: 4 });
-      expect(await b2.error(['mount', at()], { B2_PASSWORD: 'wrong' })).toMatchObject({ code: 12 });
+      const wrong = { B2_KEY_FILE: undefined, B2_PASSWORD: 'wrong' };
+      expect(await b2.error(['mount', at()], wrong)).toMatchObject({ code: 12 });
       expect(await b2.error(['mount', at()], { B2_REPOSITORY: dir.join('none') })).toMatchObject({
         code: 10,
       });

@@ -35,7 +35,7 @@ function environment(): NodeJS.ProcessEnv {
     XDG_RUNTIME_DIR: directory.path,
     B2_CONFIG: '/dev/null',
     B2_REPOSITORY: directory.join('repo'),
-    B2_PASSWORD: 'a password of the test',
+    B2_KEY_FILE: directory.join('key'),
   };
 }
 

@@ -33,7 +33,7 @@ function runner(dir: string): (...args: readonly string[]) => Done {
         HOME: join(dir, 'home'),
         B2_CONFIG: '/dev/null',
         B2_CACHE_DIR: join(dir, 'cache'),
-        B2_PASSWORD: 'a password of the test',
+        B2_KEY_FILE: join(dir, 'key'),
         B2_REPOSITORY: join(dir, 'repo'),
       },
     });

@@ -8,7 +8,7 @@ import { Repository, type Environment } from '../../src/repo/repository.js';
 import type { Store } from '../../src/repo/store.js';
 import { CondemnedError, VolumeWriter, type PlacedExtent } from '../../src/repo/volume-writer.js';
 import { currentIdentity } from '../../src/process-identity.js';
-import { CHUNK_BYTES, digestOf, testMeta, type Expected } from './model-volume.js';
+import { CHUNK_BYTES, digestOf, randomBytesOf, testMeta, type Expected } from './model-volume.js';
 
 const BLOCK = 4096;
 const CHUNK_BLOCKS = CHUNK_BYTES / BLOCK;
@@ -16,6 +16,11 @@ const CHUNK_BLOCKS = CHUNK_BYTES / BLOCK;
 /** Each look at it is a microsecond later; who sleeps waits for others to work, not for time. */
 export class TickingClock implements Clock {
   #ns = 1_700_000_000_000_000_000n;
+
+  /** `from`: goes on where that one is now. */
+  constructor(from?: TickingClock) {
+    if (from !== undefined) this.#ns = from.nowNs();
+  }
 
   nowNs(): bigint {
     this.#ns += 1000n;
@@ -36,13 +41,23 @@ export class TickingClock implements Clock {
 export function hostEnvironment(clock: Clock, random: () => number, host = 'host'): Environment {
   return {
     clock,
-    random: (n) => Uint8Array.from({ length: n }, () => Math.floor(random() * 256)),
+    random: (n) => randomBytesOf(n, random),
     owner: { ...currentIdentity(), host },
   };
 }
 
-/** Chunk number `content` of the few that all devices are made of; 0 is zeros. */
+const contents = new Map<number, Buffer>();
+
+/** Chunk number `content` of the few that all devices are made of; 0 is zeros. Shared: nobody writes to it. */
 export function contentOf(content: number): Buffer {
+  const made = contents.get(content);
+  if (made !== undefined) return made;
+  const bytes = newContent(content);
+  contents.set(content, bytes);
+  return bytes;
+}
+
+function newContent(content: number): Buffer {
   const bytes = Buffer.alloc(CHUNK_BYTES);
   if (content === 0) return bytes;
   for (let i = 0; i < bytes.length; i += 4)
@@ -63,6 +78,12 @@ export class SharedIndex {
     const list = this.#places.get(content);
     if (list === undefined) this.#places.set(content, [place]);
     else list.push(place);
+  }
+
+  clone(): SharedIndex {
+    const copy = new SharedIndex();
+    for (const [content, list] of this.#places) copy.#places.set(content, [...list]);
+    return copy;
   }
 
   /** One of the places last learned. */
@@ -95,6 +116,15 @@ export class Host {
   constructor(options: HostOptions) {
     this.options = options;
     this.device = Array.from({ length: options.chunks }, () => 0);
+  }
+
+  /** The same host in a copy of its repository, with an index and randomness of its own. */
+  clone(options: Pick<HostOptions, 'index' | 'random'>): Host {
+    const copy = new Host({ ...this.options, ...options });
+    copy.device.splice(0, Infinity, ...this.device);
+    copy.acknowledged.push(...this.acknowledged);
+    for (const at of this.dirty) copy.dirty.add(at);
+    return copy;
   }
 
   get sizeBytes(): number {

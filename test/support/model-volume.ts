@@ -5,6 +5,7 @@
 import { createHash } from 'node:crypto';
 import { Coverage, PointClass } from '../../src/format/commit.js';
 import { VolumeHistory } from '../../src/repo/history.js';
+import type { Secret } from '../../src/repo/keys.js';
 import type { ChunkPlace } from '../../src/repo/pack-writer.js';
 import { openImage } from '../../src/repo/point.js';
 import { Repository, type Environment } from '../../src/repo/repository.js';
@@ -29,13 +30,20 @@ export function seeded(seed: number): () => number {
   };
 }
 
+/** `length` bytes of a seeded generator. */
+export function randomBytesOf(length: number, random: () => number): Uint8Array {
+  const bytes = new Uint8Array(length);
+  for (let i = 0; i < length; i++) bytes[i] = Math.floor(random() * 256);
+  return bytes;
+}
+
 /** An environment whose clock and randomness are the test's. */
 export function testEnvironment(
   random: () => number,
 ): Environment & { readonly clock: SteppedClock } {
   return {
     clock: new SteppedClock(),
-    random: (n) => Uint8Array.from({ length: n }, () => Math.floor(random() * 256)),
+    random: (n) => randomBytesOf(n, random),
     owner: currentIdentity(),
   };
 }
@@ -178,11 +186,11 @@ export class ModelVolume {
   }
 }
 
-/** A new repository with one volume in it and its writer. */
+/** A new repository with one volume in it and its writer; encrypted with {@link PASSWORD} unless `secret` says otherwise. */
 export async function newModel(
   store: Store,
   random: () => number,
-  options: { readonly sizeBytes: number; readonly encrypted?: boolean },
+  options: { readonly sizeBytes: number; readonly encrypted?: boolean; readonly secret?: Secret },
 ): Promise<{ repo: Repository; model: ModelVolume; writer: VolumeWriter }> {
   const env = testEnvironment(random);
   const repo = await Repository.init(
@@ -192,7 +200,7 @@ export async function newModel(
       chunkBytes: CHUNK_BYTES,
       packBytes: 1024 * 1024,
     },
-    options.encrypted === true ? PASSWORD : undefined,
+    options.encrypted === true ? (options.secret ?? PASSWORD) : undefined,
     env,
     CHEAP,
   );

@@ -5,6 +5,7 @@
  * operation counts as done for its caller ("acknowledged") when its promise resolves; a test that notes
  * `operations` right after that may demand its effect in every image with `i` at or above that number.
  */
+import { createHash } from 'node:crypto';
 import { B2Error } from '../../src/errors.js';
 import {
   type Appender,
@@ -144,6 +145,16 @@ export class MemoryStore implements Store {
     });
     const canAppend = this.canAppend;
     return new MemoryStore({ canAppend }, image.survivors(tear, random));
+  }
+
+  /** A digest of the names and bytes that it holds now. */
+  digest(): string {
+    const hash = createHash('sha256');
+    for (const name of [...this.#files.keys()].sort()) {
+      const bytes = this.#existing(name).view();
+      hash.update(`${name} ${bytes.length}\n`).update(bytes);
+    }
+    return hash.digest('hex');
   }
 
   /** A copy of the present state, as a store with a log of its own. */

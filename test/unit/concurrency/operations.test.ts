@@ -5,7 +5,7 @@
 import { describe, expect, it } from 'vitest';
 import { isKind } from '../../../src/errors.js';
 import type { Secret } from '../../../src/repo/keys.js';
-import { Repository, type Environment } from '../../../src/repo/repository.js';
+import { Repository } from '../../../src/repo/repository.js';
 import { writeVolumeMeta } from '../../../src/repo/volume.js';
 import { repair } from '../../../src/repair/repair.js';
 import { prune } from '../../../src/retention/prune.js';
@@ -39,33 +39,70 @@ interface Scene {
   open(): Promise<Repository>;
 }
 
-async function newScene(seed: number): Promise<Scene> {
+const IDS = ['a1'.repeat(16), 'b2'.repeat(16)] as const;
+const FIRST_SIDE = 0;
+const SECOND_SIDE = 1;
+
+/** A repository with two volumes of eighteen commits each, before anything happens at once. */
+interface Stage {
+  readonly store: MemoryStore;
+  readonly index: SharedIndex;
+  readonly hosts: readonly [Host, Host];
+  readonly clock: TickingClock;
+}
+
+async function newStage(round: number): Promise<Stage> {
+  const seed = round * 1000;
   const random = seeded(seed);
   const clock = new TickingClock();
-  const store = new MemoryStore({ canAppend: seed % 2 === 0, record: false });
-  const env = (): Environment => hostEnvironment(clock, random);
-  const ids = ['a1'.repeat(16), 'b2'.repeat(16)] as const;
+  const store = new MemoryStore({ canAppend: round % 2 === 0, record: false });
   const made = await Repository.init(
     store,
     { encryption: 'aes256-gcm', chunkBytes: CHUNK_BYTES, packBytes: 1024 * 1024 },
     KEY,
-    env(),
+    hostEnvironment(clock, random),
   );
-  for (const [i, id] of ids.entries())
+  for (const [i, id] of IDS.entries())
     await writeVolumeMeta(made, testMeta(id, CHUNK_BYTES * 6, `host${i}/sda`));
   const index = new SharedIndex();
-  const host = (volumeId: string, n: number): Host =>
-    new Host({ volumeId, index, random: seeded(seed * 7 + n), chunks: 6, contents: 9 });
-  const hosts = [host(ids[0], 0), host(ids[1], 1)] as const;
+  const host = (side: 0 | 1): Host =>
+    new Host({
+      volumeId: IDS[side],
+      index,
+      random: seeded(seed * 7 + side),
+      chunks: 6,
+      contents: 9,
+    });
+  const hosts = [host(FIRST_SIDE), host(SECOND_SIDE)] as const;
   for (const h of hosts) for (let i = 0; i < 9; i++) await h.session(made, 2);
   // So that there is something to delete, and something to merge.
   await prune(made, { graceMs: 0 });
+  return { store, index, hosts, clock };
+}
+
+/** Made once for each round; every pair begins with a copy. */
+const stages = new Map<number, Promise<Stage>>();
+
+async function newScene(round: number, seed: number): Promise<Scene> {
+  let staged = stages.get(round);
+  if (staged === undefined) {
+    staged = newStage(round);
+    stages.set(round, staged);
+  }
+  const stage = await staged;
+  const random = seeded(seed);
+  const clock = new TickingClock(stage.clock);
+  const store = stage.store.clone();
+  const index = stage.index.clone();
+  const host = (side: 0 | 1): Host =>
+    stage.hosts[side].clone({ index, random: seeded(seed * 7 + side) });
   return {
     store,
-    hosts,
+    hosts: [host(FIRST_SIDE), host(SECOND_SIDE)],
     promisedKeys: [KEY],
     random,
-    open: () => Repository.open(new RacingStore(store, random), [KEY], env()),
+    open: () =>
+      Repository.open(new RacingStore(store, random), [KEY], hostEnvironment(clock, random)),
   };
 }
 
@@ -121,7 +158,7 @@ describe.each(PAIRS)('$a and $b at once', ({ a, b, lease }) => {
   it(lease ? 'take turns' : 'do not disturb each other', { timeout: 120_000 }, async () => {
     for (let round = 1; round <= ROUNDS; round++) {
       const seed = round * 1000 + PAIRS.findIndex((p) => p.a === a && p.b === b);
-      const scene = await newScene(seed);
+      const scene = await newScene(round, seed);
       const run = async (name: string, side: 0 | 1): Promise<void> => {
         const operation = OPERATIONS[name];
         if (operation === undefined) throw new Error(name);

@@ -2,7 +2,8 @@
  * The crash sweep: everything that writes runs once on a store that records each operation. Then, for every prefix of that
  * log, and for three ways in which unsynced bytes may fare, the store that a power cut would have left is opened:
  * every point acknowledged by then must restore bit for bit, every point shown must restore at all, and the repository must go on
- * working: also when the recovery itself is cut short.
+ * working: also when the recovery itself is cut short. Where a crash leaves the very bytes that another one left, with the same promises, what
+ * was found there holds here too; it is looked at once.
  */
 import { describe, expect, it } from 'vitest';
 import { isKind } from '../../../src/errors.js';
@@ -16,9 +17,7 @@ import { listVolumeIds } from '../../../src/repo/volume.js';
 import { VolumeWriter } from '../../../src/repo/volume-writer.js';
 import { prune } from '../../../src/retention/prune.js';
 import {
-  CHEAP,
   ModelVolume,
-  PASSWORD,
   checkPoint,
   digestOf,
   newModel,
@@ -30,7 +29,9 @@ import {
 import type { SteppedClock } from '../../support/stepped-clock.js';
 import { MemoryStore, type TearMode } from '../../support/store-memory.js';
 
-const OTHER: Secret = { kind: 'password', password: 'another one', source: 'the test' };
+/** Key files: quick to open, unlike passwords. */
+const FIRST: Secret = { kind: 'keyFile', material: Buffer.alloc(32, 1), source: 'the test' };
+const OTHER: Secret = { kind: 'keyFile', material: Buffer.alloc(32, 2), source: 'the test' };
 const DEVICE_BYTES = 128 * 1024;
 const HOUR_MS = 3_600_000;
 
@@ -56,6 +57,7 @@ async function play(canAppend: boolean, encrypted: boolean, seed: number): Promi
   const { repo, model, writer } = await newModel(store, random, {
     sizeBytes: DEVICE_BYTES,
     encrypted,
+    secret: FIRST,
   });
   const initAt = store.operations;
   const points: Acknowledged[] = [];
@@ -86,7 +88,7 @@ async function play(canAppend: boolean, encrypted: boolean, seed: number): Promi
   let keyAddedAt = Number.POSITIVE_INFINITY;
   let keyRemovedAt = Number.POSITIVE_INFINITY;
   if (encrypted) {
-    await repo.addKey(OTHER, 'second', CHEAP);
+    await repo.addKey(OTHER, 'second');
     keyAddedAt = store.operations;
     await repo.removeKey(repo.keyId);
     keyRemovedAt = store.operations;
@@ -103,13 +105,19 @@ async function play(canAppend: boolean, encrypted: boolean, seed: number): Promi
   await orphan.writer.close();
   const clock = testEnvironment(random).clock;
   const env = { ...repo.env, clock };
-  const pruner = await Repository.open(store, [PASSWORD, OTHER], env);
+  const pruner = await Repository.open(store, [FIRST, OTHER], env);
   await clock.advanceMs(48 * HOUR_MS);
   await prune(pruner, { graceMs: 24 * HOUR_MS });
   await clock.advanceMs(48 * HOUR_MS);
   const done = await prune(pruner, { graceMs: 24 * HOUR_MS });
   if (done.freedBytes === 0) throw new Error('the scenario was meant to make prune free something');
   return { store, volumeId: model.volumeId, points, initAt, keyAddedAt, keyRemovedAt };
+}
+
+/** Tells apart what was promised at cut `at`. */
+function promisesAt(s: Scenario, at: number): string {
+  const marks = [s.initAt, s.keyAddedAt, s.keyRemovedAt, ...s.points.map((e) => e.at)];
+  return String(marks.filter((mark) => mark <= at).length);
 }
 
 /** Opens what a crash left and checks everything that was promised at cut `at`. */
@@ -122,7 +130,7 @@ async function check(
 ): Promise<{ repo: Repository; clock: SteppedClock }> {
   const env = testEnvironment(seeded(seed));
   await env.clock.advanceMs(100 * HOUR_MS);
-  const secrets = at >= s.keyAddedAt ? [OTHER] : [PASSWORD];
+  const secrets = at >= s.keyAddedAt ? [OTHER] : [FIRST];
   const repo = await Repository.open(image, encrypted ? secrets : [], env);
   // Nothing is shown that does not restore: not even a commit that nobody was told of.
   const history = await VolumeHistory.open(repo, s.volumeId);
@@ -183,12 +191,17 @@ describe.each([
         const total = s.store.operations;
         let cases = 0;
         let cutRecoveries = 0;
+        const looked = new Set<string>();
         for (let at = 0; at <= total; at++) {
           for (const tear of TEARS) {
             const caseSeed = seed * 1_000_000 + at * 10 + TEARS.indexOf(tear);
             const image = s.store.crashAt(at, { tear, random: seeded(caseSeed) });
             cases++;
             try {
+              const state = `${promisesAt(s, at)} ${image.digest()}`;
+              const isCutAgain = at >= s.initAt && at % 4 === TEARS.indexOf(tear);
+              if (looked.has(state) && !isCutAgain) continue;
+              looked.add(state);
               if (at < s.initAt) {
                 await openedOrNone(image, encrypted, s.volumeId);
                 continue;
@@ -196,15 +209,11 @@ describe.each([
               const { repo, clock } = await check(s, image, at, caseSeed, encrypted);
               await goOn(repo, s.volumeId, caseSeed, clock);
               // The recovery and what came after it is cut too, at a random place; the promises hold again.
-              if (at % 4 === TEARS.indexOf(tear)) {
+              if (isCutAgain) {
                 const cut = Math.floor(seeded(caseSeed)() * (image.operations + 1));
                 const again = image.crashAt(cut, { tear, random: seeded(caseSeed + 5) });
                 const env2 = testEnvironment(seeded(caseSeed + 6));
-                const repo2 = await Repository.open(
-                  again,
-                  encrypted ? [PASSWORD, OTHER] : [],
-                  env2,
-                );
+                const repo2 = await Repository.open(again, encrypted ? [FIRST, OTHER] : [], env2);
                 for (const e of s.points) if (e.at <= at) await checkPoint(repo2, s.volumeId, e);
                 await goOn(repo2, s.volumeId, caseSeed + 7, env2.clock);
                 cutRecoveries++;
@@ -218,7 +227,7 @@ describe.each([
           }
         }
         console.log(
-          `crash sweep (append ${canAppend}, encrypted ${encrypted}): ${cases} crashes after each of ${total} operations, ${cutRecoveries} of their recoveries cut again, ${s.points.length} points; seed ${seed}`,
+          `crash sweep (append ${canAppend}, encrypted ${encrypted}): ${cases} crashes after each of ${total} operations (${looked.size} different), ${cutRecoveries} of their recoveries cut again, ${s.points.length} points; seed ${seed}`,
         );
         expect(cases).toBe((total + 1) * 3);
       },
@@ -233,11 +242,7 @@ async function openedOrNone(
   _volumeId: string,
 ): Promise<void> {
   try {
-    const repo = await Repository.open(
-      image,
-      encrypted ? [PASSWORD] : [],
-      testEnvironment(seeded(1)),
-    );
+    const repo = await Repository.open(image, encrypted ? [FIRST] : [], testEnvironment(seeded(1)));
     await listVolumeIds(repo);
   } catch (error) {
     if (!isKind(error, 'no-repository')) throw error;

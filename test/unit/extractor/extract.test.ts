@@ -13,7 +13,6 @@ import {
   unlinkSync,
   writeFileSync,
 } from 'node:fs';
-import { tmpdir } from 'node:os';
 import { dirname, join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { afterAll, afterEach, beforeAll, describe, expect, it, vi } from 'vitest';
@@ -29,6 +28,7 @@ import {
   SyntheticVolume,
   ZERO_HASH,
 } from './synthetic.js';
+import { memoryDir } from '../../support/tmp.js';
 
 /** No key of the machine's own may help. */
 const bareEnv = { PATH: process.env['PATH'] ?? '' };
@@ -41,7 +41,7 @@ const WAYS = [
 let root = '';
 let warnings = '';
 beforeAll(() => {
-  root = mkdtempSync(join(tmpdir(), 'b2-extractor-'));
+  root = mkdtempSync(join(memoryDir(), 'b2-extractor-'));
 });
 afterAll(() => rmSync(root, { recursive: true, force: true }));
 afterEach(() => {

@@ -59,6 +59,13 @@ type Change =
   | { readonly kind: 'punch'; readonly offset: number; readonly length: number }
   | { readonly kind: 'sync' };
 
+/** Not zeroed first: these are megabytes, thousands of times. */
+function copyOf(bytes: Buffer): Buffer {
+  const copy = Buffer.allocUnsafe(bytes.length);
+  bytes.copy(copy);
+  return copy;
+}
+
 /** A file that keeps what is durable apart from what is written, and a log of both. */
 class LoggedFile implements OverlayFile {
   readonly name = 'logged';
@@ -71,8 +78,8 @@ class LoggedFile implements OverlayFile {
   gate: Promise<void> = Promise.resolve();
 
   constructor(initial: Buffer) {
-    this.initial = Buffer.from(initial);
-    this.bytes = Buffer.from(initial);
+    this.initial = initial;
+    this.bytes = copyOf(initial);
   }
 
   read(into: Uint8Array, offset: number): Promise<void> {
@@ -140,7 +147,7 @@ function afterCut(
   count: number,
   pick: (below: number) => number,
 ): Buffer {
-  const bytes = Buffer.from(initial);
+  const bytes = copyOf(initial);
   const lastSync = log.slice(0, count).findLastIndex((change) => change.kind === 'sync');
   log.slice(0, count).forEach((change, i) => {
     if (i <= lastSync) apply(bytes, change);
@@ -341,11 +348,12 @@ describe('an overlay against a model', () => {
 describe('crashes', () => {
   it('a cut after every write and sync keeps what was flushed, and never shows anything but old or new', async () => {
     let cases = 0;
+    const base = baseImage();
     for (let seed = 1; seed <= 12; seed++) {
       const pick = random(seed * 7919);
       const file = emptyFile();
-      const overlay = await openOverlayOn(baseImage(), file, ID);
-      const model = Buffer.from(baseImage().content);
+      const overlay = await openOverlayOn(base, file, ID);
+      const model = Buffer.from(base.content);
       // For each sector the values it may have: the flushed one and all after it.
       const versions: {
         readonly at: number;
@@ -378,7 +386,7 @@ describe('crashes', () => {
           cases++;
           const after = new LoggedFile(afterCut(file.initial, file.log, cut, pick));
           const where = `seed ${seed}, cut ${cut} of ${file.log.length}, round ${round}`;
-          const first = await openOverlayOn(baseImage(), after, ID);
+          const first = await openOverlayOn(base, after, ID);
           const seen = await contentOf(first);
           for (let sector = 0; sector < SIZE; sector += SECTOR) {
             const value = seen.subarray(sector, sector + SECTOR);
@@ -391,7 +399,7 @@ describe('crashes', () => {
           await first.write(patternBytes(SECTOR, 5), 0);
           await first.flush();
           patternBytes(SECTOR, 5).copy(seen, 0);
-          const again = await openOverlayOn(baseImage(), new LoggedFile(after.bytes), ID);
+          const again = await openOverlayOn(base, new LoggedFile(after.bytes), ID);
           expectSame(await contentOf(again), seen);
         }
       }
@@ -402,6 +410,7 @@ describe('crashes', () => {
 
   it('a cut while an earlier crash is being recovered from', async () => {
     const pick = random(4242);
+    const base = baseImage();
     const file = emptyFile();
     const overlay = await openOverlayOn(baseImage(), file, ID);
     await overlay.write(patternBytes(3 * BLOCK, 1), BLOCK);
@@ -414,11 +423,11 @@ describe('crashes', () => {
     for (let round = 0; round < 400; round++) {
       // Before the last sync: the map page is torn.
       const torn = new LoggedFile(afterCut(file.initial, file.log, file.log.length - 1, pick));
-      await openOverlayOn(baseImage(), torn, ID);
+      await openOverlayOn(base, torn, ID);
       if (torn.log.length > 0) repaired++;
       for (let cut = 0; cut <= torn.log.length; cut++) {
         const reopened = await openOverlayOn(
-          baseImage(),
+          base,
           new LoggedFile(afterCut(torn.initial, torn.log, cut, pick)),
           ID,
         );

@@ -268,7 +268,7 @@ requires({
     // A name space of its own, in which everybody may open /dev/fuse, as on an ordinary machine.
     await run('mknod', ['-m', '666', dir.join('fuse'), 'c', '10', '229']);
     await run('chmod', ['755', dir.path]);
-    for (const name of ['m', 'repo', 'disk'])
+    for (const name of ['m', 'repo', 'disk', 'key'])
       await run('chown', ['-R', '65534:65534', dir.join(name)]);
     for (const name of ['cache', 'home']) {
       mkdirSync(dir.join(name), { recursive: true });

@@ -170,7 +170,14 @@ describe('an interrupt', () => {
   it.each(['SIGINT', 'SIGTERM'] as const)(
     'ends a snapshot with 130, and the repository is as good as before (%s)',
     async (signal) => {
-      const done = await interrupted(['snapshot', large, '--volume', `large-${signal}`], signal);
+      // One that ended before the signal was there tells nothing: the next gets another chance.
+      let volume = '';
+      let done: Awaited<ReturnType<typeof interrupted>> | undefined;
+      for (let tries = 0; tries < 8 && (done === undefined || done.code === 0); tries++) {
+        volume = `large-${signal}-${tries}`;
+        done = await interrupted(['snapshot', large, '--volume', volume], signal);
+      }
+      if (done === undefined) throw new Error('not tried');
       expect([done.code, done.signal, done.stdout]).toEqual([130, undefined, '']);
       expect(jsonLines(done.stderr).at(-1)).toMatchObject({ type: 'error', code: 130 });
       // What was there is there; the interrupted volume has no point; the next try succeeds.
@@ -180,10 +187,10 @@ describe('an interrupt', () => {
         'snapshot',
         large,
         '--volume',
-        `large-${signal}`,
+        volume,
       ]);
       expect(again).toMatchObject({ id: '#1', class: 'crash' });
-      await b2.json(['restore', `large-${signal}`, dir.join('large.out')]);
+      await b2.json(['restore', volume, dir.join('large.out')]);
       cmp(large, dir.join('large.out'));
       rmSync(dir.join('large.out'));
     },
@@ -192,7 +199,11 @@ describe('an interrupt', () => {
   it('ends a restore with 130, says that the target is incomplete, and it can go on', async () => {
     await b2.json(['snapshot', large, '--volume', 'whole']);
     const out = dir.join('interrupted.img');
-    const done = await interrupted(['restore', 'whole', out], 'SIGINT');
+    let done = await interrupted(['restore', 'whole', out], 'SIGINT');
+    for (let tries = 0; tries < 8 && done.code === 0; tries++) {
+      rmSync(out);
+      done = await interrupted(['restore', 'whole', out], 'SIGINT');
+    }
     expect([done.code, done.stdout]).toEqual([130, '']);
     const error = jsonLines(done.stderr).at(-1);
     expect(error).toMatchObject({ type: 'error', code: 130 });

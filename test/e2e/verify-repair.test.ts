@@ -24,7 +24,10 @@ interface Done {
   readonly stderr: string;
 }
 
-function runner(dir: string): (...args: readonly string[]) => Done {
+function runner(
+  dir: string,
+  secret: Readonly<Record<string, string>> = { B2_KEY_FILE: join(dir, 'key') },
+): (...args: readonly string[]) => Done {
   return (...args) => {
     const done = spawnSync(program, args, {
       encoding: 'utf8',
@@ -33,8 +36,8 @@ function runner(dir: string): (...args: readonly string[]) => Done {
         HOME: join(dir, 'home'),
         B2_CONFIG: '/dev/null',
         B2_CACHE_DIR: join(dir, 'cache'),
-        B2_KEY_FILE: join(dir, 'key'),
         B2_REPOSITORY: join(dir, 'repo'),
+        ...secret,
       },
     });
     return { code: done.status, stdout: done.stdout, stderr: done.stderr };
@@ -169,7 +172,7 @@ describe('verify, repair, status, prune', () => {
 
   it('ends with the codes of the command line', async () => {
     await using dir = tempDir();
-    const b2 = runner(dir.path);
+    const b2 = runner(dir.path, {});
     expect(b2('verify').code).toBe(10);
     expect(b2('verify', '--nagios')).toMatchObject({
       code: 3,

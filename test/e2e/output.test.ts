@@ -16,6 +16,11 @@ let image: string;
 /** Large enough that a signal meets it on its way. */
 let large: string;
 
+/** Fills `large` with data that no repository knows, so that capturing it takes its time. */
+function makeLarge(): void {
+  tool('dd', ['if=/dev/urandom', `of=${large}`, 'bs=1M', 'count=384', 'status=none']);
+}
+
 beforeAll(async () => {
   dir = tempDir();
   // A key file: a password costs half a second of CPU time at each of a hundred starts.
@@ -25,7 +30,7 @@ beforeAll(async () => {
   pokeWithDd(image, 0, noise(1, 2 * MIB));
   await b2.json(['snapshot', image, '--volume', 'v', '--name', 'first', '--tag', 'a']);
   large = dir.join('large');
-  tool('dd', ['if=/dev/urandom', `of=${large}`, 'bs=1M', 'count=384', 'status=none']);
+  makeLarge();
 });
 afterAll(() => dir.remove());
 
@@ -175,6 +180,7 @@ describe('an interrupt', () => {
       let done: Awaited<ReturnType<typeof interrupted>> | undefined;
       for (let tries = 0; tries < 8 && (done === undefined || done.code === 0); tries++) {
         volume = `large-${signal}-${tries}`;
+        makeLarge();
         done = await interrupted(['snapshot', large, '--volume', volume], signal);
       }
       if (done === undefined) throw new Error('not tried');

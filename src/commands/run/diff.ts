@@ -2,7 +2,6 @@ import { createHash } from 'node:crypto';
 
 import { B2Error, ExitCode, isKind, messageOf } from '../../errors.js';
 import type { EventSink } from '../../events.js';
-import { openFileAccess } from '../../files/access.js';
 import { sameBlocks } from '../../files/diff-blocks.js';
 import { compareTrees, withContent, type Aspect, type Change } from '../../files/diff.js';
 import { showName } from '../../files/names.js';
@@ -15,13 +14,13 @@ import type {
 } from '../../files/types.js';
 import type { CommitRecord } from '../../format/segment.js';
 import { formatCount, formatTimeLocal } from '../../human.js';
-import { choosePoint, openBlockMap, openImage, type ChosenPoint } from '../../repo/point.js';
+import { choosePoint, openBlockMap, type ChosenPoint } from '../../repo/point.js';
 import { BLOCK_BYTES, blocksOf } from '../../units.js';
 import { parseWhen } from '../../when.js';
 import type { Style } from '../../ui/style.js';
 import type { DiffInput } from '../diff.js';
 import type { CommandContext, Outcome } from '../spec.js';
-import { entryRow, type EntryRow } from './files-session.js';
+import { entryRow, withFilesOf, type EntryRow } from './files-session.js';
 import { localTime, pointRow, type PointRow } from './rows.js';
 import { toldOnce, withVolumePath, type VolumePath } from './volume-path.js';
 
@@ -70,35 +69,19 @@ interface Session extends VolumePath {
   readonly used: Set<BackendName>;
 }
 
-/** Opens the files of a point, and closes them when `fn` has ended. The first signal ends what is under way. */
-async function withPoint<T>(
-  { context, volume, history, events, backend, used }: Session,
+/** Opens the files of a point, and notes which backend was used. */
+function withPoint<T>(
+  session: Session,
   commit: CommitRecord,
   fn: (access: FileAccess) => Promise<T>,
 ): Promise<T> {
-  const { clock, settings, signal } = context;
-  const access = await openFileAccess({
-    openImage: () => openImage(history, volume, commit.seq),
-    name: `${volume.name} at #${commit.seq}, ${formatTimeLocal(commit.instantNs)}`,
-    backend,
-    clock,
-    events,
-    cacheDir: settings.cacheDir,
+  return withFilesOf(session.context, session, commit, session, async (access) => {
+    try {
+      return await fn(access);
+    } finally {
+      for (const name of access.used) session.used.add(name);
+    }
   });
-  const stop = (): void => void access.close();
-  signal.addEventListener('abort', stop, { once: true });
-  try {
-    if (signal.aborted) stop();
-    return await fn(access);
-  } catch (error) {
-    if (signal.aborted)
-      throw new B2Error('interrupted', `interrupted (${String(signal.reason)})`, { cause: error });
-    throw error;
-  } finally {
-    signal.removeEventListener('abort', stop);
-    for (const name of access.used) used.add(name);
-    await access.close();
-  }
 }
 
 /** What is at the path and below; undefined where nothing is. */

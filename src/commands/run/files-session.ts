@@ -1,16 +1,15 @@
 /** What the commands for files inside an image share. */
 import { B2Error } from '../../errors.js';
+import type { EventSink } from '../../events.js';
 import { openFileAccess } from '../../files/access.js';
-import { splitVolumePath } from '../../files/places.js';
 import type { BackendName, FileAccess, FileEntry, FoundFileSystem } from '../../files/types.js';
 import { formatTimeLocal, formatTimeNs } from '../../human.js';
 import type { CommitRecord } from '../../format/segment.js';
-import { VolumeHistory } from '../../repo/history.js';
 import { choosePoint, openImage } from '../../repo/point.js';
-import { findVolume, type Snapshot, type VolumeMeta } from '../../repo/volume.js';
+import type { Snapshot, VolumeMeta } from '../../repo/volume.js';
 import { parseWhen } from '../../when.js';
 import type { CommandContext } from '../spec.js';
-import { volumesOf, withRepository } from './session.js';
+import { withVolumePath, type VolumePath } from './volume-path.js';
 
 export interface FilesOptions {
   readonly at: string;
@@ -27,58 +26,59 @@ export interface OpenedFiles {
   readonly path: string | undefined;
 }
 
-/** Opens the files of `VOLUME[:PATH]`; everything is closed when `fn` has ended. The first signal ends what is under way. */
+/** Opens the files of a point, and closes them when `fn` has ended. The first signal ends what is under way: kind `interrupted`. */
+export async function withFilesOf<T>(
+  context: CommandContext,
+  { volume, history }: Pick<VolumePath, 'volume' | 'history'>,
+  commit: CommitRecord,
+  options: { readonly backend: FilesOptions['backend']; readonly events: EventSink },
+  fn: (access: FileAccess) => Promise<T>,
+): Promise<T> {
+  const { clock, settings, signal } = context;
+  const access = await openFileAccess({
+    openImage: () => openImage(history, volume, commit.seq),
+    name: `${volume.name} at #${commit.seq}, ${formatTimeLocal(commit.instantNs)}`,
+    backend: options.backend,
+    clock,
+    events: options.events,
+    cacheDir: settings.cacheDir,
+  });
+  const stop = (): void => void access.close();
+  signal.addEventListener('abort', stop, { once: true });
+  try {
+    if (signal.aborted) stop();
+    return await fn(access);
+  } catch (error) {
+    // What the tools said then is only that they were ended.
+    if (signal.aborted)
+      throw new B2Error('interrupted', `interrupted (${String(signal.reason)})`, { cause: error });
+    throw error;
+  } finally {
+    signal.removeEventListener('abort', stop);
+    await access.close();
+  }
+}
+
+/** Opens the files of `VOLUME[:PATH]` at a point, and says which; everything is closed when `fn` has ended. */
 export function withFiles<T>(
   context: CommandContext,
   text: string,
   options: FilesOptions,
   fn: (files: OpenedFiles) => Promise<T>,
 ): Promise<T> {
-  return withRepository(context, async (repo) => {
-    const { clock, events, settings, signal } = context;
-    const volumes = await volumesOf(context, repo);
-    const split = splitVolumePath(
-      text,
-      volumes.map((v) => v.name),
+  return withVolumePath(context, text, async (opened) => {
+    const { volume, history, path } = opened;
+    const { events } = context;
+    const warn = (message: string): void => events({ type: 'warning', message });
+    const when = parseWhen(options.at, context.clock.nowNs());
+    const { commit, snapshot } = await choosePoint(history, volume, when, warn);
+    events({
+      type: 'note',
+      message: `point #${commit.seq} of ${volume.name}, ${formatTimeLocal(commit.instantNs)}${snapshot === undefined ? '' : ` (snapshot ${snapshot.name})`}`,
+    });
+    return withFilesOf(context, opened, commit, { backend: options.backend, events }, (access) =>
+      fn({ access, volume, commit, snapshot, path }),
     );
-    const volume = findVolume(volumes, split.volume);
-    const history = await VolumeHistory.open(repo, volume.id);
-    try {
-      const warn = (message: string): void => events({ type: 'warning', message });
-      const when = parseWhen(options.at, clock.nowNs());
-      const { commit, snapshot } = await choosePoint(history, volume, when, warn);
-      const at = formatTimeLocal(commit.instantNs);
-      events({
-        type: 'note',
-        message: `point #${commit.seq} of ${volume.name}, ${at}${snapshot === undefined ? '' : ` (snapshot ${snapshot.name})`}`,
-      });
-      const access = await openFileAccess({
-        openImage: () => openImage(history, volume, commit.seq),
-        name: `${volume.name} at ${at}`,
-        backend: options.backend,
-        clock,
-        events,
-        cacheDir: settings.cacheDir,
-      });
-      const stop = (): void => void access.close();
-      signal.addEventListener('abort', stop, { once: true });
-      try {
-        if (signal.aborted) stop();
-        return await fn({ access, volume, commit, snapshot, path: split.path });
-      } catch (error) {
-        // What the tools said then is only that they were ended.
-        if (signal.aborted)
-          throw new B2Error('interrupted', `interrupted (${String(signal.reason)})`, {
-            cause: error,
-          });
-        throw error;
-      } finally {
-        signal.removeEventListener('abort', stop);
-        await access.close();
-      }
-    } finally {
-      await history.close();
-    }
   });
 }
 

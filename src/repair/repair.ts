@@ -612,7 +612,7 @@ class Repair {
     for (const n of nodes) {
       const { place } = n;
       if (place === undefined) throw new Error('a commit without a place');
-      const c = await repo.packs.use(place.packId, (pack) =>
+      const c = await repo.packs.useAgain(place.packId, (pack) =>
         readCommit(repo.packs, repo.keys, pack, place.frame, volumeId),
       );
       if (c === undefined)

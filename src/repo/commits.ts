@@ -104,7 +104,7 @@ export async function readCommit(
     const open =
       from === pack.packId
         ? await pack.readFrame(ref.frame)
-        : await cache.use(from, (p) => p.readFrame(ref.frame));
+        : await cache.useAgain(from, (p) => p.readFrame(ref.frame));
     const part = frameWhat(from, ref.frame);
     if (open.header.type !== FrameType.extents) throw damaged(part, 0, 'not a frame of extents');
     if (!keys.commitHash(open.body).equals(ref.hash)) {

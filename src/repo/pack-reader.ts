@@ -453,6 +453,20 @@ export class PackCache {
     }
   }
 
+  /**
+   * {@link use}, and once more with the pack opened anew if `fn` finds damage: a pack that somebody writes grows, and compaction
+   * replaces one, while it is remembered here as it was. `fn` must bear to be run twice.
+   */
+  async useAgain<T>(packId: string, fn: (pack: OpenPack) => Promise<T>): Promise<T> {
+    try {
+      return await this.use(packId, fn);
+    } catch (error) {
+      if (!isKind(error, 'damaged')) throw error;
+      this.forget(packId);
+      return this.use(packId, fn);
+    }
+  }
+
   /** Forgets what is remembered of a pack, so that the next use reads it anew. */
   forget(packId: string): void {
     const entry = this.packs.get(packId);
@@ -471,7 +485,7 @@ export class PackCache {
       this.chunks.set(key, known);
       return known.value;
     }
-    const value = this.readChunks(packId, frame);
+    const value = this.useAgain(packId, (pack) => pack.readChunks(frame));
     const entry = { value, bytes: 0 };
     this.chunks.set(key, entry);
     try {
@@ -488,16 +502,6 @@ export class PackCache {
     } catch (error) {
       if (this.chunks.get(key) === entry) this.chunks.delete(key);
       throw error;
-    }
-  }
-
-  private async readChunks(packId: string, frame: number): Promise<FrameChunks> {
-    try {
-      return await this.use(packId, (pack) => pack.readChunks(frame));
-    } catch (error) {
-      if (!isKind(error, 'damaged')) throw error;
-      this.forget(packId);
-      return this.use(packId, (pack) => pack.readChunks(frame));
     }
   }
 

@@ -390,41 +390,43 @@ async function cutPacks(
   for (const source of sources.values()) {
     throwIfAborted(signal);
     source.places = new Uint32Array(source.keys.length);
-    await repo.packs.use(source.packId, (pack) => {
-      let begun = 0;
-      source.cuts.push({ from: 0, pack: packs.length });
-      for (const { number, from, to } of framesOf(source.keys)) {
-        const frame = pack.frame(number);
-        if (frame === undefined)
-          throw new B2Error(
-            'damaged',
-            `pack ${source.packId} has no frame ${number}, which a point needs`,
-            {
-              hint: 'Run "b2 verify" to see which points need it.',
-            },
-          );
-        const bytes = frameBytesAtMost(frame, to - from);
-        if (
-          frames > 0 &&
-          (stored + bytes > packBytes ||
-            plain + frame.plainBytes > 2 * packBytes ||
-            frames >= MAX_TAPE_FRAMES)
-        ) {
-          if (from > begun)
-            list.push({ packId: source.packId, keys: source.keys.subarray(begun, from) });
-          cut();
-          begun = from;
-          if (from === 0) source.cuts.length = 0;
-          source.cuts.push({ from, pack: packs.length });
-        }
-        for (let i = from; i < to; i++) source.places[i] = frames * KEY_STEP + i - from;
-        stored += bytes;
-        plain += frame.plainBytes;
-        frames++;
+    const wanted = await repo.packs.useAgain(source.packId, (pack) =>
+      Promise.resolve(
+        Array.from(framesOf(source.keys), ({ number, from, to }) => {
+          const frame = pack.frame(number);
+          if (frame === undefined)
+            throw new B2Error(
+              'damaged',
+              `pack ${source.packId} has no frame ${number}, which a point needs`,
+              { hint: 'Run "b2 verify" to see which points need it.' },
+            );
+          return { frame, from, to };
+        }),
+      ),
+    );
+    let begun = 0;
+    source.cuts.push({ from: 0, pack: packs.length });
+    for (const { frame, from, to } of wanted) {
+      const bytes = frameBytesAtMost(frame, to - from);
+      if (
+        frames > 0 &&
+        (stored + bytes > packBytes ||
+          plain + frame.plainBytes > 2 * packBytes ||
+          frames >= MAX_TAPE_FRAMES)
+      ) {
+        if (from > begun)
+          list.push({ packId: source.packId, keys: source.keys.subarray(begun, from) });
+        cut();
+        begun = from;
+        if (from === 0) source.cuts.length = 0;
+        source.cuts.push({ from, pack: packs.length });
       }
-      list.push({ packId: source.packId, keys: source.keys.subarray(begun) });
-      return Promise.resolve();
-    });
+      for (let i = from; i < to; i++) source.places[i] = frames * KEY_STEP + i - from;
+      stored += bytes;
+      plain += frame.plainBytes;
+      frames++;
+    }
+    list.push({ packId: source.packId, keys: source.keys.subarray(begun) });
   }
   cut();
   return packs;

@@ -48,7 +48,6 @@ export class SurveyedPacks implements PackLookup {
     if (this.shapes.has(packId) && (!fresh || this.fresh.has(packId)))
       return this.shapes.get(packId);
     const info = await this.repo.store.stat(packName(packId));
-    this.repo.packs.forget(packId);
     if (info === undefined) {
       this.gone.add(packId);
       this.shapes.set(packId, undefined);
@@ -71,6 +70,8 @@ export class SurveyedPacks implements PackLookup {
   }
 
   private async look(packId: string, sizeBytes: number): Promise<PackShape | undefined> {
+    // Whoever asks for a frame that the shape has must not meet the pack as it was before.
+    this.repo.packs.forget(packId);
     const s = await surveyPack(this.repo, packId, sizeBytes);
     this.fresh.add(packId);
     if (s.gone) this.gone.add(packId);

@@ -233,7 +233,7 @@ class Run {
         this.o.signal?.throwIfAborted();
         const object = packName(shape.packId);
         try {
-          const found = await repo.packs.use(shape.packId, (pack) =>
+          const found = await repo.packs.useAgain(shape.packId, (pack) =>
             readCommit(repo.packs, repo.keys, pack, frame, undefined),
           );
           if (found === undefined || this.unread.has(found.commit.volumeId)) continue;

@@ -368,7 +368,7 @@ class Check {
       return;
     }
     try {
-      const found = await o.repo.packs.use(packId, (pack) =>
+      const found = await o.repo.packs.useAgain(packId, (pack) =>
         readCommit(o.repo.packs, o.repo.keys, pack, frame, undefined),
       );
       const c = found?.commit;

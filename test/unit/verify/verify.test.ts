@@ -63,6 +63,36 @@ function run(repo: Repository, more: Partial<VerifyOptions> = {}): Promise<Verif
 const damage = (r: VerifyReport): Finding[] => r.findings.filter((f) => f.severity !== 'note');
 
 describe('verify of what is right', () => {
+  it('does not take a pack for what it was when this process opened it', async () => {
+    const store = new MemoryStore({ record: false, canAppend: true });
+    const { repo, model, writer } = await newModel(store, seeded(7), { sizeBytes: DEVICE_BYTES });
+    model.mutate(20);
+    await model.capture(
+      writer,
+      Array.from({ length: DEVICE_BYTES / 4096 }, (_, i) => i),
+      true,
+    );
+    const old = new Map<string, number>();
+    const open = await Repository.open(store, [], repo.env);
+    for await (const { name } of store.list('packs')) {
+      const packId = packIdOf(name);
+      if (packId === undefined) throw new Error(name);
+      old.set(packId, await open.packs.use(packId, (p) => Promise.resolve(p.footer.frames.length)));
+    }
+    await model.capture(writer, model.mutate(5));
+    await writer.close();
+    let grown = 0;
+    for (const [packId, frames] of old) {
+      repo.packs.forget(packId);
+      if ((await repo.packs.use(packId, (p) => Promise.resolve(p.footer.frames.length))) > frames)
+        grown++;
+    }
+    expect(grown).toBeGreaterThan(0);
+    expect((await run(open)).findings).toEqual([]);
+    await open.close();
+    await repo.close();
+  });
+
   it.each([
     [true, true, true],
     [false, true, true],

@@ -157,13 +157,20 @@ export interface Chain {
   readonly stray: readonly ReadCommit[];
   /** Set where an ancestor of the tip is not there: the sequence number and hash that are missing. */
   readonly gap: { readonly seq: number; readonly hash: string } | undefined;
+  /** The commit that would be the tip, had it not been refused. */
+  readonly withdrawn: ReadCommit | undefined;
 }
 
 /**
  * Finds the tip among `found` and `base` (the last commit that segments hold; undefined without segments), and walks from it back to
- * `base`. With a gap, `commits` holds what lies behind it, which no image can be made of.
+ * `base`. With a gap, `commits` holds what lies behind it, which no image can be made of. `refused`: the hash of a commit that was never
+ * acknowledged; if it would be the tip, its predecessor is (FORMAT.md 6.5), not what ranks next.
  */
-export function buildChain(found: readonly ReadCommit[], base: ChainEnd | undefined): Chain {
+export function buildChain(
+  found: readonly ReadCommit[],
+  base: ChainEnd | undefined,
+  refused?: Buffer,
+): Chain {
   let tip: ChainEnd | undefined = base;
   let tipCommit: ReadCommit | undefined;
   const byHash = new Map<string, ReadCommit>();
@@ -200,6 +207,15 @@ export function buildChain(found: readonly ReadCommit[], base: ChainEnd | undefi
   const commits: ReadCommit[] = [];
   let gap: Chain['gap'];
   let at = tipCommit === undefined ? undefined : byHash.get(tipCommit.hash.toString('hex'));
+  const withdrawn = at !== undefined && refused?.equals(at.hash) === true ? at : undefined;
+  if (withdrawn !== undefined) {
+    const { prevHash } = withdrawn.commit;
+    const prevSeq = withdrawn.firstSeq - 1;
+    at = byHash.get(prevHash.toString('hex'));
+    tip = at === undefined ? base : { seq: at.seq, hash: at.hash, epoch: at.commit.epoch };
+    if (prevSeq > 0 && (tip === undefined || !tip.hash.equals(prevHash)))
+      gap = { seq: prevSeq, hash: prevHash.toString('hex') };
+  }
   while (at !== undefined) {
     if (base !== undefined && at.seq <= base.seq) break; // the segments know it from here on
     commits.push(at);
@@ -224,5 +240,5 @@ export function buildChain(found: readonly ReadCommit[], base: ChainEnd | undefi
       byHash.get(c.hash.toString('hex')) === c &&
       !(base !== undefined && c.seq <= base.seq),
   );
-  return { commits, tip, stray, gap };
+  return { commits, tip, stray, gap, withdrawn };
 }

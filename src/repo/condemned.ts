@@ -1,7 +1,9 @@
 /** What prune means to delete (FORMAT.md section 4 kind 5, and 6.7). */
 import { B2Error, isKind } from '../errors.js';
-import { condemnedName } from '../format/names.js';
+import { condemnedName, packName } from '../format/names.js';
 import { ObjectKind } from '../format/object.js';
+import { blocksOf } from '../units.js';
+import type { ReadCommit } from './commits.js';
 import type { Repository } from './repository.js';
 
 /** How long a condemned object is kept after it was made: longer than any session may trust what it has read. */
@@ -100,13 +102,57 @@ export class CondemnedPlaces {
     for (const c of this.known.values()) if (c !== 'damaged') yield c;
   }
 
+  /** As {@link has}, by what could be read alone: what an object that is damaged condemns is not known. */
+  hasSurely(packId: string, frame: number | undefined): boolean {
+    for (const c of this.readable()) if (condemns(c, packId, frame)) return true;
+    return false;
+  }
+
   /** True if frame `frame` of `packId` (any frame of it if undefined) is to be deleted. */
   has(packId: string, frame: number | undefined): boolean {
     for (const c of this.known.values()) {
-      if (c === 'damaged' || c.packs.includes(packId)) return true;
-      const frames = c.frames.get(packId);
-      if (frames !== undefined && (frame === undefined || frames.includes(frame))) return true;
+      if (c === 'damaged' || condemns(c, packId, frame)) return true;
     }
     return false;
   }
+}
+
+function condemns(c: Condemned, packId: string, frame: number | undefined): boolean {
+  if (c.packs.includes(packId)) return true;
+  const frames = c.frames.get(packId);
+  return frames !== undefined && (frame === undefined || frames.includes(frame));
+}
+
+/**
+ * True if a place that the commit names was condemned, as `isCondemned` says, and is gone: then it was never acknowledged (FORMAT.md 6.4).
+ * What is gone without that is damage, and for verify to tell.
+ */
+export async function lacksCondemnedPlace(
+  repo: Repository,
+  c: ReadCommit,
+  isCondemned: (packId: string, frame: number | undefined) => boolean,
+): Promise<boolean> {
+  const chunkBlocks = blocksOf(repo.chunkBytes);
+  for (const [i, packId] of c.packIds.entries()) {
+    if (!isCondemned(packId, undefined)) continue;
+    repo.packs.forget(packId);
+    const places = c.extents.filter((e) => e.pack === i);
+    if ((await repo.store.stat(packName(packId))) === undefined) return true;
+    try {
+      const isGone = await repo.packs.use(packId, (pack) => {
+        for (const e of places) {
+          const last = e.frame + Math.floor((e.skip + e.count - 1) / chunkBlocks);
+          for (let f = e.frame; f <= last; f++) {
+            if (isCondemned(packId, f) && pack.frame(f) === undefined) return Promise.resolve(true);
+          }
+        }
+        return Promise.resolve(false);
+      });
+      if (isGone) return true;
+    } catch (error) {
+      if (isKind(error, 'damaged') && isKind(error.cause, 'not-found')) return true; // a moment ago it was there
+      throw error;
+    }
+  }
+  return false;
 }

@@ -8,6 +8,7 @@ import { journalName, packName, segmentName, type SegmentName } from '../format/
 import { encodeFooter } from '../format/pack.js';
 import type { CommitRecord } from '../format/segment.js';
 import { buildChain, readCommits, type Chain, type ChainEnd, type ReadCommit } from './commits.js';
+import { CondemnedPlaces, lacksCondemnedPlace } from './condemned.js';
 import { listSegments, segmentContext, segmentTarget } from './maintenance.js';
 import type { Repository } from './repository.js';
 import { memorySegment } from './segments/memory.js';
@@ -36,6 +37,15 @@ export interface SeqRange {
 }
 
 const MAX_REOPENS = 5;
+
+const condemnedPlaces = new WeakMap<Repository, CondemnedPlaces>();
+
+/** What is condemned, remembered for as long as the repository is open. */
+function condemnedOf(repo: Repository): CondemnedPlaces {
+  let places = condemnedPlaces.get(repo);
+  if (places === undefined) condemnedPlaces.set(repo, (places = new CondemnedPlaces(repo)));
+  return places;
+}
 
 export class VolumeHistory {
   readonly repo: Repository;
@@ -93,13 +103,20 @@ export class VolumeHistory {
   /**
    * Opens the history. What is damaged or missing is in `problems` and `lost`; `chain.gap` is set if because of that the newest commit
    * has no image. A loss before the last full commit (or full map) leaves what comes after it whole (FORMAT.md 6.9). `without`: the
-   * hash of a commit in the journal that counts as not there (a claimant found that it was never acknowledged).
+   * hash of a commit in the journal that counts as not there (a claimant found that it was never acknowledged). Without it, a last
+   * commit whose places prune has condemned and deleted is left out, and is `stray`: its writer is about to find that out, or died before.
    */
   static async open(repo: Repository, volumeId: string, without?: Buffer): Promise<VolumeHistory> {
+    let refused = without;
     for (let tries = 1; ; tries++) {
       const opened: SegmentReader[] = [];
       try {
-        return await VolumeHistory.openOnce(repo, volumeId, opened, without);
+        const history = await VolumeHistory.openOnce(repo, volumeId, opened, refused);
+        if (without !== undefined || history.chain.withdrawn !== undefined) return history;
+        const hash = await history.neverAcknowledged();
+        if (hash === undefined) return history;
+        refused = hash;
+        await history.close();
       } catch (error) {
         await Promise.all(opened.map((s) => s.close()));
         // A segment or journal entry went away between the list and the read: merged, or moved to the manifest.
@@ -175,10 +192,7 @@ export class VolumeHistory {
         ? undefined
         : { seq: lastRecord.seq, hash: lastRecord.hash, epoch: lastRecord.epoch };
     const found = journal.flatMap((j) => j.commits);
-    const chain = buildChain(
-      without === undefined ? found : found.filter((c) => !c.hash.equals(without)),
-      base,
-    );
+    const chain = buildChain(found, base, without);
     const newest = chain.commits.at(-1);
     const lost = lostCommits(deltas, names, chain);
     const unreadable: SeqRange[] = [];
@@ -222,6 +236,25 @@ export class VolumeHistory {
     return this.deltas.at(-1)?.lastSeq ?? 0;
   }
 
+  /** The hash of the last commit if it lacks what prune has deleted. Commits before it were acknowledged, or it would not be there. */
+  private async neverAcknowledged(): Promise<Buffer | undefined> {
+    const last = this.chain.commits.at(-1);
+    if (last === undefined || this.chain.gap !== undefined) return undefined;
+    if (last.packIds.every((id) => id === last.packId)) return undefined;
+    const condemned = condemnedOf(this.repo);
+    try {
+      await condemned.refresh();
+      const lacking = await lacksCondemnedPlace(this.repo, last, (id, frame) =>
+        condemned.hasSurely(id, frame),
+      );
+      return lacking ? last.hash : undefined;
+    } catch (error) {
+      // What cannot be read says nothing against the commit; whoever needs it will hear of it.
+      if (!isKind(error, 'damaged', 'io', 'not-found')) throw error;
+      return undefined;
+    }
+  }
+
   /** Throws `damaged` if commits between the first and the newest are missing. */
   refuseGap(): void {
     const { gap } = this.chain;
@@ -243,11 +276,11 @@ export class VolumeHistory {
 
   /**
    * Brings what dead writers left in order: seals their packs, moves the chain's commits to a segment, removes journal entries
-   * that say nothing any more. Only for who has claimed the volume and before its first commit (FORMAT.md 5.6, 6.6).
+   * that say nothing any more. Only for who has claimed the volume when it read this, and has since acknowledged a commit on top of it: every
+   * later claimant sees that commit, and so the same chain below it (FORMAT.md 5.6, 6.6).
    */
-  async settle(options: { readonly overGap?: boolean } = {}): Promise<void> {
+  async settle(): Promise<void> {
     const { repo, volumeId, chain } = this;
-    if (options.overGap !== true) this.refuseGap();
     const needed = new Set(chain.commits.flatMap((c) => [c.packId, ...c.packIds]));
     for (const j of this.journal) {
       if (!j.missing && !j.sealed && needed.has(j.packId)) await sealAbandoned(repo, j.packId);

@@ -18,7 +18,7 @@ import { epochName, journalName, packName } from '../format/names.js';
 import { ObjectKind } from '../format/object.js';
 import { BLOCK_BYTES, blocksOf } from '../units.js';
 import { recordOf, type ReadCommit } from './commits.js';
-import { CONDEMNED_KEPT_NS, CondemnedPlaces } from './condemned.js';
+import { CONDEMNED_KEPT_NS, CondemnedPlaces, lacksCondemnedPlace } from './condemned.js';
 import { VolumeHistory } from './history.js';
 import { acquireLease } from './lease.js';
 import { maintainVolume } from './maintenance.js';
@@ -100,6 +100,8 @@ export class VolumeWriter implements AsyncDisposable {
   /** When the condemned objects were looked at last, or the session began. */
   private lookedNs: bigint;
   private dead = false;
+  /** What was found at the claim, until it has been settled: not before a commit of this writer is acknowledged. */
+  private unsettled: VolumeHistory | undefined;
 
   private constructor(
     repo: Repository,
@@ -107,12 +109,14 @@ export class VolumeWriter implements AsyncDisposable {
     epoch: number,
     tip: { readonly seq: number; readonly hash: Buffer } | undefined,
     lastSizeBytes: number | undefined,
+    claimed: VolumeHistory,
   ) {
     this.repo = repo;
     this.volumeId = volumeId;
     this.epoch = epoch;
     this.tip = tip;
     this.lastSizeBytes = lastSizeBytes;
+    this.unsettled = claimed;
     this.condemned = new CondemnedPlaces(repo);
     this.lookedNs = repo.env.clock.monotonicNs();
   }
@@ -140,7 +144,7 @@ export class VolumeWriter implements AsyncDisposable {
           },
         );
       }
-      await history.settle(options);
+      if (options.overGap !== true) history.refuseGap();
       const last = history.lastCommit;
       const writer = new VolumeWriter(
         repo,
@@ -148,6 +152,7 @@ export class VolumeWriter implements AsyncDisposable {
         epoch,
         history.tip === undefined ? undefined : { seq: history.tip.seq, hash: history.tip.hash },
         last?.sizeBytes,
+        history,
       );
       return { writer, history };
     } catch (error) {
@@ -206,11 +211,19 @@ export class VolumeWriter implements AsyncDisposable {
     if (this.dead) throw new Error(`the writer of volume ${this.volumeId} has failed or is closed`);
   }
 
+  private async settle(): Promise<void> {
+    const { unsettled } = this;
+    if (unsettled === undefined || this.packCommits.length === 0) return;
+    await unsettled.settle();
+    this.unsettled = undefined;
+  }
+
   /** Writes a commit and makes it durable. When it resolves the point is acknowledged. */
   async commit(draft: CommitDraft): Promise<Acknowledged> {
     checkDraft(draft, this.lastSizeBytes);
     const pack = await this.openPack();
     this.dead = true; // until it has gone well
+    await this.settle();
     const { repo } = this;
     const grownFrom =
       draft.full || this.lastSizeBytes === undefined || draft.sizeBytes <= this.lastSizeBytes
@@ -360,11 +373,12 @@ export class VolumeWriter implements AsyncDisposable {
     this.pack = undefined;
     if (pack !== undefined) await pack.seal(repo.newSalt());
     const commits = this.packCommits;
-    this.packCommits = [];
     if (commits.length === 0) {
       this.dead = false;
       return;
     }
+    await this.settle();
+    this.packCommits = [];
     const prevHash = this.packPrevHash;
     this.packPrevHash = this.tip?.hash ?? ZERO_HASH;
     await VolumeHistory.putCommits(repo, this.volumeId, commits, prevHash);
@@ -428,7 +442,8 @@ async function openClaimed(
 ): Promise<VolumeHistory> {
   let history = await VolumeHistory.open(repo, volumeId);
   try {
-    const doubtful = history.chain.commits.at(-1);
+    const doubtful =
+      history.chain.withdrawn === undefined ? history.chain.commits.at(-1) : undefined;
     const condemned = new CondemnedPlaces(repo);
     await condemned.refresh();
     if (
@@ -442,7 +457,9 @@ async function openClaimed(
         waitMs: PRUNE_WAIT_MS,
       });
       await condemned.refresh();
-      const deleted = await isDeleted(repo, doubtful, condemned);
+      const deleted = await lacksCondemnedPlace(repo, doubtful, (id, frame) =>
+        condemned.has(id, frame),
+      );
       await lease.assertHeld();
       if (deleted) {
         await history.close();
@@ -456,32 +473,6 @@ async function openClaimed(
     await history.close();
     throw error;
   }
-}
-
-/** True if a place that the commit names was condemned and is gone. What is gone without that is damage, and for verify to tell. */
-async function isDeleted(
-  repo: Repository,
-  c: ReadCommit,
-  condemned: CondemnedPlaces,
-): Promise<boolean> {
-  const chunkBlocks = blocksOf(repo.chunkBytes);
-  for (const [i, packId] of c.packIds.entries()) {
-    if (!condemned.has(packId, undefined)) continue;
-    repo.packs.forget(packId);
-    const places = c.extents.filter((e) => e.pack === i);
-    if ((await repo.store.stat(packName(packId))) === undefined) return true;
-    const isGone = await repo.packs.use(packId, (pack) => {
-      for (const e of places) {
-        const last = e.frame + Math.floor((e.skip + e.count - 1) / chunkBlocks);
-        for (let f = e.frame; f <= last; f++) {
-          if (condemned.has(packId, f) && pack.frame(f) === undefined) return Promise.resolve(true);
-        }
-      }
-      return Promise.resolve(false);
-    });
-    if (isGone) return true;
-  }
-  return false;
 }
 
 async function claimEpoch(repo: Repository, volumeId: string): Promise<number> {

@@ -16,7 +16,8 @@ import { canonicalConfig } from '../format/config.js';
 import { epochName, packName } from '../format/names.js';
 import { formatTimeLocal } from '../human.js';
 import type { Catalogue, PackVerified } from '../repo/catalogue.js';
-import { readCommit } from '../repo/commits.js';
+import { readCommit, type ReadCommit } from '../repo/commits.js';
+import { CondemnedPlaces, lacksCondemnedPlace } from '../repo/condemned.js';
 import { VolumeHistory } from '../repo/history.js';
 import type { Quarantine } from '../repo/quarantine.js';
 import type { Repository } from '../repo/repository.js';
@@ -119,6 +120,7 @@ class Run {
   private readonly repo: Repository;
   private readonly o: VerifyOptions;
   private readonly packs: SurveyedPacks;
+  private readonly condemned: CondemnedPlaces;
   private readonly findings: Finding[] = [];
   private readonly volumes = new Map<string, OpenVolume>();
   private readonly commitFrames = new FrameSet();
@@ -132,6 +134,7 @@ class Run {
     this.repo = repo;
     this.o = options;
     this.packs = new SurveyedPacks(repo);
+    this.condemned = new CondemnedPlaces(repo);
     this.only = options.volumeIds === undefined ? undefined : new Set(options.volumeIds);
   }
 
@@ -238,7 +241,10 @@ class Run {
           );
           if (found === undefined || this.unread.has(found.commit.volumeId)) continue;
           const { volumeId, epoch, instantNs } = found.commit;
-          if (!(await this.outranks(volumeId, epoch, found.seq))) {
+          if (
+            !(await this.outranks(volumeId, epoch, found.seq)) ||
+            (await this.wasRefused(found))
+          ) {
             strays++;
             continue;
           }
@@ -279,6 +285,20 @@ class Run {
         });
       }
     }
+  }
+
+  /**
+   * True if a commit that no history has names what prune condemned, and its writer has found that out (it has claimed another
+   * epoch), or cannot but find it out (a place is gone): it was not acknowledged (FORMAT.md 6.4), and its successor is not written yet.
+   */
+  private async wasRefused(c: ReadCommit): Promise<boolean> {
+    await this.condemned.refresh();
+    const isCondemned = (packId: string, frame: number | undefined): boolean =>
+      this.condemned.hasSurely(packId, frame);
+    if (!c.packIds.some((id) => isCondemned(id, undefined))) return false;
+    const { volumeId, epoch } = c.commit;
+    if ((await this.repo.store.stat(epochName(volumeId, epoch + 1))) !== undefined) return true;
+    return lacksCondemnedPlace(this.repo, c, isCondemned);
   }
 
   /** True if a commit ranks above the tip of its volume, now. */

@@ -1,5 +1,5 @@
 /** The history of one volume: manifest, chain, commit frames, and every place that its records name. */
-import { isKind, messageOf } from '../errors.js';
+import { B2Error, isKind, messageOf } from '../errors.js';
 import { CommitFlag, ZERO_HASH } from '../format/commit.js';
 import { HOLE } from '../format/extent.js';
 import { FrameType } from '../format/frame.js';
@@ -14,6 +14,7 @@ import { checkChain, checkPages } from '../repo/segments/chain.js';
 import { chainWindows } from '../repo/segments/point.js';
 import { openSegment, type SegmentReader } from '../repo/segments/reader.js';
 import type { SegmentSource } from '../repo/segments/source.js';
+import { Timeline } from '../repo/timeline.js';
 import { blocksOf } from '../units.js';
 import { problemOf, type Finding } from './findings.js';
 import type { FrameSet } from '../retention/liveness.js';
@@ -58,7 +59,7 @@ export interface VolumeCheck {
   readonly commitCount: number;
 }
 
-/** Checks a volume. The history stays open for the caller, who closes it. Kind `not-found` only if segments keep on vanishing. */
+/** Checks a volume. The history stays open for the caller, who closes it. Kind `not-found` if segments keep on vanishing, or the last commit was withdrawn: then call again. */
 export async function checkVolume(options: VolumeCheckOptions): Promise<VolumeCheck> {
   const history = await VolumeHistory.open(options.repo, options.volumeId);
   const extra: SegmentReader[] = [];
@@ -67,7 +68,15 @@ export async function checkVolume(options: VolumeCheckOptions): Promise<VolumeCh
     await check.manifest(extra);
     await check.journal();
     const commitCount = await check.commits();
-    await check.places(extra);
+    if (await check.places(extra)) {
+      // Has prune deleted meanwhile what the last commit names? Then it was not acknowledged, and the history ends before it.
+      const last = history.chain.commits.at(-1);
+      if (last !== undefined && !(await isOnChain(options, last)))
+        throw new B2Error(
+          'not-found',
+          `commit ${last.seq} of volume ${options.name} was withdrawn`,
+        );
+    }
     return { history, findings: check.findings, commitCount };
   } catch (error) {
     await history.close();
@@ -410,8 +419,8 @@ class Check {
     }
   }
 
-  /** Every place that a record names, of segments (also those beside the chain) and of the journal's commits. */
-  async places(extra: readonly SegmentReader[]): Promise<void> {
+  /** Every place that a record names, of segments (also those beside the chain) and of the journal's commits. True if one is wrong. */
+  async places(extra: readonly SegmentReader[]): Promise<boolean> {
     const { history, o } = this;
     const chunkBlocks = blocksOf(o.repo.chunkBytes);
     const trouble = new Map<string, Map<number, PlaceTrouble>>();
@@ -495,6 +504,24 @@ class Check {
         });
       }
     }
+    return unusable.size > 0 || trouble.size > 0;
+  }
+}
+
+/** True if the volume has the commit, by what there is now. */
+async function isOnChain(
+  { repo, volumeId }: VolumeCheckOptions,
+  commit: { readonly seq: number; readonly hash: Buffer },
+): Promise<boolean> {
+  const now = await VolumeHistory.open(repo, volumeId);
+  try {
+    const there = await new Timeline(now.sources).bySeq(commit.seq);
+    return there?.hash.equals(commit.hash) === true;
+  } catch (error) {
+    if (!isKind(error, 'damaged')) throw error;
+    return true; // nobody can tell: what was found stands
+  } finally {
+    await now.close();
   }
 }
 

@@ -3,6 +3,7 @@
  * segments are merged.
  */
 import { describe, expect, it } from 'vitest';
+import { ignoreEvents } from '../../../src/events.js';
 import { Coverage, PointClass } from '../../../src/format/commit.js';
 import { segmentName, type SegmentName } from '../../../src/format/names.js';
 import { VolumeHistory } from '../../../src/repo/history.js';
@@ -14,6 +15,7 @@ import {
   type PlacedExtent,
 } from '../../../src/repo/volume-writer.js';
 import { prune } from '../../../src/retention/prune.js';
+import { verify } from '../../../src/verify/verify.js';
 import {
   CHUNK_BYTES,
   checkPoint,
@@ -90,6 +92,11 @@ async function pruneAround(
   expect(done).toBe(true);
 }
 
+async function alarms(repo: Repository, volumeIds?: readonly string[]): Promise<readonly string[]> {
+  const { findings } = await verify(repo, { dataShare: 1, events: ignoreEvents, volumeIds });
+  return findings.filter((f) => f.severity !== 'note').map((f) => `${f.object}: ${f.message}`);
+}
+
 describe('a commit that reuses what prune deletes', () => {
   it('is not acknowledged, and not taken for part of the chain when its writer died', async () => {
     const t = await withOrphan(11);
@@ -99,7 +106,15 @@ describe('a commit that reuses what prune deletes', () => {
       await expect(t.writer.commit(t.draft)).rejects.toBeInstanceOf(CondemnedError);
     });
     expect(await t.inner.stat(`packs/${t.orphanId.slice(0, 2)}/${t.orphanId}`)).toBeUndefined();
-    // The writer dies here. Who claims the volume next sees a commit at the tip that was never acknowledged and cannot be restored.
+    // The writer dies here. Readers leave out what was never acknowledged, and call nothing damaged.
+    const reader = await Repository.open(t.inner, [], t.repo.env);
+    const seen = await VolumeHistory.open(reader, t.model.volumeId);
+    expect(seen.tip?.seq).toBe(1);
+    expect(seen.chain.stray.map((c) => c.seq)).toEqual([2]);
+    await seen.close();
+    expect(await alarms(reader)).toEqual([]);
+    await reader.close();
+    // Who claims the volume next sees a commit at the tip that was never acknowledged and cannot be restored.
     const fresh = await Repository.open(t.inner, [], t.repo.env);
     const { writer, history } = await VolumeWriter.claim(fresh, t.model.volumeId);
     expect(history.tip?.seq).toBe(1);
@@ -113,6 +128,40 @@ describe('a commit that reuses what prune deletes', () => {
     await whole.close();
   });
 
+  it('is no alarm for verify in any state that its writer passes through', async () => {
+    const t = await withOrphan(17);
+    expect((await prune(t.pruner, { graceMs: 0 })).condemnedPacks).toBe(1);
+    await t.pruneClock.advanceMs(1000);
+    await pruneAround(t.pruner, t.inner, async () => {
+      await expect(t.writer.commit(t.draft)).rejects.toBeInstanceOf(CondemnedError);
+    });
+    const reader = await Repository.open(t.inner, [], t.repo.env);
+    expect(await alarms(reader)).toEqual([]);
+    await t.writer.reclaim();
+    expect(await alarms(reader)).toEqual([]);
+    await t.model.capture(t.writer, t.model.mutate(2));
+    expect(await alarms(reader)).toEqual([]);
+    await t.writer.close();
+    expect(await alarms(reader)).toEqual([]);
+    await reader.close();
+  });
+
+  it('is no alarm either when prune deletes after the history was read', async () => {
+    const t = await withOrphan(18);
+    expect((await prune(t.pruner, { graceMs: 0 })).condemnedPacks).toBe(1);
+    await expect(t.writer.commit(t.draft)).rejects.toBeInstanceOf(CondemnedError);
+    const pack = `packs/${t.orphanId.slice(0, 2)}/${t.orphanId}`;
+    let looks = 0;
+    const gate = new FaultStore(t.inner, ({ kind, name }) => {
+      if (kind !== 'stat' || name !== pack || ++looks !== 2) return undefined;
+      return { do: 'wait', until: () => t.inner.delete(pack) };
+    });
+    const reader = await Repository.open(gate, [], t.repo.env);
+    expect(await alarms(reader, [t.model.volumeId])).toEqual([]);
+    expect(looks).toBeGreaterThan(1);
+    await reader.close();
+  });
+
   it('stays when its places were condemned but not deleted: it may have been acknowledged', async () => {
     const t = await withOrphan(12);
     expect((await prune(t.pruner, { graceMs: 0 })).condemnedPacks).toBe(1);
@@ -124,6 +173,56 @@ describe('a commit that reuses what prune deletes', () => {
     await writer.close();
     await t.pruneClock.advanceMs(1000);
     expect((await prune(t.pruner, { graceMs: 0 })).packsDeleted).toBe(0);
+  });
+});
+
+describe('a claimant that is overtaken', () => {
+  it('puts no segment, which could say something else than the chain of who overtook it', async () => {
+    const inner = new MemoryStore({ canAppend: false });
+    const { repo, model, writer } = await newModel(inner, seeded(19), {
+      sizeBytes: BLOCKS * 4096,
+    });
+    await model.capture(writer, model.mutate(2), true);
+    // Durable, but too late to be acknowledged.
+    const late = async (w: VolumeWriter): Promise<void> => {
+      const before = Buffer.from(model.data);
+      await expect(model.capture(w, model.mutate(2))).rejects.toMatchObject({ kind: 'lost-claim' });
+      model.data = before;
+    };
+    const second = await VolumeWriter.claim(repo, model.volumeId);
+    await second.history.close();
+    await late(writer);
+    let overtaken = false;
+    const overtake = async (): Promise<void> => {
+      if (overtaken) return;
+      overtaken = true;
+      // The slow claimant has seen the first writer's commit 2; the next one sees the second writer's, which outranks it.
+      await late(second.writer);
+      const next = await VolumeWriter.claim(repo, model.volumeId);
+      expect(next.history.tip).toMatchObject({ seq: 2, epoch: second.writer.claimedEpoch });
+      await next.history.close();
+      await model.capture(
+        next.writer,
+        Array.from({ length: BLOCKS }, (_, i) => i),
+        true,
+      );
+      await next.writer.close();
+    };
+    const gate = new FaultStore(inner, ({ kind, name }) =>
+      kind === 'put' && name.includes('/manifest/') ? { do: 'wait', until: overtake } : undefined,
+    );
+    const slow = await Repository.open(gate, [], repo.env);
+    const claimed = await VolumeWriter.claim(slow, model.volumeId);
+    expect(claimed.history.tip).toMatchObject({ seq: 2, epoch: writer.claimedEpoch });
+    await claimed.history.close();
+    await overtake();
+    await late(claimed.writer);
+    await claimed.writer.close();
+    expect(await alarms(repo)).toEqual([]);
+    expect(model.acknowledged.map((e) => e.seq)).toEqual([1, 3]);
+    for (const e of model.acknowledged) await checkPoint(repo, model.volumeId, e);
+    await slow.close();
+    await repo.close();
   });
 });
 

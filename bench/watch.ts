@@ -4,8 +4,10 @@
  *
  * - `lag`: how old the newest durable point is, every 10 ms of a mixed load (database, random writes with fsync, git and tar on
  *   ext4), from the points themselves and as the watch reports it. Goal: p99 at most one second at the default interval.
- * - `cost`: IOPS and latency of fio without and with the watch in alternating runs, at a moderate rate and without a limit, and the
- *   CPU time of the watch. Goal: at most 5 % at the moderate rate.
+ * - `cost`: IOPS and latency (median, mean, p99) of fio without the watch, with the kernel's tracing alone that nobody reads, and
+ *   with the watch, in alternating runs, at a moderate rate and without a limit, and the CPU time of the watch. Ratios are those of a
+ *   round, the median of all rounds: what is said of a loop device is worth little without its neighbour in time. A watch runs for
+ *   months: like the device it is warm before it is measured. Goal: at most 5 % at the moderate rate.
  * - `events`: writers that go as fast as they can, more and more of them; ends where track is lost.
  * - `soak`: a heavy load for long: memory and file descriptors must be flat.
  */
@@ -14,6 +16,9 @@ import { readdirSync, readFileSync, writeFileSync } from 'node:fs';
 import { cpus, tmpdir } from 'node:os';
 import { parseArgs, promisify } from 'node:util';
 import { systemClock } from '../src/clock.js';
+import { openReadDevice } from '../src/devices/open.js';
+import { TraceInstance } from '../src/devices/trace/instance.js';
+import { watchedRange } from '../src/devices/trace/source.js';
 import { B2 } from '../test/support/b2.js';
 import {
   attachLoop,
@@ -147,6 +152,7 @@ async function lag(dir: TempDir, seconds: number): Promise<Figures> {
 interface FioRun {
   readonly iops: number;
   readonly meanUs: number;
+  readonly p50Us: number;
   readonly p99Us: number;
   readonly writes: number;
 }
@@ -195,53 +201,96 @@ async function fio(
   return {
     iops: write.iops,
     meanUs: write.clat_ns.mean / 1000,
+    p50Us: (write.clat_ns.percentile?.['50.000000'] ?? 0) / 1000,
     p99Us: (write.clat_ns.percentile?.['99.000000'] ?? 0) / 1000,
     writes: write.total_ios,
   };
 }
 
+/** The events that a watch has recorded, recorded with nobody to read them. `end` it. */
+async function traceOnly(device: string): Promise<{ end(): Promise<void> }> {
+  const facts = await openReadDevice(device).then(async (d) => {
+    await d.close();
+    return d.facts;
+  });
+  const { kernelDevice } = await watchedRange(facts);
+  const instance = await TraceInstance.create({
+    kernelDevice,
+    originNs: systemClock.monotonicNs(),
+  });
+  return { end: () => instance.remove() };
+}
+
+const WARM_SECONDS = 6;
+const MODES = ['without', 'traced', 'with'] as const;
+type Mode = (typeof MODES)[number];
+
 async function cost(dir: TempDir, seconds: number, rounds: number, rate: number): Promise<Figures> {
   const loop = await attachLoop(dir, sparseFile(dir, 'disk.img', 256 * MIB));
   const { device } = loop;
   const b2 = await newRepository(dir);
-  await fio(device, 2, 0, 1, 4);
-  const without: FioRun[] = [];
-  const withWatch: FioRun[] = [];
+  await fio(device, 4, 0, 1, 4);
+  const runs: Readonly<Record<Mode, FioRun[]>> = { without: [], traced: [], with: [] };
   let cpu = 0;
   let captured = 0;
-  const once = async (isWatched: boolean): Promise<void> => {
-    if (!isWatched) {
-      without.push(await fio(device, seconds, rate, 1, 4));
-      return;
-    }
-    const watching = await watch(dir, b2, device);
-    const before = watching.points.length;
-    const cpuBefore = cpuSeconds(watching.pid);
-    withWatch.push(await fio(device, seconds, rate, 1, 4));
-    // What is left to capture costs as well.
-    await watching.point(VOLUME, 'crash');
-    cpu += cpuSeconds(watching.pid) - cpuBefore;
-    captured += watching.points.slice(before).reduce((n, p) => n + p.blocks * 4096, 0);
-    const { devices } = await watching.status();
-    if ((devices[0]?.losses ?? 0) > 0) throw new Error('track was lost');
-    await watching.stop();
+  const measure = async (mode: Mode): Promise<void> => {
+    runs[mode].push(await fio(device, seconds, rate, 1, 4));
   };
-  for (let round = 0; round < rounds; round++) {
-    // Neither is always the first.
-    await once(round % 2 === 1);
-    await once(round % 2 === 0);
-  }
-  const writes = withWatch.reduce((n, r) => n + r.writes, 0);
-  const ratio = (of: (run: FioRun) => number): number =>
-    median(withWatch.map(of)) / median(without.map(of));
+  const once: Readonly<Record<Mode, () => Promise<void>>> = {
+    without: async () => {
+      await fio(device, 1, rate, 1, 4);
+      await measure('without');
+    },
+    traced: async () => {
+      const trace = await traceOnly(device);
+      try {
+        await fio(device, 1, rate, 1, 4);
+        await measure('traced');
+      } finally {
+        await trace.end();
+      }
+    },
+    with: async () => {
+      const watching = await watch(dir, b2, device);
+      await fio(device, WARM_SECONDS, rate === 0 ? 1000 : rate, 1, 4);
+      await watching.point(VOLUME, 'crash');
+      const before = watching.points.length;
+      const cpuBefore = cpuSeconds(watching.pid);
+      await measure('with');
+      // What is left to capture costs as well.
+      await watching.point(VOLUME, 'crash');
+      cpu += cpuSeconds(watching.pid) - cpuBefore;
+      captured += watching.points.slice(before).reduce((n, p) => n + p.blocks * 4096, 0);
+      const { devices } = await watching.status();
+      if ((devices[0]?.losses ?? 0) > 0) throw new Error('track was lost');
+      await watching.stop();
+    },
+  };
+  for (let round = 0; round < rounds; round++)
+    // None is always the first.
+    for (let k = 0; k < MODES.length; k++) await once[MODES[(round + k) % 3] ?? 'without']();
+  const writes = runs.with.reduce((n, r) => n + r.writes, 0);
+  const ratio = (mode: Mode, of: (run: FioRun) => number): number =>
+    median(
+      runs[mode].map((run, i) => {
+        const beside = runs.without[i];
+        return beside === undefined ? Number.NaN : of(run) / of(beside);
+      }),
+    );
+  const micros = (name: string, of: (run: FioRun) => number): Record<string, number> => ({
+    [`${name} µs without`]: median(runs.without.map(of)),
+    [`${name} µs traced`]: median(runs.traced.map(of)),
+    [`${name} µs with`]: median(runs.with.map(of)),
+    [`${name} ratio traced`]: ratio('traced', of),
+    [`${name} ratio`]: ratio('with', of),
+  });
   return {
-    'IOPS without': median(without.map((r) => r.iops)),
-    'IOPS with': median(withWatch.map((r) => r.iops)),
-    'IOPS ratio': ratio((r) => r.iops),
-    'latency µs without': median(without.map((r) => r.meanUs)),
-    'latency µs with': median(withWatch.map((r) => r.meanUs)),
-    'latency ratio': ratio((r) => r.meanUs),
-    'p99 latency ratio': ratio((r) => r.p99Us),
+    'IOPS without': median(runs.without.map((r) => r.iops)),
+    'IOPS with': median(runs.with.map((r) => r.iops)),
+    'IOPS ratio': ratio('with', (r) => r.iops),
+    ...micros('p50', (r) => r.p50Us),
+    ...micros('latency', (r) => r.meanUs),
+    ...micros('p99', (r) => r.p99Us),
     'CPU s per GiB captured': cpu / (captured / 1024 ** 3),
     // A write is an issue and a completion.
     'CPU s per million events': cpu / ((writes * 2) / 1e6),
@@ -342,7 +391,8 @@ function missed(name: string, f: Figures): string[] {
     ],
     'cost, moderate': [
       ['at least 95 % of the IOPS', (f['IOPS ratio'] ?? 0) >= 0.95],
-      ['at most 105 % of the latency', (f['latency ratio'] ?? Infinity) <= 1.05],
+      ['at most 105 % of the median latency', (f['p50 ratio'] ?? Infinity) <= 1.05],
+      ['at most 105 % of the mean latency', (f['latency ratio'] ?? Infinity) <= 1.05],
     ],
     soak: [
       [

@@ -132,6 +132,10 @@ const FALLOC_FL_KEEP_SIZE = 0x01;
 const FALLOC_FL_PUNCH_HOLE = 0x02;
 const FALLOC_FL_ZERO_RANGE = 0x10;
 
+// linux/sched.h
+const SCHED_FIFO = 1;
+const SCHED_BATCH = 3;
+
 const LOCK_EX = 2;
 const LOCK_NB = 4;
 
@@ -262,10 +266,21 @@ export async function thawFs(fd: number): Promise<void> {
  * as a rule. Throws EPERM for a user who may not.
  */
 export function makeRealTime(tid: number): void {
+  setScheduler(tid, SCHED_FIFO, 1);
+}
+
+/**
+ * Has a thread take no processor away from another that runs (SCHED_BATCH): it gets its fair share, a little later. Throws EPERM where
+ * that is not allowed.
+ */
+export function makeBatch(tid: number): void {
+  setScheduler(tid, SCHED_BATCH, 0);
+}
+
+function setScheduler(tid: number, policy: number, priority: number): void {
   const parameters = Buffer.alloc(4);
-  parameters.writeInt32LE(1);
-  const SCHED_FIFO = 1;
-  if (libc().sched_setscheduler(tid, SCHED_FIFO, parameters) !== 0)
+  parameters.writeInt32LE(priority);
+  if (libc().sched_setscheduler(tid, policy, parameters) !== 0)
     throw systemError('sched_setscheduler', libc().errno());
 }
 

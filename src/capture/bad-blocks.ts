@@ -8,21 +8,106 @@ import type { ByteRange, ReadDevice } from '../devices/device.js';
 import { B2Error, isKind } from '../errors.js';
 import { BLOCK_BYTES, blocksOf } from '../units.js';
 
-/** 256 MiB: a device with more is failing altogether, and each read of it may take seconds. */
-export const MAX_BAD_BLOCKS = 65_536;
 /** Ranges that are listed. */
 const MAX_RANGES = 100;
+/** Blocks of one page of the bitmap: 4 KiB, for 128 MiB of the device. */
+const PAGE_BLOCKS = 32_768;
+/** Of a part of the device of which many blocks cannot be read: after so many in a row only a few of the rest are tried. */
+const HASTY_BLOCKS = 4;
+
+/**
+ * The blocks that could not be read, as bits: 4 KiB for every 128 MiB of the device in which there are any, so that a device of which
+ * much cannot be read costs no more than 32 MiB for each TiB, and is captured everywhere else.
+ */
+export class BadBlocks {
+  private readonly pages = new Map<number, { readonly bits: Uint8Array; count: number }>();
+  private count = 0;
+  private listed: readonly ByteRange[] | undefined;
+
+  get size(): number {
+    return this.count;
+  }
+
+  /** Bytes of memory. */
+  get bytes(): number {
+    return this.pages.size * (PAGE_BLOCKS / 8);
+  }
+
+  has(block: number): boolean {
+    const at = block % PAGE_BLOCKS;
+    const bits = this.pages.get((block - at) / PAGE_BLOCKS)?.bits;
+    return bits !== undefined && ((bits[at >> 3] ?? 0) & (1 << (at & 7))) !== 0;
+  }
+
+  /** True if it was not there. */
+  add(block: number): boolean {
+    if (this.has(block)) return false;
+    const at = block % PAGE_BLOCKS;
+    const number = (block - at) / PAGE_BLOCKS;
+    let page = this.pages.get(number);
+    if (page === undefined) {
+      page = { bits: new Uint8Array(PAGE_BLOCKS / 8), count: 0 };
+      this.pages.set(number, page);
+    }
+    page.bits[at >> 3] = (page.bits[at >> 3] ?? 0) | (1 << (at & 7));
+    page.count++;
+    this.count++;
+    this.listed = undefined;
+    return true;
+  }
+
+  /** True if it was there. */
+  delete(block: number): boolean {
+    if (!this.has(block)) return false;
+    const at = block % PAGE_BLOCKS;
+    const number = (block - at) / PAGE_BLOCKS;
+    const page = this.pages.get(number);
+    if (page === undefined) return false;
+    page.bits[at >> 3] = (page.bits[at >> 3] ?? 0) & ~(1 << (at & 7));
+    if (--page.count === 0) this.pages.delete(number);
+    this.count--;
+    this.listed = undefined;
+    return true;
+  }
+
+  /** Those of [from, to), ascending. */
+  *within(from: number, to: number): Generator<number> {
+    for (const number of [...this.pages.keys()].sort((a, b) => a - b)) {
+      const first = number * PAGE_BLOCKS;
+      const end = Math.min(to, first + PAGE_BLOCKS);
+      for (let block = Math.max(from, first); block < end; block++) {
+        if (block % 8 === 0 && this.pages.get(number)?.bits[(block - first) >> 3] === 0) block += 7;
+        else if (this.has(block)) yield block;
+      }
+    }
+  }
+
+  /** The first hundred ranges of bytes, on a device of `sizeBytes`. */
+  ranges(sizeBytes: number): readonly ByteRange[] {
+    this.listed ??= rangesOf(this.within(0, blocksOf(sizeBytes)), sizeBytes);
+    return this.listed;
+  }
+}
+
+/** Memory that {@link BadBlocks} takes at most for a device of so many blocks. */
+export function badBytesAtMost(blocks: number): number {
+  return Math.ceil(blocks / PAGE_BLOCKS) * (PAGE_BLOCKS / 8);
+}
 
 /**
  * Reads [offset, offset + length), block by block where that fails as a whole, and returns the blocks that could not be read (their
  * bytes in `into` mean nothing). `offset` is that of a block. Rejects where the device has gone, has another size, or no block of
  * it can be read.
+ *
+ * `hasty`: each failing read may take seconds. After some failures in a row only the middle and the end of what is left are tried, and
+ * where those fail as well, all of it counts as unreadable.
  */
 export async function readAround(
   device: ReadDevice,
   into: Uint8Array,
   offset: number,
   length: number,
+  hasty = false,
 ): Promise<readonly number[]> {
   let failure: B2Error | undefined;
   try {
@@ -43,10 +128,27 @@ export async function readAround(
     );
   }
   const bad: number[] = [];
+  const canReadAt = (at: number): Promise<boolean> =>
+    canRead(device, into.subarray(at, Math.min(at + BLOCK_BYTES, into.byteLength)), offset + at);
+  let inARow = 0;
+  let isProbed = false;
   for (let at = 0; at < length; at += BLOCK_BYTES) {
-    const end = Math.min(at + BLOCK_BYTES, into.byteLength);
-    if (!(await canRead(device, into.subarray(at, end), offset + at)))
+    if (hasty && inARow === HASTY_BLOCKS && !isProbed) {
+      isProbed = true;
+      const left = blocksOf(length - at);
+      const probes = [at + Math.floor(left / 2) * BLOCK_BYTES, at + (left - 1) * BLOCK_BYTES];
+      let isAny = false;
+      for (const probe of probes) isAny ||= await canReadAt(probe);
+      if (!isAny) {
+        for (; at < length; at += BLOCK_BYTES) bad.push((offset + at) / BLOCK_BYTES);
+        break;
+      }
+    }
+    if (await canReadAt(at)) inARow = 0;
+    else {
+      inARow++;
       bad.push((offset + at) / BLOCK_BYTES);
+    }
   }
   if (bad.length < blocksOf(length) || (await isAnyReadable(device, into, offset, length)))
     return bad;
@@ -79,8 +181,8 @@ async function isAnyReadable(
   return false;
 }
 
-/** Blocks in ascending order as ranges of bytes, the last of them not behind `sizeBytes`; the first hundred. */
-export function rangesOf(blocks: Iterable<number>, sizeBytes: number): readonly ByteRange[] {
+/** Ascending blocks as ranges of bytes, the last of them not behind `sizeBytes`; the first hundred. */
+function rangesOf(blocks: Iterable<number>, sizeBytes: number): readonly ByteRange[] {
   const ranges: ByteRange[] = [];
   let first = -1;
   let end = -1;
@@ -89,7 +191,7 @@ export function rangesOf(blocks: Iterable<number>, sizeBytes: number): readonly 
     const offset = first * BLOCK_BYTES;
     ranges.push({ offset, length: Math.min(end * BLOCK_BYTES, sizeBytes) - offset });
   };
-  for (const block of [...blocks].sort((a, b) => a - b)) {
+  for (const block of blocks) {
     if (block === end) {
       end++;
       continue;

@@ -59,6 +59,8 @@ const COMPARE_BYTES = 1024 * 1024;
 /** Blocks that differ are stored this many at a time. */
 const STAGE_BLOCKS = 1024;
 const WORKER_BYTES = 32 * 1024 * 1024;
+/** With so much unreadable in one run (4 MiB) a scan that tried every block might never end. What it passes over is tried later. */
+const HASTY_FROM_BLOCKS = 1024;
 
 /** What the newest commit says of the run. */
 interface Tip {
@@ -235,7 +237,8 @@ export class RunScanner {
         workers,
         range: { offset, length },
         reuse,
-        onReadError: 'collect',
+        // Windows with such blocks are gone through in compareMixed.
+        onReadError: 'skip',
         signal: request.signal,
         clock: repo.env.clock,
         random: repo.env.random,
@@ -316,15 +319,19 @@ export class RunScanner {
       const knownBytes = tip === undefined ? 0 : tip.endBlock * BLOCK_BYTES;
       const oldLength = Math.max(0, Math.min(length, knownBytes - offset));
       const [bad, isKnown] = await Promise.all([
-        readAround(device, now.subarray(0, blocksOf(length) * BLOCK_BYTES), offset, length).catch(
-          (error: unknown) => deviceError(device, error),
-        ),
+        readAround(
+          device,
+          now.subarray(0, blocksOf(length) * BLOCK_BYTES),
+          offset,
+          length,
+          unreadable.length >= HASTY_FROM_BLOCKS,
+        ).catch((error: unknown) => deviceError(device, error)),
         image === undefined || oldLength === 0
           ? false
           : readOld(image, then.subarray(0, oldLength), offset),
       ]);
       const cannotBeRead = new Set(bad);
-      unreadable.push(...bad);
+      for (const block of bad) unreadable.push(block);
       for (let at = 0; at < length; at += BLOCK_BYTES) {
         const stop = Math.min(at + BLOCK_BYTES, length);
         const block = (offset + at) / BLOCK_BYTES;

@@ -32,13 +32,13 @@
  */
 import type { Clock } from '../clock.js';
 import type { ChangeLoss, ChangeSource } from '../devices/change-source.js';
-import type { ByteRange, ReadDevice } from '../devices/device.js';
+import { READS_AT_ONCE, type ByteRange, type ReadDevice } from '../devices/device.js';
 import { B2Error, isKind, messageOf } from '../errors.js';
 import { Coverage, PointClass } from '../format/commit.js';
 import { alignedMemory } from '../memory.js';
 import { BLOCK_BYTES, blocksOf } from '../units.js';
 import { tableBytesAtMost } from './block-times.js';
-import { MAX_BAD_BLOCKS, rangesOf, readAround } from './bad-blocks.js';
+import { BadBlocks, badBytesAtMost, readAround } from './bad-blocks.js';
 import type { GroupSeat, PointGroup } from './group.js';
 import { IntervalCut, type Decision } from './interval-cut.js';
 import { STAGE_STEP_BYTES, Staging, type StagedBlocks } from './staging.js';
@@ -245,6 +245,10 @@ export interface CaptureStatus {
 
 const READ_BYTES = 1024 * 1024;
 const READERS = 4;
+/** Runs of up to this many blocks are read in batches, if there are so many of them. */
+const SHORT_RUN_BLOCKS = 16;
+const MIN_BATCH = 3;
+const NOTHING: ReadonlySet<number> = new Set();
 /** Lists of blocks that are due, at most. */
 const WORK_BYTES = 32 * 1024 * 1024;
 /** Two blocks with no more than this many between them are read in one go. */
@@ -267,8 +271,13 @@ const SCAN_EVENT_MS = 200;
 /** With no event for so long, polls are this far apart: each wakes the processor. The kernel's buffers hold far more. */
 const IDLE_AFTER_MS = 500;
 const IDLE_POLL_MS = 100;
+/** With fewer events than this in a poll (25,000 a second), the next comes so many times later than in a storm. */
+const CALM_EVENTS = 250;
+const CALM_FACTOR = 2.5;
 /** Blocks that could not be read are tried again this often. */
 export const BAD_RETRY_MS = 600_000;
+/** So many at a time. */
+const BAD_RETRY_BLOCKS = 256;
 const RATE_BYTES = 64 * 1024 * 1024;
 /** The wall clock and the monotonic one are compared until they were read this close together, or so many times. */
 const CLOCK_GAP_NS = 50_000n;
@@ -286,7 +295,7 @@ export type LetGo = () => Promise<boolean>;
 
 /**
  * Memory that capture takes at most, for a device of `sizeBytes`, in bytes: the tables of the cut (194 MiB, and 32 MiB for
- * each TiB of the device), `stageBytes` and 4 MiB, 4 MiB to read into, 32 MiB for lists. What the sink takes comes on top: for a repository some 16 MiB, and
+ * each TiB of the device), 32 MiB for each TiB of it if all of that cannot be read, `stageBytes` and 4 MiB, 4 MiB to read into, 32 MiB for lists. What the sink takes comes on top: for a repository some 16 MiB, and
  * while a scan runs what that takes (see baseline.ts).
  */
 export function captureBytesAtMost(
@@ -295,6 +304,7 @@ export function captureBytesAtMost(
 ): number {
   return (
     tableBytesAtMost(blocksOf(sizeBytes), options.maxSlots) +
+    badBytesAtMost(blocksOf(sizeBytes)) +
     stageBlocksOf(options) * BLOCK_BYTES +
     STAGE_STEP_BYTES +
     READERS * READ_BYTES +
@@ -343,6 +353,8 @@ export class LiveCapture {
   private readonly intervalMs: number;
   private readonly cut: IntervalCut;
   private readonly staging: Staging;
+  private readonly slab: Uint8Array;
+  /** Its parts, for as many reads. */
   private readonly slabs: readonly Uint8Array[];
   private readonly abort = new AbortController();
   private polling: Promise<void> = Promise.resolve();
@@ -379,9 +391,13 @@ export class LiveCapture {
   private losses = 0;
   private readonly seat: GroupSeat | undefined;
   /** Blocks that could not be read when that was tried last. */
-  private readonly bad = new Set<number>();
+  private readonly bad = new BadBlocks();
   private badTriedNs = 0;
+  /** Where the next try at them begins. */
+  private badBlock = 0;
   private lastEventNs = 0;
+  /** Of the last poll. */
+  private polledEvents = 0;
   /** Ends the pauses of both loops. */
   private waking = new AbortController();
 
@@ -391,9 +407,9 @@ export class LiveCapture {
     const { sizeBytes } = options.device.facts;
     this.cut = new IntervalCut(blocksOf(sizeBytes), options.maxSlots);
     this.staging = new Staging(stageBlocksOf(options));
-    const slab = alignedMemory(READERS * READ_BYTES);
+    this.slab = alignedMemory(READERS * READ_BYTES);
     this.slabs = Array.from({ length: READERS }, (_, i) =>
-      slab.subarray(i * READ_BYTES, (i + 1) * READ_BYTES),
+      this.slab.subarray(i * READ_BYTES, (i + 1) * READ_BYTES),
     );
     this.unsynced = options.isInSync !== true;
     if (this.unsynced) this.cut.invalidate(0);
@@ -410,7 +426,7 @@ export class LiveCapture {
 
   /**
    * The first acknowledged point whose instant is not before now; made at once. Where nothing was written since the last point,
-   * that one, if it is of the class asked for. `pointClass` above `crash`: the caller has frozen the file systems (or quiesced the
+   * that one, if it is of the class asked for. `fuzzy`: one that lacks what cannot be read of the device will do. `pointClass` above `crash`: the caller has frozen the file systems (or quiesced the
    * application) and keeps them so until this settles: whoever cannot wait any longer aborts `signal` first (this rejects with
    * `interrupted` then) and lets the writers go after that. With `letGo` they are held only until everything is read, not until it
    * is stored as well; then this also rejects when they were not held so long (`failed`), or when the repository did not take the
@@ -460,6 +476,7 @@ export class LiveCapture {
     this.resyncs++;
     this.unsynced = true;
     this.cut.invalidate(this.now());
+    this.wake();
   }
 
   /**
@@ -505,7 +522,11 @@ export class LiveCapture {
       busy: this.busy,
       losses: this.losses,
       memoryBytes:
-        this.cut.bytes + this.staging.bytes + READERS * READ_BYTES + (this.o.sink.memoryBytes ?? 0),
+        this.cut.bytes +
+        this.staging.bytes +
+        this.bad.bytes +
+        READERS * READ_BYTES +
+        (this.o.sink.memoryBytes ?? 0),
       readBytesPerSecond: this.recentNs > 0 ? (this.recentBytes / this.recentNs) * 1e9 : 0,
       unreadable: this.unreadable(),
       outage: this.outage,
@@ -514,13 +535,13 @@ export class LiveCapture {
 
   private unreadable(): { readonly bytes: number; readonly ranges: readonly ByteRange[] } {
     const { sizeBytes } = this.o.device.facts;
-    const ranges = this.bad.size === 0 ? [] : rangesOf(this.bad, sizeBytes);
+    const ranges = this.bad.ranges(sizeBytes);
     const last = Math.floor(sizeBytes / BLOCK_BYTES);
     const missing = this.bad.has(last) ? BLOCK_BYTES - (sizeBytes % BLOCK_BYTES) : 0;
     return { bytes: this.bad.size * BLOCK_BYTES - missing, ranges };
   }
 
-  /** Of blocks that were to be read now, these could not be. Throws if there are too many by now. */
+  /** Of blocks that were to be read now, these could not be. */
   private noteBad(read: Iterable<number>, bad: readonly number[]): void {
     const before = this.bad.size;
     let removed = 0;
@@ -530,20 +551,26 @@ export class LiveCapture {
     if (before === 0) this.badTriedNs = this.now();
     const { bytes, ranges } = this.unreadable();
     this.tell({ type: 'unreadable', bytes, ranges });
-    if (this.bad.size > MAX_BAD_BLOCKS)
-      throw new DeviceError(
-        'io',
-        `${this.path} is failing: more than ${MAX_BAD_BLOCKS * BLOCK_BYTES} bytes of it cannot be read`,
-        { hint: 'Replace the disk. Check the kernel log (dmesg) and "smartctl -a".' },
-      );
   }
 
-  /** Once in a while what could not be read is tried again. */
+  /** Once in a while some of what could not be read is tried again, all of it in turn: each failure may take seconds. */
   private retryBad(): void {
     if (this.bad.size === 0) return;
     if (this.now() - this.badTriedNs < (this.o.badRetryMs ?? BAD_RETRY_MS) * 1e6) return;
     this.badTriedNs = this.now();
-    for (const block of this.bad) this.cut.unread(block, 1);
+    const blocks = blocksOf(this.o.device.facts.sizeBytes);
+    const from = this.badBlock;
+    let left = Math.min(BAD_RETRY_BLOCKS, this.bad.size);
+    for (const [begin, end] of [
+      [from, blocks],
+      [0, from],
+    ] as const)
+      for (const block of this.bad.within(begin, end)) {
+        if (left === 0) return;
+        left--;
+        this.cut.unread(block, 1);
+        this.badBlock = block + 1;
+      }
   }
 
   /** Why nobody can have an exact point at present. */
@@ -635,17 +662,23 @@ export class LiveCapture {
     }
   }
 
-  /** Between two polls, and between two looks at what is to be done: longer while nothing is written and nobody waits. */
-  private async pause(): Promise<void> {
+  /**
+   * Between two polls, and between two looks at what is to be done: each wakes a processor, which costs whoever writes more than
+   * what is done then. So it is longer while nothing is written and nobody waits, while little is written, and until `dueNs`, before
+   * which nothing is to be done. Who cannot wait for that calls {@link wake}.
+   */
+  private async pause(dueNs = 0): Promise<void> {
     const { pollMs = 10 } = this.o;
-    const isIdle =
-      this.waiters.length === 0 &&
-      this.seat === undefined &&
-      !this.unsynced &&
-      !this.cut.hasChanges &&
-      this.now() - this.lastEventNs > IDLE_AFTER_MS * 1e6;
-    const idleMs = Math.min(IDLE_POLL_MS, this.intervalMs / 10);
-    await this.o.clock.sleep(isIdle ? Math.max(pollMs, idleMs) : pollMs, this.waking.signal);
+    const idleMs = Math.max(pollMs, Math.min(IDLE_POLL_MS, this.intervalMs / 10));
+    const nowNs = this.now();
+    let ms = pollMs;
+    if (this.waiters.length === 0 && this.seat === undefined && !this.unsynced) {
+      const isIdle = !this.cut.hasChanges && nowNs - this.lastEventNs > IDLE_AFTER_MS * 1e6;
+      if (isIdle) ms = idleMs;
+      else if (dueNs > nowNs) ms = Math.min(idleMs, Math.max(SETTLE_MS, (dueNs - nowNs) / 1e6));
+      else if (this.polledEvents < CALM_EVENTS) ms = Math.min(idleMs, CALM_FACTOR * pollMs);
+    }
+    await this.o.clock.sleep(ms, this.waking.signal);
   }
 
   private wake(): void {
@@ -667,6 +700,7 @@ export class LiveCapture {
       this.cut.advance(poll.completeToNs);
       this.completeToNs = Math.max(this.completeToNs, poll.completeToNs);
       this.events += poll.events;
+      this.polledEvents = poll.events;
       if (poll.events > 0) this.lastEventNs = this.now();
       if (poll.loss !== undefined) this.lose(poll.loss);
       if (this.cut.lateCompletions > this.lateSeen) {
@@ -732,7 +766,7 @@ export class LiveCapture {
             : beganNs + (this.intervalMs - leadMs) * 1e6;
         if (attempt === 'point') continue;
       }
-      await this.pause();
+      await this.pause(run === undefined ? dueNs : 0);
     }
   }
 
@@ -801,10 +835,7 @@ export class LiveCapture {
       if (done === undefined) throw new Error('a sink that cannot scan was asked to');
       isRead = true;
       this.cut.staged(block, count, this.now());
-      this.noteBad(
-        [...this.bad].filter((b) => b >= block && b < block + count),
-        done.unreadable ?? [],
-      );
+      this.noteBad([...this.bad.within(block, block + count)], done.unreadable ?? []);
       this.readBytes += done.readBytes;
       this.scanBlock = block + count;
       this.recovered();
@@ -999,7 +1030,9 @@ export class LiveCapture {
     if (!wasUnsynced)
       this.peakMs = Math.max((this.now() - beganNs) / 1e6, this.peakMs * LEAD_DECAY);
     this.tell({ type: 'point', point });
-    if (isFuzzy) for (const w of holders) this.refuse(w, this.unreadableError());
+    if (isFuzzy)
+      for (const w of holders)
+        if (w.pointClass > PointClass.fuzzy) this.refuse(w, this.unreadableError());
     this.answer(point, instantNs);
     return 'point';
   }
@@ -1103,15 +1136,9 @@ export class LiveCapture {
       runs.push(blocks.subarray(i, j));
       i = j;
     }
-    let next = 0;
     const beganNs = this.now();
     const bytesBefore = this.readBytes;
-    await Promise.all(
-      this.slabs.map(async (slab) => {
-        for (let run = runs[next++]; run !== undefined; run = runs[next++])
-          await this.readRun(run, slab);
-      }),
-    ).catch((error: unknown) => {
+    await this.readRuns(runs).catch((error: unknown) => {
       throw error instanceof B2Error
         ? error
         : new B2Error('io', `reading changed blocks of ${this.path}: ${messageOf(error)}`, {
@@ -1126,15 +1153,59 @@ export class LiveCapture {
     this.recentNs = this.recentNs * keep + tookNs;
   }
 
+  /** Runs that are short are read many at a time where the device can, the others a few at a time. */
+  private async readRuns(runs: readonly Float64Array[]): Promise<void> {
+    const canBatch = this.o.device.readMany !== undefined;
+    const isShort = (run: Float64Array): boolean => canBatch && spanOf(run) <= SHORT_RUN_BLOCKS;
+    const short = runs.filter(isShort);
+    if (short.length >= MIN_BATCH) await this.readShort(short);
+    const others = short.length >= MIN_BATCH ? runs.filter((run) => !isShort(run)) : runs;
+    let next = 0;
+    await Promise.all(
+      this.slabs.map(async (slab) => {
+        for (let run = others[next++]; run !== undefined; run = others[next++])
+          await this.readRun(run, slab);
+      }),
+    );
+  }
+
+  private async readShort(runs: readonly Float64Array[]): Promise<void> {
+    const { device } = this.o;
+    for (let i = 0; i < runs.length; i += READS_AT_ONCE) {
+      let at = 0;
+      const reads = runs.slice(i, i + READS_AT_ONCE).map((run) => {
+        const into = this.slab.subarray(at, at + spanOf(run) * BLOCK_BYTES);
+        at += into.byteLength;
+        return { run, into, offset: (run[0] ?? 0) * BLOCK_BYTES };
+      });
+      const done = (await device.readMany?.(reads)) ?? [];
+      const endNs = this.now();
+      for (const [k, { run, into }] of reads.entries()) {
+        if (done[k] === true) this.stageRun(run, into, into.byteLength, NOTHING, endNs);
+        else await this.readRun(run, into);
+      }
+    }
+  }
+
   private async readRun(blocks: Float64Array, slab: Uint8Array): Promise<void> {
     const first = blocks[0] ?? 0;
-    const last = blocks.at(-1) ?? first;
     const { device } = this.o;
     const offset = first * BLOCK_BYTES;
-    const length = Math.min((last - first + 1) * BLOCK_BYTES, device.facts.sizeBytes - offset);
-    const into = slab.subarray(0, (last - first + 1) * BLOCK_BYTES);
-    const all = new Set(await readAround(device, into, offset, length));
-    const endNs = this.now();
+    const into = slab.subarray(0, spanOf(blocks) * BLOCK_BYTES);
+    const length = Math.min(into.byteLength, device.facts.sizeBytes - offset);
+    const bad = new Set(await readAround(device, into, offset, length));
+    this.stageRun(blocks, into, length, bad, this.now());
+  }
+
+  /** A run has been read, `length` bytes to the start of `slab` but for blocks that could not be; that was over by `endNs`. */
+  private stageRun(
+    blocks: Float64Array,
+    slab: Uint8Array,
+    length: number,
+    all: ReadonlySet<number>,
+    endNs: number,
+  ): void {
+    const first = blocks[0] ?? 0;
     this.readBytes += length;
     // What lies between the blocks that are wanted is nobody's.
     const bad = blocks.filter((block) => all.has(block));
@@ -1152,4 +1223,9 @@ export class LiveCapture {
       this.cut.staged(from, count, endNs);
     }
   }
+}
+
+/** Blocks from the first to the last of a run. */
+function spanOf(run: Float64Array): number {
+  return (run.at(-1) ?? 0) - (run[0] ?? 0) + 1;
 }

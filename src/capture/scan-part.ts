@@ -55,7 +55,7 @@ export interface ScanPlan {
   readonly chunkBytes: number;
   readonly packBytes: number;
   /** `collect`: blocks that cannot be read are taken as zeros and listed; `fail`: they end the scan. */
-  readonly onReadError: 'fail' | 'collect';
+  readonly onReadError: 'fail' | 'collect' | 'skip';
 }
 
 export interface ScanPartOptions {
@@ -269,6 +269,11 @@ class ScanPart {
       const end = Math.min(from + plan.chunkBytes, claim.length);
       this.o.checkStop();
       if (await tryRead(from, end)) continue;
+      if (plan.onReadError === 'skip') {
+        bytes.fill(0, from, end);
+        this.noteUnreadable(claim.offset + from, end - from);
+        continue;
+      }
       for (let block = from; block < end; block += BLOCK_BYTES) {
         const blockEnd = Math.min(block + BLOCK_BYTES, end);
         if (await tryRead(block, blockEnd)) continue;

@@ -58,8 +58,11 @@ export interface ScanOptions {
   readonly range?: ByteRange | undefined;
   /** False: chunks that were in the repository before are stored again. Default true. */
   readonly reuse?: boolean | undefined;
-  /** Default `fail`: the error names device and offset. `collect`: unreadable blocks become zeros and are listed. */
-  readonly onReadError?: 'fail' | 'collect' | undefined;
+  /**
+   * Default `fail`: the error names device and offset. `collect`: unreadable blocks become zeros and are listed. `skip`: so does the
+   * whole window (a chunk's worth) of one, for a caller who goes through those himself.
+   */
+  readonly onReadError?: 'fail' | 'collect' | 'skip' | undefined;
   readonly signal?: AbortSignal | undefined;
   readonly clock: Clock;
   readonly random: Random;

@@ -30,7 +30,7 @@ export const snapshotCommand = defineCommand({
   name: 'snapshot',
   summary: 'capture a device now, as a named point',
   description: [
-    'If a running "b2 watch" captures the device to the same repository, it is asked for a point at this very moment, which is exact whatever writes to the device: of class app with hooks configured, else fs if its file systems can be frozen within the limit, else crash. Any other device is captured now, as follows.',
+    'If a running "b2 watch" captures the device to the same repository, it is asked for a point at this very moment, which is exact whatever writes to the device: of class app with hooks configured, else fs if its file systems can be frozen within the limit, else crash. The snapshot of a device of a group (watch.devices) names the point of that instant of each of its devices, because they carry one file system or volume group. If parts of a watched device cannot be read, the point is of class fuzzy and the exit code is 3. Any other device is captured now, as follows.',
     'Reads the whole device or image file and stores what the repository does not hold yet. Holes and zeros cost nothing; blocks that have not changed since the last point, or that any volume of any host has stored before, are not stored again.',
     'The point is exact (class crash) only if it is certain that nothing was written to the device meanwhile: b2 compares the write counters of the kernel, or the times of an image file, before and after. Otherwise the point is of class fuzzy, it is used only when it is named, and the exit code is 3. Unmount the file system, stop the virtual machine, or take an LVM snapshot and capture that.',
     'A snapshot is pinned: thinning never removes it.',
@@ -49,7 +49,8 @@ export const snapshotCommand = defineCommand({
     },
   ],
   exitCodes: {
-    [ExitCode.partial]: 'the point is not exact, or parts of the device could not be read',
+    [ExitCode.partial]:
+      'the point is not exact, parts of the device could not be read, or another device of its group has no point of that instant',
     [ExitCode.noRepository]: 'no repository there',
     [ExitCode.leaseHeld]: 'another process has taken over the volume',
   },

@@ -1,15 +1,20 @@
 /**
  * The story of `b2 demo`: Monday's snapshot, a day's work, Tuesday's snapshot, an accident that is captured too, the way
- * back by writing only what differs, and a verification. The b2 commands run as a user's would: as processes.
+ * back by writing only what differs, a watch of the disk while it is written to, and a verification. The b2 commands run as a user's
+ * would: as processes.
  */
-import { execFile } from 'node:child_process';
+import { execFile, spawn } from 'node:child_process';
 import { mkdir, mkdtemp, readdir, rm } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join, resolve } from 'node:path';
 import type { Clock, Random } from '../clock.js';
 import { runTool } from '../devices/run.js';
 import { B2Error, ioError, messageOf } from '../errors.js';
-import { makeScratchDisk, type DiskKind, type ScratchDisk } from './scratch-disk.js';
+import { digestOf, makeScratchDisk, type DiskKind, type ScratchDisk } from './scratch-disk.js';
+
+/** For the watch to read a small disk; machines can be busy. */
+const WATCH_LIMIT_NS = 120_000_000_000n;
+const WATCH_LOOK_MS = 20;
 
 /** What is shown, in order. */
 export type DemoEvent =
@@ -30,7 +35,7 @@ export interface DemoOptions {
   readonly keep: string | undefined;
   /** Kinds of disk to try, the best first. */
   readonly disks: readonly DiskKind[];
-  readonly clock: Pick<Clock, 'monotonicNs'>;
+  readonly clock: Pick<Clock, 'monotonicNs' | 'sleep'>;
   readonly random: Random;
   readonly signal: AbortSignal;
   readonly show: (event: DemoEvent) => void;
@@ -44,6 +49,8 @@ export interface DemoResult {
   readonly diskKind: 'device' | 'image';
   /** True if every byte of the disk was as on Tuesday after the rollback; the demo fails otherwise. */
   readonly same: true;
+  /** How the watch learned of changes: by the kernel's block events, or by comparing. What it captured is the disk, byte for byte. */
+  readonly watch: { readonly source: 'trace' | 'scan' };
   readonly elapsedSeconds: number;
 }
 
@@ -81,13 +88,15 @@ export function demoEnvironment(
   const others = Object.entries(env).filter(
     ([name]) => !/^(B2_|AWS_|CREDENTIALS_DIRECTORY$)/.test(name),
   );
-  return { shown, all: { ...Object.fromEntries(others), ...shown, B2_CONFIG: '/dev/null' } };
+  const own = { B2_CONFIG: '/dev/null', XDG_STATE_HOME: join(dir, 'cache') };
+  return { shown, all: { ...Object.fromEntries(others), ...shown, ...own } };
 }
 
 class Story {
   private readonly options: DemoOptions;
   private readonly dir: string;
   private readonly env: NodeJS.ProcessEnv;
+  private watch: WatchBeside | undefined;
 
   constructor(options: DemoOptions, dir: string, env: NodeJS.ProcessEnv) {
     this.options = options;
@@ -107,7 +116,10 @@ class Story {
   private report(command: string, code: number, text: string): void {
     this.options.show({ type: 'output', command, code, text: text.trimEnd() });
     this.stopIfAsked();
-    if (code !== 0) throw new B2Error('failed', `"${command}" ended with code ${code}`);
+    if (code !== 0) {
+      const last = text.trimEnd().split('\n').at(-1) ?? '';
+      throw new B2Error('failed', `"${command}" ended with code ${code}: ${last}`);
+    }
   }
 
   /** A line of shell, shown and run. */
@@ -147,9 +159,114 @@ class Story {
     });
     this.report(command, code, text);
   }
+
+  startWatch(disk: string): WatchBeside {
+    this.stopIfAsked();
+    const watch = new WatchBeside(this.options, this.dir, this.env, disk);
+    this.watch = watch;
+    this.options.show({ type: 'command', command: `${watch.command} &` });
+    return watch;
+  }
+
+  /** Ends the watch; its output is shown, and it must have ended well. */
+  async stopWatch(): Promise<void> {
+    const { watch } = this;
+    if (watch === undefined) return;
+    this.options.show({ type: 'command', command: 'kill %1' });
+    const { code, text } = await watch.stop();
+    this.watch = undefined;
+    this.report(watch.command, code, text);
+  }
+
+  /** Whatever has happened, no watch is left. */
+  async close(): Promise<void> {
+    await this.watch?.stop();
+    this.watch = undefined;
+  }
+
+  digest(file: string): Promise<string> {
+    return digestOf(join(this.dir, file));
+  }
 }
 
-async function tell(story: Story, disk: ScratchDisk): Promise<void> {
+/** A `b2 watch` that runs beside the story. */
+class WatchBeside {
+  readonly command: string;
+  private readonly options: DemoOptions;
+  private readonly child: ReturnType<typeof spawn>;
+  private readonly ended: Promise<number>;
+  private text = '';
+  private hasEnded = false;
+
+  constructor(options: DemoOptions, dir: string, env: NodeJS.ProcessEnv, disk: string) {
+    const args = ['watch', disk, '--volume', 'demo/disk'];
+    this.command = ['b2', ...args].map(quoted).join(' ');
+    this.options = options;
+    this.child = spawn(process.execPath, [options.program, ...args], {
+      cwd: dir,
+      env,
+      stdio: ['ignore', 'pipe', 'pipe'],
+    });
+    for (const stream of [this.child.stdout, this.child.stderr])
+      stream?.setEncoding('utf8').on('data', (text: string) => {
+        this.text += text;
+      });
+    this.ended = new Promise((resolve) => {
+      this.child.once('error', (error) => {
+        this.text += messageOf(error);
+        resolve(1);
+      });
+      this.child.once('close', (code) => resolve(code ?? 1));
+    });
+    void this.ended.then(() => {
+      this.hasEnded = true;
+    });
+  }
+
+  /** Every change of the disk is captured from now on. Kind `failed` if that does not come about. */
+  async ready(): Promise<void> {
+    const { clock, signal } = this.options;
+    const endNs = clock.monotonicNs() + WATCH_LIMIT_NS;
+    while (!/^.*exact: every change of .* is captured$/m.test(this.text)) {
+      if (signal.aborted) throw new B2Error('interrupted', 'interrupted');
+      if (this.hasEnded || clock.monotonicNs() > endNs)
+        throw new B2Error('failed', `"${this.command}" did not come to capture: ${this.text}`);
+      await clock.sleep(WATCH_LOOK_MS, signal);
+    }
+  }
+
+  get source(): 'trace' | 'scan' {
+    return this.text.includes("is watched by the kernel's block events") ? 'trace' : 'scan';
+  }
+
+  /** Asks for the end, waits for it, and returns what was said. */
+  async stop(): Promise<{ readonly code: number; readonly text: string }> {
+    this.child.kill('SIGTERM');
+    return { code: await this.ended, text: this.text };
+  }
+}
+
+async function watched(story: Story, disk: ScratchDisk): Promise<DemoResult['watch']> {
+  story.chapter(
+    'Thursday: b2 watch takes care of it. It captures every change within a second, at points that are exact although programs write.',
+  );
+  const watch = story.startWatch(disk.path);
+  await watch.ready();
+  await story.shell(disk.busy);
+  await story.b2('snapshot', disk.path, '--name', 'thursday');
+  if (disk.rest !== undefined) await story.shell(disk.rest);
+  await story.stopWatch();
+  await story.b2('points', 'demo/disk');
+  await story.b2('restore', 'demo/disk', 'thursday.img', '--at', 'latest', '--no-verify');
+  if ((await story.digest('thursday.img')) !== (await disk.digest())) {
+    throw new B2Error('failed', `what the watch captured is not what is on ${disk.path}`, {
+      hint: 'This is a fault of b2: please report it.',
+    });
+  }
+  return { source: watch.source };
+}
+
+async function tell(story: Story, disk: ScratchDisk): Promise<DemoResult['watch']> {
   story.chapter(
     'Monday: a repository, and the first snapshot. It is encrypted; the key is in a file.',
   );
@@ -178,8 +295,11 @@ async function tell(story: Story, disk: ScratchDisk): Promise<void> {
   }
   await story.shell(disk.look);
 
+  const watch = await watched(story, disk);
+
   story.chapter('Is the repository sound? Every byte of it is read and checked.');
   await story.b2('verify', '--data', 'all');
+  return watch;
 }
 
 /**
@@ -191,7 +311,11 @@ export async function runDemo(options: DemoOptions): Promise<DemoResult> {
   const startNs = clock.monotonicNs();
   const dir = await makeDir(keep);
   let disk: ScratchDisk | undefined;
+  let story: Story | undefined;
+  let watch: DemoResult['watch'] | undefined;
   let failure: Error | undefined;
+  // The path of a socket must be short, and the one of `keep` may be long.
+  const runtime = await mkdtemp(join(tmpdir(), 'b2-demo-run-'));
   try {
     const { shown, all } = demoEnvironment(options.env, dir);
     disk = await makeScratchDisk(dir, {
@@ -199,18 +323,20 @@ export async function runDemo(options: DemoOptions): Promise<DemoResult> {
       random: options.random,
       note: (text) => show({ type: 'chapter', text }),
     });
-    const story = new Story(options, dir, all);
+    story = new Story(options, dir, { ...all, B2_RUNTIME_DIR: runtime });
     story.chapter(`The disk is ${disk.path}: ${disk.what}.`);
     const exports = Object.entries(shown).map(([name, value]) => `${name}=${quoted(value)}`);
     show({ type: 'command', command: `cd ${quoted(dir)}` });
     show({ type: 'command', command: `export ${exports.join(' ')}` });
-    await tell(story, disk);
+    watch = await tell(story, disk);
   } catch (error) {
     failure = error instanceof Error ? error : new Error(messageOf(error));
   }
-  // The disk comes first: a file that a loop device shows cannot be given up.
+  // The watch and the disk come first: a file that a loop device shows cannot be given up.
   try {
+    await story?.close();
     await disk?.close();
+    await rm(runtime, { recursive: true, force: true });
     if (keep === undefined) await rm(dir, { recursive: true, force: true });
   } catch (error) {
     failure ??= new B2Error('failed', `cannot remove ${dir}: ${messageOf(error)}`, {
@@ -219,13 +345,14 @@ export async function runDemo(options: DemoOptions): Promise<DemoResult> {
     });
   }
   if (failure !== undefined) throw failure;
-  if (disk === undefined) throw new Error('the demo ended without a disk');
+  if (disk === undefined || watch === undefined) throw new Error('the demo ended without a disk');
   return {
     dir,
     kept: keep !== undefined,
     disk: disk.path,
     diskKind: disk.kind,
     same: true,
+    watch,
     elapsedSeconds: Number(clock.monotonicNs() - startNs) / 1e9,
   };
 }

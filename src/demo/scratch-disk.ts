@@ -28,7 +28,10 @@ export interface ScratchDisk {
   readonly accident: string;
   /** Shows that the files are (or are not) there. */
   readonly look: string;
-  /** SHA-256 of every byte of the disk. */
+  /** Work for a second or so, and what ends it. */
+  readonly busy: string;
+  readonly rest: string | undefined;
+  /** SHA-256 of every byte of the disk, while nothing uses it. */
   digest(): Promise<string>;
   /** Unmounts and detaches; the image file stays. Safe to call twice. */
   close(): Promise<void>;
@@ -41,7 +44,8 @@ async function tool(name: string, args: readonly string[]): Promise<string> {
   return done.stdout;
 }
 
-async function digestOf(path: string): Promise<string> {
+/** SHA-256 of a file. */
+export async function digestOf(path: string): Promise<string> {
   const hash = createHash('sha256');
   for await (const part of createReadStream(path, { highWaterMark: MIB })) {
     hash.update(part as Buffer);
@@ -103,6 +107,8 @@ async function deviceDisk(dir: string, random: Random): Promise<ScratchDisk> {
       'rm -rf mnt/photos mnt/ledger.txt; sync; head -c 8M /dev/urandom > mnt/movie',
     ),
     look: mounted('ls mnt; ls mnt/photos | wc -l; tail -n 1 mnt/ledger.txt', '-o ro '),
+    busy: `mount ${device} mnt && for i in 1 2 3; do echo "Thursday: bill $i is sent" >> mnt/ledger.txt; sync -f mnt; sleep 0.3; done`,
+    rest: 'umount mnt',
     digest: () => digestOf(image),
     close,
   };
@@ -133,6 +139,8 @@ async function imageDisk(dir: string, random: Random): Promise<ScratchDisk> {
     work: debugfs('write tuesday.txt tuesday.txt', '-w '),
     accident: [debugfs('rm ledger.txt', '-w '), debugfs('rm tuesday.txt', '-w ')].join('; '),
     look: [debugfs('ls -p /'), debugfs('cat tuesday.txt')].join('; '),
+    busy: debugfs('write tuesday.txt thursday.txt', '-w '),
+    rest: undefined,
     digest: () => digestOf(image),
     close: () => Promise.resolve(),
   };
@@ -153,6 +161,8 @@ async function plainDisk(dir: string, random: Random): Promise<ScratchDisk> {
     work: 'printf "Tuesday: all bills are paid" | dd of=disk.img conv=notrunc status=none',
     accident: 'dd if=/dev/zero of=disk.img bs=1M count=3 conv=notrunc status=none',
     look: 'head -c 27 disk.img',
+    busy: 'printf "Thursday: a bill is sent" | dd of=disk.img conv=notrunc status=none',
+    rest: undefined,
     digest: () => digestOf(image),
     close: () => Promise.resolve(),
   };

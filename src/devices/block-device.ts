@@ -3,9 +3,17 @@ import { constants } from 'node:fs';
 import { realpath, stat } from 'node:fs/promises';
 
 import { B2Error, errnoOf, ioError } from '../errors.js';
+import { ReadBatch } from '../read-batch.js';
 import { blkZeroOut, punchHole, syscallsAvailable } from '../syscalls.js';
 import { roundDown, roundUp } from '../units.js';
-import type { ByteRange, DeviceFacts, ReadDevice, WriteDevice } from './device.js';
+import {
+  READS_AT_ONCE,
+  type ByteRange,
+  type DeviceFacts,
+  type RangeRead,
+  type ReadDevice,
+  type WriteDevice,
+} from './device.js';
 import {
   closeFd,
   EdgeLock,
@@ -128,6 +136,8 @@ class BlockReadDevice implements ReadDevice {
   private closed = false;
   private readonly range: RawRange;
   private readonly roots: SystemRoots;
+  /** Made when it is first wanted; null: it cannot be had. */
+  private batch: ReadBatch | null | undefined;
 
   constructor(facts: DeviceFacts, range: RawRange, roots: SystemRoots) {
     this.current = facts;
@@ -143,6 +153,29 @@ class BlockReadDevice implements ReadDevice {
     const length = Math.min(into.byteLength, this.current.sizeBytes - offset);
     if (length <= 0) return 0;
     return readWhole(this.range, this.current, into, offset, length);
+  }
+
+  async readMany(reads: readonly RangeRead[]): Promise<readonly boolean[]> {
+    if (this.closed) return reads.map(() => false);
+    this.batch ??= ReadBatch.open(READS_AT_ONCE) ?? null;
+    const { batch } = this;
+    if (batch === null) return reads.map(() => false);
+    const { fd, offset: start, unitBytes } = this.range;
+    const { sizeBytes } = this.current;
+    const fits = reads.map(
+      ({ into, offset }) =>
+        offset % unitBytes === 0 &&
+        into.byteLength % unitBytes === 0 &&
+        offset + into.byteLength <= sizeBytes,
+    );
+    const done = await batch.read(
+      fd,
+      reads.flatMap(({ into, offset }, i) =>
+        fits[i] === true ? [{ into, position: start + offset }] : [],
+      ),
+    );
+    let next = 0;
+    return fits.map((fit) => fit && done[next++] === true);
   }
 
   async dataRanges(offset: number, length: number): Promise<readonly ByteRange[]> {
@@ -175,6 +208,7 @@ class BlockReadDevice implements ReadDevice {
   async close(): Promise<void> {
     if (this.closed) return;
     this.closed = true;
+    await this.batch?.close();
     await closeTolerant([this.range.fd]);
   }
 }

@@ -33,6 +33,15 @@ export interface ByteRange {
   readonly length: number;
 }
 
+/** One of several reads: fills `into` from `offset`. */
+export interface RangeRead {
+  readonly into: Uint8Array;
+  readonly offset: number;
+}
+
+/** Deep enough to be cheap, and no burst that whoever else uses the device would notice. */
+export const READS_AT_ONCE = 16;
+
 /** A device open for reading. */
 export interface ReadDevice {
   readonly facts: DeviceFacts;
@@ -43,6 +52,12 @@ export interface ReadDevice {
    * length are multiples of 4096.
    */
   read(into: Uint8Array, offset: number): Promise<number>;
+  /**
+   * Reads many small ranges for much less than a `read` of each costs; up to {@link READS_AT_ONCE}. Resolves, when all are over,
+   * to whether each was read in full. What was not is to be read by `read`, which says why it cannot be; so that a device
+   * without this, or one that cannot do it at the moment, only costs more.
+   */
+  readMany?(reads: readonly RangeRead[]): Promise<readonly boolean[]>;
   /**
    * The parts of [offset, offset+length) that hold data, ascending, not overlapping; the rest is known to be zeros
    * (holes of a file: SEEK_DATA). A device that cannot tell returns the whole range. Never omits data.

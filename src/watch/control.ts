@@ -43,6 +43,16 @@ export interface PointOrder {
 export type ControlRequest =
   { readonly type: 'status' } | PointOrder | { readonly type: 'resync'; readonly volume: string };
 
+/** The point of another device of the group, of the same instant; pinned under the same name. */
+export interface MemberPoint {
+  readonly volume: string;
+  readonly volumeId: string;
+  readonly device: string;
+  readonly sizeBytes: number;
+  readonly point: PointReport;
+  readonly hash: string;
+}
+
 /** A point that was made on request. */
 export interface PointAnswer {
   readonly volume: string;
@@ -55,6 +65,14 @@ export interface PointAnswer {
   readonly name?: string;
   /** Why it is not of a better class, where the best was asked for. */
   readonly note?: string;
+  /** What could not be read of the device and is not in the point, which is `fuzzy` then: the first hundred ranges. */
+  readonly unreadable?: readonly { readonly offset: number; readonly length: number }[];
+  /** The group of the device. `missing`: devices of it that have no point of this instant; `others`: those that have. */
+  readonly group?: {
+    readonly name: string;
+    readonly missing: readonly string[];
+    readonly others: readonly MemberPoint[];
+  };
 }
 
 /** Who answers. `signal` aborts when the client has left. */

@@ -11,7 +11,13 @@ import type { Clock } from '../clock.js';
 import { B2Error, ExitCode, isKind, messageOf } from '../errors.js';
 import { PointClass } from '../format/commit.js';
 import { formatTimeNs } from '../human.js';
-import { classOf, type ControlHandler, type PointAnswer, type PointOrder } from './control.js';
+import {
+  classOf,
+  type ControlHandler,
+  type MemberPoint,
+  type PointAnswer,
+  type PointOrder,
+} from './control.js';
 import { deviceReport, pointReport, type DeviceReport, type WatchReport } from './report.js';
 import type { WatchEvent, WatchSession, WatchStatus } from './types.js';
 
@@ -68,6 +74,11 @@ export interface DaemonEnd {
 
 const RETRY_MS = 5_000;
 const MAX_RETRY_MS = 300_000;
+/** As many as a session knows the hashes of. */
+const SHARES_KEPT = 256;
+/** The devices of a group make a point durable one after the other: so long it is waited for the last. */
+const SHARE_MS = 30_000;
+const SHARE_STEP_MS = 5;
 
 /** One device, whichever session it has at present. */
 interface Entry<T> {
@@ -109,6 +120,8 @@ export class WatchDaemon<T extends WatchTarget> implements ControlHandler {
   private readonly earlier = new Map<string, { points: number; losses: number }>();
   /** The last problem that was told of each device. */
   private readonly problems = new Map<string, string>();
+  /** The last points that each device of a group has made together with the others. */
+  private readonly shares = new Map<string, CapturedPoint[]>();
   private stopReason: string | undefined;
   private finish: (end: DaemonEnd) => void = () => undefined;
   private wasReady = false;
@@ -155,30 +168,88 @@ export class WatchDaemon<T extends WatchTarget> implements ControlHandler {
     };
   }
 
-  /** A durable point of one device now, pinned if it is given a name; see {@link PointOrder}. */
+  /**
+   * A durable point of one device now, pinned if it is given a name; see {@link PointOrder}. Of a device of a group: the point of that
+   * instant of each other device as well, pinned under the same name.
+   */
   async point(order: PointOrder, signal: AbortSignal): Promise<PointAnswer> {
     const entry = this.find(order.volume);
-    const before = entry.session.status();
-    if (order.name !== undefined && before.volumeId !== undefined)
-      await this.o.pinner.check(before.volumeId, order.name);
+    const members = this.othersOf(entry);
+    if (order.name !== undefined)
+      for (const e of [entry, ...members]) {
+        const { volumeId } = e.session.status();
+        if (volumeId !== undefined) await this.o.pinner.check(volumeId, order.name);
+      }
     const { point, note } = await this.bestPoint(entry, order, signal);
-    const status = entry.session.status();
-    const { volume, volumeId } = status;
-    if (volume === undefined || volumeId === undefined)
-      throw new B2Error('failed', `${status.device} has a point but no volume`);
-    const { name, tags } = order;
-    const known = entry.session.hashOf(point.seq);
-    const hash = await this.o.pinner.pin({ volumeId, volume, point, hash: known, name, tags });
+    const { sizeBytes, unreadable } = entry.session.status();
+    const pinned = await this.pin(entry, point, order);
+    const group = await this.shared(entry, point, order, signal);
     return {
-      volume,
-      volumeId,
-      device: status.device,
-      sizeBytes: status.sizeBytes,
-      point: pointReport(point),
-      hash,
-      ...(name === undefined ? {} : { name }),
+      ...pinned,
+      sizeBytes,
+      ...(order.name === undefined ? {} : { name: order.name }),
       ...(note === undefined ? {} : { note }),
+      ...(point.pointClass === PointClass.fuzzy ? { unreadable: unreadable.ranges } : {}),
+      ...(group === undefined ? {} : { group }),
     };
+  }
+
+  private async pin(e: Entry<T>, point: CapturedPoint, order: PointOrder): Promise<MemberPoint> {
+    const { volume, volumeId, device, sizeBytes } = e.session.status();
+    if (volume === undefined || volumeId === undefined)
+      throw new B2Error('failed', `${device} has a point but no volume`);
+    const { name, tags } = order;
+    const known = e.session.hashOf(point.seq);
+    const hash = await this.o.pinner.pin({ volumeId, volume, point, hash: known, name, tags });
+    return { volume, volumeId, device, sizeBytes, point: pointReport(point), hash };
+  }
+
+  /** The other devices of its group that are watched. */
+  private othersOf(entry: Entry<T>): readonly Entry<T>[] {
+    const name = entry.session.status().group?.name;
+    if (name === undefined) return [];
+    return this.entries.filter((e) => e !== entry && e.session.status().group?.name === name);
+  }
+
+  /** Looks up, and pins, what the other devices of the group have of the point's instant: each has it durable a moment later. */
+  private async shared(
+    entry: Entry<T>,
+    point: CapturedPoint,
+    order: PointOrder,
+    signal: AbortSignal,
+  ): Promise<PointAnswer['group']> {
+    const { group } = entry.session.status();
+    if (group === undefined) return undefined;
+    const missing = new Set(group.missing);
+    const others: MemberPoint[] = [];
+    for (const e of this.othersOf(entry)) {
+      const theirs =
+        point.group === undefined ? undefined : await this.pointOf(e, point.instantNs, signal);
+      if (theirs === undefined) missing.add(e.target.device);
+      else others.push(await this.pin(e, theirs, order));
+    }
+    return { name: group.name, missing: [...missing], others };
+  }
+
+  /** The point that a device made of an instant that it shares, if it makes it durable in time. */
+  private async pointOf(
+    e: Entry<T>,
+    instantNs: bigint,
+    signal: AbortSignal,
+  ): Promise<CapturedPoint | undefined> {
+    const { device } = e.target;
+    const found = (): CapturedPoint | undefined =>
+      this.shares.get(device)?.find((p) => p.instantNs === instantNs);
+    for (let waitedMs = 0; waitedMs < SHARE_MS; waitedMs += SHARE_STEP_MS) {
+      const point = found();
+      // It would have been told by now: points of a device come in the order of their instants.
+      const newest = this.shares.get(device)?.at(-1);
+      if (point !== undefined || (newest !== undefined && newest.instantNs > instantNs))
+        return point;
+      if (signal.aborted || e.error !== undefined || this.stopping) break;
+      await this.o.clock.sleep(SHARE_STEP_MS, signal);
+    }
+    return found();
   }
 
   resync(volume: string): { readonly volume: string } {
@@ -273,7 +344,15 @@ export class WatchDaemon<T extends WatchTarget> implements ControlHandler {
         note ??= messageOf(error);
       }
     }
-    return { point: await session.point({ pointClass: PointClass.crash, signal }), note };
+    try {
+      return { point: await session.point({ pointClass: PointClass.crash, signal }), note };
+    } catch (error) {
+      // Of a device that cannot be read everywhere there is no better one.
+      const isUnreadable = session.status().unreadable.bytes > 0;
+      if (signal.aborted || isKind(error, 'interrupted') || !isUnreadable) throw error;
+      note = messageOf(error);
+    }
+    return { point: await session.point({ pointClass: PointClass.fuzzy, signal }), note };
   }
 
   private reportOf(e: Entry<T>): DeviceReport {
@@ -294,6 +373,12 @@ export class WatchDaemon<T extends WatchTarget> implements ControlHandler {
 
   private tell(event: WatchEvent): void {
     if (event.type === 'problem') this.problems.set(event.device, event.problem.message);
+    if (event.type === 'point' && event.point.group !== undefined) {
+      const shares = this.shares.get(event.device) ?? [];
+      shares.push(event.point);
+      if (shares.length > SHARES_KEPT) shares.shift();
+      this.shares.set(event.device, shares);
+    }
     this.o.onEvent(event);
   }
 

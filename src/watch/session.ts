@@ -402,7 +402,8 @@ class Session implements WatchSession {
         { retryable: true, hint: 'Ask again when "b2 status" says that it is captured.' },
       );
     }
-    if (request.pointClass <= PointClass.crash) return this.crashPoint(capture, request.signal);
+    if (request.pointClass <= PointClass.crash)
+      return this.crashPoint(capture, request.pointClass, request.signal);
     const scan = capture.status().needsResync ? capture.status().scan : undefined;
     if (scan !== undefined) {
       throw new B2Error(
@@ -426,7 +427,11 @@ class Session implements WatchSession {
   }
 
   /** As {@link LiveCapture.point}, but not for ever: writers that never pause can keep the cut from holding. */
-  private async crashPoint(capture: LiveCapture, signal?: AbortSignal): Promise<CapturedPoint> {
+  private async crashPoint(
+    capture: LiveCapture,
+    pointClass: PointClass,
+    signal?: AbortSignal,
+  ): Promise<CapturedPoint> {
     const giveUp = new AbortController();
     const abort = (): void => giveUp.abort();
     if (signal?.aborted === true) abort();
@@ -447,7 +452,7 @@ class Session implements WatchSession {
     };
     void limit();
     try {
-      return await capture.point(PointClass.crash, giveUp.signal);
+      return await capture.point(pointClass, giveUp.signal);
     } catch (error) {
       if (!isTimeUp || signal?.aborted === true) throw error;
       const { pendingBlocks } = capture.status();

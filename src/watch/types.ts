@@ -101,7 +101,10 @@ export type WatchEvent =
 
 /** A point asked for by name or by hand. */
 export interface PointRequest {
-  /** The least class that will do: `crash` needs nothing, `fs` freezes, `app` runs the hooks and freezes. */
+  /**
+   * The least class that will do: `fuzzy` may lack what cannot be read of the device, `crash` needs nothing, `fs` freezes, `app` runs
+   * the hooks and freezes.
+   */
   readonly pointClass: PointClass;
   /** Aborting gives up; nothing stays frozen. */
   readonly signal?: AbortSignal;

@@ -1,8 +1,9 @@
 /** `b2 demo`, the README's first command: it shows the main job, touches nothing else and leaves nothing behind. */
-import { mkdirSync, readdirSync, statSync } from 'node:fs';
+import { existsSync, mkdirSync, readdirSync, statSync } from 'node:fs';
 import { afterEach, describe, expect, it } from 'vitest';
 import { systemClock, systemRandom } from '../../src/clock.js';
 import { runDemo, type DemoEvent } from '../../src/demo/demo.js';
+import { TRACEFS } from '../../src/devices/trace/instance.js';
 import { B2, PROGRAM, jsonLines } from '../support/b2.js';
 import { LOOP_NEEDS } from '../support/loop.js';
 import { requires } from '../support/requires.js';
@@ -15,6 +16,10 @@ const COMMANDS = [
   'snapshot',
   'points',
   'restore',
+  'restore',
+  'watch',
+  'snapshot',
+  'points',
   'restore',
   'verify',
 ];
@@ -83,8 +88,17 @@ requires({ ...LOOP_NEEDS, tools: [...(LOOP_NEEDS.tools ?? []), 'mkfs.ext4'] }).d
         kept: true,
         diskKind: 'device',
         same: true,
+        // Where there are loop devices and block events, they are used.
+        watch: { source: existsSync(`${TRACEFS}/instances`) ? 'trace' : 'scan' },
       });
-      expect(readdirSync(keep).sort()).toEqual(['cache', 'disk.img', 'mnt', 'repo', 'repo.key']);
+      expect(readdirSync(keep).sort()).toEqual([
+        'cache',
+        'disk.img',
+        'mnt',
+        'repo',
+        'repo.key',
+        'thursday.img',
+      ]);
       expect(statSync(keep).mode & 0o777).toBe(0o700);
       expect(loopsBelow(dir.path)).toEqual([]);
       const kept = new B2(dir, { B2_KEY_FILE: `${keep}/repo.key` }, `${keep}/repo`);
@@ -102,6 +116,8 @@ requires({ ...LOOP_NEEDS, tools: [...(LOOP_NEEDS.tools ?? []), 'mkfs.ext4'] }).d
         '"command":"b2 init"',
         '--name tuesday',
         '"command":"b2 restore demo/disk /dev/loop',
+        '"command":"b2 watch',
+        '--name thursday',
       ]) {
         const { b2, dir, scratch } = made();
         const { child, ended } = b2.start(['--json', 'demo']);

@@ -339,6 +339,39 @@ describe('b2 watch of a group', () => {
     expect((await b2.run('points', 'a.img')).stdout).toMatch(/GROUP/);
     expect((await b2.run('status')).stdout).toContain('group pair: points are one instant of');
 
+    // A snapshot of one of them names the point of both.
+    interface Made {
+      readonly id: string;
+      readonly time: string;
+      readonly group: {
+        readonly name: string;
+        readonly missing: readonly string[];
+        readonly others: readonly { readonly id: string; readonly volume: string }[];
+      };
+    }
+    change(a, 5);
+    const made = await b2.json<Made>(['snapshot', a, '--name', 'both', '--class', 'crash']);
+    expect(made.group).toMatchObject({
+      name: 'pair',
+      missing: [],
+      others: [{ device: b, time: made.time, class: 'crash' }],
+    });
+    expect(made.group.others[0]?.volume).toMatch(/b\.img$/);
+    const pinned = await b2.json<{
+      snapshots: readonly { readonly name: string; readonly id: string; readonly time: string }[];
+    }>(['snapshots']);
+    expect(pinned.snapshots.map((s) => [s.name, s.id, s.time]).sort()).toEqual(
+      [
+        ['both', made.id, made.time],
+        ['both', made.group.others[0]?.id, made.time],
+      ].sort(),
+    );
+    const shown = await b2.run('snapshot', b, '--name', 'again', '--class', 'crash');
+    expect([shown.code, shown.stdout]).toEqual([
+      0,
+      expect.stringMatching(/of the same instant and name: .*a\.img, point #\d+ \(group pair\)/),
+    ]);
+
     const from = watching.lines.length;
     renameSync(b, `${b}.away`);
     await said('takes no part at present', from);
@@ -351,6 +384,10 @@ describe('b2 watch of a group', () => {
     expect(own['group']).toBeUndefined();
     expect(await shownOf(a, own['seq'])).toBeUndefined();
     expect((await b2.run('status')).stdout).toMatch(/group pair: apart, because .*b\.img takes/);
+    const alone = await b2.run('--json', 'snapshot', a, '--name', 'alone', '--class', 'crash');
+    expect(alone.code).toBe(3);
+    expect(JSON.parse(alone.stdout)).toMatchObject({ group: { missing: [b], others: [] } });
+    expect(alone.stderr).toContain('has no point of this instant');
     const later = watching.lines.length;
     renameSync(`${b}.away`, b);
     await said('points are one instant of', later);

@@ -107,6 +107,11 @@ export class FakeSession implements WatchSession {
     return Promise.resolve(capturedPoint(++this.seq, { pointClass: request.pointClass }));
   }
 
+  /** Tells of a point, as a real session does before a request for one is answered. */
+  announce(point: CapturedPoint): void {
+    this.onEvent({ type: 'point', device: this.device, volume: `host${this.device}`, point });
+  }
+
   hashOf(seq: number): string | undefined {
     return `hash-${seq}`;
   }

@@ -246,7 +246,8 @@ async function withFrozen(
     }
     const quiet = new QuietWatch(toWatch);
     await quiet.begin();
-    const frozen = toFreeze.length === 0 ? undefined : await tryFreeze(freezer, toFreeze, boundMs);
+    const frozen =
+      toFreeze.length === 0 ? undefined : await tryFreeze(freezer, toFreeze, boundMs, options);
     if (frozen instanceof B2Error) {
       last = frozen;
       continue;
@@ -357,16 +358,23 @@ class Limit {
   }
 }
 
-/** An error that another attempt may not meet is returned. */
+/**
+ * An error that another attempt may not meet is returned. A freeze that was slow has held writers as well: the kernel stops them before
+ * it syncs, and cannot be told to give up. How long is known from outside only, so what is told is never less.
+ */
 async function tryFreeze(
   freezer: FreezesFor | undefined,
   mounts: readonly WatchedMount[],
   boundMs: number,
+  { clock, onFreeze }: QuiesceOptions,
 ): Promise<Frozen | B2Error> {
   if (freezer === undefined) throw new Error('file systems to freeze and nothing to freeze them');
+  const beganNs = clock.monotonicNs();
   try {
     return await freezer.freeze(mounts, boundMs);
   } catch (error) {
+    const frozenMs = Number(clock.monotonicNs() - beganNs) / 1e6;
+    if (frozenMs > boundMs) onFreeze?.({ frozenMs, mountPoints: mounts.map((m) => m.mountPoint) });
     if (error instanceof B2Error && error.retryable && freezer.isUsable) return error;
     throw error;
   }

@@ -45,7 +45,7 @@ export async function run(context: CommandContext, input: DemoInput): Promise<Ou
 export function text(data: DemoAnswer, style: Style): string {
   const lines = [
     '',
-    `${style.green('done')} in ${formatDuration(data.elapsedSeconds)}: every byte of the disk was as on Tuesday`,
+    `${style.green('done')} in ${formatDuration(data.elapsedSeconds)}: every byte of the disk was as on Tuesday, and all that the watch captured (${data.watch.source === 'trace' ? "by the kernel's block events" : 'by comparing'}) as on the disk`,
   ];
   if (data.kept) {
     const { shown } = demoEnvironment({}, data.dir);

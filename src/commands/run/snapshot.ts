@@ -44,6 +44,20 @@ export interface SnapshotAnswer {
   readonly unreadable: readonly ByteRange[];
   /** Why the point is not exact. */
   readonly notExact?: string;
+  /** Of a watched device of a group: the points of the same instant of the other volumes, and the devices that have none. */
+  readonly group?: {
+    readonly name: string;
+    readonly missing: readonly string[];
+    readonly others: readonly {
+      readonly volume: string;
+      readonly volumeId: string;
+      readonly device: string;
+      readonly id: string;
+      readonly time: string;
+      readonly class: string;
+      readonly hash: string;
+    }[];
+  };
 }
 
 /** The device that the argument means, and the volume if it was named by that. */
@@ -224,17 +238,34 @@ async function throughWatch(
     },
     context.signal,
   );
+  const { group } = a;
   await withCatalogue(context, repo, async (catalogue) => {
-    await catalogue?.recordTip({
-      volumeId: a.volumeId,
-      name: a.volume,
-      seq: a.point.seq,
-      hash: a.hash,
-      instantNs: parseTimeNs(a.point.time),
-    });
+    for (const one of [a, ...(group?.others ?? [])])
+      await catalogue?.recordTip({
+        volumeId: one.volumeId,
+        name: one.volume,
+        seq: one.point.seq,
+        hash: one.hash,
+        instantNs: parseTimeNs(one.point.time),
+      });
   });
-  if (a.note !== undefined)
+  const notExact =
+    a.point.class === 'fuzzy' ? (a.note ?? 'the device cannot be read everywhere') : undefined;
+  if (notExact !== undefined)
+    context.events({
+      type: 'warning',
+      message: `the point is not exact: ${notExact}`,
+      hint: 'What cannot be read is in it as the repository held it before. Check the disk (dmesg, smartctl).',
+    });
+  else if (a.note !== undefined)
     context.events({ type: 'note', message: `class ${a.point.class}, not better: ${a.note}` });
+  if (group !== undefined && group.missing.length > 0)
+    context.events({
+      type: 'warning',
+      message: `group ${group.name}: ${group.missing.join(', ')} ${group.missing.length === 1 ? 'has' : 'have'} no point of this instant`,
+      hint: 'The devices carry one file system or volume group: restored alone, this point may be of no use. "b2 status" shows why they take no part.',
+    });
+  const isPartial = notExact !== undefined || (group?.missing.length ?? 0) > 0;
   return {
     data: {
       volume: a.volume,
@@ -250,8 +281,27 @@ async function throughWatch(
       changedBytes: a.point.blocks * BLOCK_BYTES,
       storedBytes: a.point.storedBytes,
       elapsedSeconds: Number(clock.monotonicNs() - began) / 1e9,
-      unreadable: [],
+      unreadable: a.unreadable ?? [],
+      ...(notExact === undefined ? {} : { notExact }),
+      ...(group === undefined
+        ? {}
+        : {
+            group: {
+              name: group.name,
+              missing: group.missing,
+              others: group.others.map((o) => ({
+                volume: o.volume,
+                volumeId: o.volumeId,
+                device: o.device,
+                id: o.point.id,
+                time: o.point.time,
+                class: o.point.class,
+                hash: o.hash,
+              })),
+            },
+          }),
     },
+    ...(isPartial ? { code: ExitCode.partial } : {}),
   };
 }
 
@@ -260,7 +310,13 @@ export function text(a: SnapshotAnswer, style: Style): string {
     a.notExact === undefined ? style.green('captured') : style.yellow('captured, not exact');
   const point = `${state} ${a.volume} as "${a.name}": point ${a.id}, class ${a.class}, ${localTime(a.time)}`;
   if (a.watched) {
-    return `${point}\nby the running watch in ${formatDuration(a.elapsedSeconds)}: ${formatBytes(a.changedBytes)} changed since the point before, ${formatBytes(a.storedBytes)} stored`;
+    return [
+      point,
+      ...(a.group?.others ?? []).map(
+        (o) => `of the same instant and name: ${o.volume}, point ${o.id} (group ${a.group?.name})`,
+      ),
+      `by the running watch in ${formatDuration(a.elapsedSeconds)}: ${formatBytes(a.changedBytes)} changed since the point before, ${formatBytes(a.storedBytes)} stored`,
+    ].join('\n');
   }
   const rate = a.elapsedSeconds > 0 ? `, ${formatRate(a.sizeBytes / a.elapsedSeconds)}` : '';
   return [

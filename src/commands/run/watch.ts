@@ -1,3 +1,4 @@
+import { readdirSync } from 'node:fs';
 import { hostname } from 'node:os';
 import { Quiescer, thawStale } from '../../capture/freeze/index.js';
 import { PointGroup, type GroupState } from '../../capture/group.js';
@@ -9,6 +10,7 @@ import { formatCount, formatTimeNs } from '../../human.js';
 import type { Catalogue } from '../../repo/catalogue.js';
 import type { Repository } from '../../repo/repository.js';
 import { parseRepositoryUrl } from '../../repo/store-url.js';
+import { makeBatch } from '../../syscalls.js';
 import type { Style } from '../../ui/style.js';
 import { wantsColour } from '../../ui/style.js';
 import { controlDirectory, serveControl, type ControlServer } from '../../watch/control.js';
@@ -73,6 +75,7 @@ export async function run(
     for (const place of await thawStale())
       own.events({ type: 'warning', message: `${place} was still frozen; it has been thawed` });
   }
+  giveWay();
   const repo = await openOrMakeRepository(own);
   try {
     return await withCatalogue(own, repo, (catalogue) =>
@@ -80,6 +83,18 @@ export async function run(
     );
   } finally {
     await repo.close();
+  }
+}
+
+/**
+ * Whoever writes to a watched device does not lose a processor to this program each time it wakes: its threads wait for the end of
+ * the other's turn, a few milliseconds. Threads that come later inherit that.
+ */
+function giveWay(): void {
+  try {
+    for (const tid of readdirSync('/proc/self/task')) makeBatch(Number(tid));
+  } catch {
+    // Not to be had here; it is a courtesy.
   }
 }
 

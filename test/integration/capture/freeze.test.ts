@@ -369,6 +369,48 @@ async function freezing(
   return { child, helper: Number(pid), ended };
 }
 
+describe('a freeze that the kernel takes long for', () => {
+  requires(NEEDS).it(
+    'is over as soon as the kernel is, is refused, and the next one works',
+    async () => {
+      await using dir = tempDir();
+      const loop = await newLoop(dir, 'disk.img', 512 * MiB);
+      await makeFileSystem('ext4', loop.device);
+      const mount = await mountDevice(dir, loop.device, 'mnt');
+      const device = await openReadDevice(loop.device);
+      const mounts = await mountsOf(device.facts);
+      const freezer = await Freezer.start({ clock: systemClock, staleDir: dir.join('stale') });
+      try {
+        // What is not synced yet is synced by the freeze itself, with the writers held: 300 MiB in 20 ms is out of reach.
+        const file = await open(path.join(mount.path, 'large'), 'w');
+        await file.write(Buffer.alloc(300 * MiB, 0x5a));
+        const slow = await freezer.freeze(mounts, 20).then(
+          () => undefined,
+          (error: unknown) => error,
+        );
+        expect(slow).toMatchObject({
+          kind: 'failed',
+          retryable: true,
+          message: expect.stringContaining('freezing took too long: the bound of 20 ms was over'),
+        });
+        expect(freezer.isUsable).toBe(true);
+        await writable(mount.path);
+        expect(await wasFrozen(mount.path)).toBe(false);
+        expect(readdirSync(dir.join('stale'))).toEqual([]);
+        await file.close();
+        tool('sync', ['-f', mount.path]);
+        const frozen = await freezer.freeze(mounts, 10_000);
+        expect(await frozen.thaw()).toMatchObject({ held: true });
+        await writable(mount.path);
+      } finally {
+        await freezer.close();
+        await device.close();
+      }
+    },
+    60_000,
+  );
+});
+
 describe('nothing stays frozen', () => {
   const LONG = 3_600_000;
   const cases: readonly {

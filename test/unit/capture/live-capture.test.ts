@@ -307,7 +307,7 @@ describe('live capture', () => {
       write(1, 1);
       const patience = new AbortController();
       const frozen = capture.point(PointClass.fs, patience.signal);
-      await systemClock.sleep(20);
+      while (capture.status().outage === undefined) await systemClock.sleep(1);
       patience.abort();
       await expect(frozen).rejects.toMatchObject({ kind: 'interrupted' });
       sink.fail = undefined;

@@ -258,7 +258,8 @@ describe('memory', () => {
       prepare: () => Promise.reject(away),
       commit: () => Promise.reject(away),
     };
-    expect(captureBytesAtMost(TIB)).toBeLessThan(300 * MIB);
+    // 32 MiB of it only where all of the device cannot be read.
+    expect(captureBytesAtMost(TIB)).toBeLessThan(332 * MIB);
     const maxSlots = 1 << 20;
     const bound = captureBytesAtMost(TIB, { maxSlots });
     const before = process.memoryUsage().arrayBuffers;

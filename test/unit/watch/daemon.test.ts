@@ -9,7 +9,7 @@ import {
   type WatchTarget,
 } from '../../../src/watch/daemon.js';
 import type { WatchEvent } from '../../../src/watch/types.js';
-import { FakeSession } from '../../support/fake-session.js';
+import { capturedPoint, FakeSession } from '../../support/fake-session.js';
 import { ManualClock } from '../../support/manual-clock.js';
 
 /** Sleeps until it is told to wake everybody up. */
@@ -217,6 +217,72 @@ describe('WatchDaemon', () => {
     expect(made.point.class).toBe('crash');
     expect(made.note).toBe('no class 4 here');
     expect(session(0).asked.map((r) => r.pointClass)).toEqual([4, 4, 3, 2]);
+  });
+
+  it('names the points that the other devices of a group have of the same instant', async () => {
+    const { daemon, session, pinned, clock } = setUp([target('/a'), target('/b'), target('/c')]);
+    const group = { name: 'g', isWhole: true, missing: [] };
+    for (const i of [0, 1]) session(i).current = { group, state: 'exact' };
+    for (const i of [0, 1, 2]) session(i).refused = [PointClass.fs];
+    const order = { type: 'point', volume: 'host/a', name: 'one', tags: ['t'] } as const;
+    const at = 1_700_000_005_000_000_000n;
+    session(0).point = () => {
+      const point = capturedPoint(5, { group: 'g', instantNs: at });
+      session(0).announce(point);
+      return Promise.resolve(point);
+    };
+    session(1).announce(capturedPoint(70, { group: 'g', instantNs: at - 5n }));
+    const asked = daemon.point({ ...order, class: 'crash' }, never);
+    await settled();
+    // The other one is durable a moment later.
+    session(1).announce(capturedPoint(71, { group: 'g', instantNs: at }));
+    clock.wake();
+    const made = await asked;
+    expect(made).toMatchObject({
+      volume: 'host/a',
+      point: { id: '#5' },
+      name: 'one',
+      group: {
+        name: 'g',
+        missing: [],
+        others: [{ volume: 'host/b', device: '/b', point: { id: '#71' }, hash: 'hash-71' }],
+      },
+    });
+    expect(pinned.map((p) => [p.volume, p.point.seq, p.name, p.tags])).toEqual([
+      ['host/a', 5, 'one', ['t']],
+      ['host/b', 71, 'one', ['t']],
+    ]);
+
+    // One that has gone on without it has none.
+    session(1).announce(capturedPoint(72, { group: 'g', instantNs: at + 9n }));
+    session(0).point = () => Promise.resolve(capturedPoint(6, { group: 'g', instantNs: at + 3n }));
+    const alone = await daemon.point({ ...order, name: 'two' }, never);
+    expect(alone.group).toEqual({ name: 'g', missing: ['/b'], others: [] });
+
+    // Apart, it is not waited for.
+    const apart = { name: 'g', isWhole: false, missing: ['/b'] };
+    session(0).current = { group: apart, state: 'exact' };
+    session(0).point = () => Promise.resolve(capturedPoint(7));
+    const third = await daemon.point({ ...order, name: 'three' }, never);
+    expect(third.group).toEqual({ name: 'g', missing: ['/b'], others: [] });
+    expect(pinned.slice(2).map((p) => p.volume)).toEqual(['host/a', 'host/a']);
+    expect((await daemon.point({ ...order, volume: 'host/c' }, never)).group).toBeUndefined();
+  });
+
+  it('makes a point that is not exact where there can be no other, and says so', async () => {
+    const { daemon, session } = setUp([target('/a')]);
+    session(0).refused = [PointClass.fs, PointClass.crash];
+    const order = { type: 'point', volume: 'host/a', tags: [] } as const;
+    await expect(daemon.point(order, never)).rejects.toThrow('no class 2 here');
+    const ranges = [{ offset: 4096, length: 8192 }];
+    session(0).current = { unreadable: { bytes: 8192, ranges } };
+    expect(await daemon.point(order, never)).toMatchObject({
+      point: { class: 'fuzzy' },
+      note: 'no class 2 here',
+      unreadable: ranges,
+    });
+    // Who asks for a class gets it or nothing.
+    await expect(daemon.point({ ...order, class: 'crash' }, never)).rejects.toThrow('no class 2');
   });
 
   it('makes no lesser point than was asked for, and none for a name that is taken', async () => {

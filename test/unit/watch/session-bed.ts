@@ -55,6 +55,7 @@ export class Medium {
   reads = 0;
   /** Blocks that cannot be read. */
   readonly bad = new Set<number>();
+  failedReads = 0;
   readonly sources = new Set<SimSource>();
   static nextSequence = 1n;
 
@@ -160,7 +161,7 @@ export class Machine implements SessionHost {
         medium.reads++;
         medium.beforeRead(offset);
         for (let at = offset; at < offset + into.byteLength; at += BLOCK)
-          if (medium.bad.has(Math.floor(at / BLOCK)))
+          if (medium.bad.has(Math.floor(at / BLOCK)) && ++medium.failedReads > 0)
             throw new B2Error('io', `read ${PATH}: input/output error`);
         if (this.medium !== medium) throw new B2Error('io', `read ${PATH}: no such device`);
         return medium.bytes.copy(

@@ -966,6 +966,11 @@ describe('a device with blocks that cannot be read', () => {
     ]);
     await expect(crash(w)).rejects.toThrow('there can be no exact point of /dev/sim');
     expect(await pointsIn(repo)).toEqual([]);
+    // Whoever asks for no better gets one that says what it is.
+    medium.write(33, 5);
+    const fuzzy = await w.session.point({ pointClass: PointClass.fuzzy });
+    expect(fuzzy).toMatchObject({ pointClass: PointClass.fuzzy, coverage: Coverage.unknown });
+    expect((await contentOf(repo, fuzzy.seq))[33 * BLOCK]).toBe(5);
     await until(
       () => w.session.status().points > 1 && w.session.status().pendingBytes === 0,
       'it to go on',
@@ -999,6 +1004,41 @@ describe('a device with blocks that cannot be read', () => {
     );
     await stop(w);
     expect((await theVolume(repo)).facts['unreadable']).toBeUndefined();
+  });
+
+  it('goes on elsewhere where very much of it cannot be read, and finds all of it', async () => {
+    // 18 MiB in the middle: more than a scan tries block by block.
+    const machine = new Machine(disk(32 * 256, 'A'));
+    const { medium } = machine;
+    if (medium === undefined) throw new Error('no medium');
+    const [from, to] = [8 * 256 + 7, 26 * 256 - 9];
+    for (let block = from; block < to; block++) medium.bad.add(block);
+    const w = start(machine, { intervalMs: 20 });
+    await until(() => w.session.status().state === 'unreadable', 'the state');
+    expect(w.session.status().unreadable).toEqual({
+      bytes: (to - from) * BLOCK,
+      ranges: [{ offset: from * BLOCK, length: (to - from) * BLOCK }],
+    });
+    // A scan of each of 4,600 blocks would have asked for each of them.
+    expect(medium.failedReads).toBeLessThan(3500);
+    medium.write(3, 8);
+    medium.write(30 * 256, 9);
+    const point = await w.session.point({ pointClass: PointClass.fuzzy });
+    const held = await contentOf(repo, point.seq);
+    expect([held[3 * BLOCK], held[30 * 256 * BLOCK]]).toEqual([8, 9]);
+    for (const [a, b] of [
+      [0, from],
+      [to, 32 * 256],
+    ] as const)
+      expect(
+        held.subarray(a * BLOCK, b * BLOCK).equals(medium.bytes.subarray(a * BLOCK, b * BLOCK)),
+      ).toBe(true);
+    medium.bad.clear();
+    medium.write(from, 4, to - from);
+    await until(() => w.session.status().state === 'exact', 'all of it, written anew');
+    const last = await crash(w);
+    expect((await contentOf(repo, last.seq)).equals(medium.bytes)).toBe(true);
+    await stop(w);
   });
 
   it('keeps what it held of them when they went bad later, in a compare and in a read', async () => {

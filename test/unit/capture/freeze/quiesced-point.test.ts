@@ -111,6 +111,21 @@ const fastClock: Clock = {
   sleep: (ms, signal) => systemClock.sleep(ms / 100, signal),
 };
 
+/** A clock of which ten seconds pass when it is told to, and whose sleeps are short. */
+function leapingClock(): { readonly clock: Clock; leap(): void } {
+  let aheadNs = 0n;
+  return {
+    clock: {
+      nowNs: () => systemClock.nowNs(),
+      monotonicNs: () => systemClock.monotonicNs() + aheadNs,
+      sleep: (ms, signal) => systemClock.sleep(ms / 10, signal),
+    },
+    leap: () => {
+      aheadNs += 10_000_000_000n;
+    },
+  };
+}
+
 async function refusal(made: Promise<unknown>): Promise<B2Error> {
   try {
     await made;
@@ -207,6 +222,55 @@ describe('a point with frozen file systems', () => {
     const error = await refusal(quiescedPoint(capture, [MOUNT], options(freezer, { boundMs: 60 })));
     expect(error.message).toMatch(/longer than the bound of 60 ms/);
     expect(freezer.freezes).toBe(freezer.thaws);
+  });
+
+  it('is given up where the freeze itself takes longer than the bound, which is told', async () => {
+    const capture = new FakeCapture();
+    const freezes: number[] = [];
+    const freezer = new FakeFreezer();
+    // As the real one: the kernel cannot be called off, and is thawed at once when it comes back.
+    const { clock, leap } = leapingClock();
+    freezer.freeze = () => {
+      freezer.freezes++;
+      leap();
+      return Promise.reject(
+        new B2Error('failed', 'freezing took too long: the bound of 5000 ms was over', {
+          retryable: true,
+        }),
+      );
+    };
+    const onFreeze = (f: Freeze): void => {
+      expect(f.mountPoints).toEqual([MOUNT.mountPoint]);
+      freezes.push(f.frozenMs);
+    };
+    const error = await refusal(
+      quiescedPoint(capture, [MOUNT], options(freezer, { boundMs: 5000, clock, onFreeze })),
+    );
+    expect(error.message).toMatch(/freezing took too long/);
+    expect([error.retryable, freezer.freezes]).toEqual([true, 3]);
+    expect(freezes.map((ms) => ms >= 10_000)).toEqual([true, true, true]);
+    expect(capture.classes).not.toContain(PointClass.fs);
+  });
+
+  it('is given up at once where the freeze has taken all of the bound, thawed', async () => {
+    const capture = new FakeCapture();
+    capture.onHeld = (_, signal) =>
+      new Promise((_resolve, reject) => {
+        signal?.addEventListener('abort', () => reject(new B2Error('interrupted', 'given up')));
+      });
+    const freezer = new FakeFreezer();
+    const quick = freezer.freeze.bind(freezer);
+    const { clock, leap } = leapingClock();
+    freezer.freeze = async () => {
+      const frozen = await quick();
+      leap();
+      return frozen;
+    };
+    const error = await refusal(
+      quiescedPoint(capture, [MOUNT], options(freezer, { boundMs: 5000, clock })),
+    );
+    expect(error.message).toMatch(/longer than the bound of 5000 ms/);
+    expect([freezer.freezes, freezer.thaws]).toEqual([3, 3]);
   });
 
   it('is not claimed when it was thawed too early', async () => {

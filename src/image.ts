@@ -10,6 +10,12 @@ export interface ImageExtent {
   readonly hole: boolean;
 }
 
+/** Memory lent to a reader, not to be changed. */
+export interface Loan {
+  readonly views: readonly Uint8Array[];
+  release(): void;
+}
+
 export interface Image {
   readonly sizeBytes: number;
   /** 512 or 4096: what the device had. */
@@ -20,6 +26,11 @@ export interface Image {
    * pack and frame, and with kind `io` or `not-found` where it cannot be read.
    */
   read(into: Uint8Array, offset: number): Promise<void>;
+  /**
+   * The same as {@link read} without a copy, where the bytes lie in memory that can be lent: views that one after the other make up the range,
+   * valid until `release`, which the caller calls once, and soon. Undefined where nothing can be lent: read then. Rejects as {@link read}, or leaves that to it.
+   */
+  lend?(offset: number, length: number): Promise<Loan | undefined>;
   /**
    * The runs that make up [offset, offset + length), ascending, without gaps, neighbours merged when both are holes or
    * both are data. Reads the manifest only, no data. `limit` bounds the number of runs returned (the last one may then

@@ -9,6 +9,7 @@ import { lastLine } from './environment.js';
 import { FIND_FORMAT, FindParser } from './find-output.js';
 import { kernelLacks, openKernelEnvironment } from './kernel.js';
 import { findAreas, type FoundArea } from './layout.js';
+import { volumePieces } from './lvm.js';
 import {
   baseName,
   decodeName,
@@ -84,15 +85,30 @@ class Access implements FileAccess {
   }
 
   async #openContainers(): Promise<void> {
-    const containers = this.#areas.filter((a) => a.holds === 'container');
+    const containers = this.#areas.filter(isForLvm);
     if (containers.length === 0) return;
+    const names = containers.map((c) => c.name).join(', ');
+    const why = containers.flatMap((c) => c.left ?? []).join('; ');
+    const { backend, events } = this.#options;
+    if (backend === 'kernel') {
+      events({
+        type: 'warning',
+        message: `logical volumes in ${names} are left out, because only LVM itself, in a tiny virtual machine (--backend vm), can put them together: ${why}`,
+      });
+      return;
+    }
     try {
+      events({
+        type: 'note',
+        message: `${names}: asking LVM in a tiny virtual machine (backend vm): ${why}`,
+      });
       const environment = await this.#environment('vm');
-      const inside = await environment.openContainers();
-      this.#areas = [...this.#areas.filter((a) => a.holds !== 'container'), ...inside];
+      const inside = (await environment.openContainers()).filter(
+        (a) => !this.#areas.some((b) => b.name === a.name),
+      );
+      this.#areas = [...this.#areas.filter((a) => !isForLvm(a)), ...inside];
     } catch (error) {
       if (!isKind(error, 'unsupported')) throw error;
-      const names = containers.map((c) => c.name).join(', ');
       this.#options.events({
         type: 'warning',
         message: `the logical volumes in ${names} are left out: ${error.message}${error.hint === undefined ? '' : ` (${error.hint})`}`,
@@ -135,10 +151,15 @@ class Access implements FileAccess {
 
   async #open(backend: BackendName): Promise<Environment> {
     const { openImage, clock, events, cacheDir } = this.#options;
-    if (backend === 'kernel') return openKernelEnvironment(await openImage(), clock, events);
+    if (backend === 'kernel')
+      return openKernelEnvironment(await openImage(), this.#areas, clock, events);
     const lacks = await vmLacks();
     if (lacks !== undefined) throw noVm(lacks);
-    const areas = this.#areas.filter((a) => a.holds !== 'none');
+    // A volume group may lie on all of them, whichever it was that named what is left to LVM.
+    const isWanted = this.#areas.some(isForLvm);
+    const areas = this.#areas.filter(
+      (a) => a.holds === 'files' || (isWanted && a.holds === 'container'),
+    );
     return openVmEnvironment({ image: await openImage(), areas, clock, events, cacheDir });
   }
 
@@ -362,7 +383,18 @@ class Access implements FileAccess {
     const { stdout, status } = await outputOf(
       environment.run(script`cd ${root} && filefrag -v -b512 ${`.${entry.path}`}\n`),
     );
-    return status === 0 ? parseExtents(stdout.toString('latin1'), area.offsetBytes) : undefined;
+    if (status !== 0) return undefined;
+    const text = stdout.toString('latin1');
+    const { volume } = area;
+    if (volume === undefined) return parseExtents(text, area.offsetBytes);
+    return parseExtents(text, 0).flatMap((extent) => {
+      let { offset } = extent;
+      return [...volumePieces(volume, extent.imageOffset, extent.length)].map((piece) => {
+        const found = { offset, length: piece.length, imageOffset: piece.imageOffset };
+        offset += piece.length;
+        return found;
+      });
+    });
   }
 
   async close(): Promise<void> {
@@ -392,14 +424,13 @@ export function parseExtents(text: string, offsetBytes: number): readonly FileEx
   return extents;
 }
 
-function publicPart({
-  name,
-  type,
-  label,
-  uuid,
-  offsetBytes,
-  sizeBytes,
-}: FoundArea): FoundFileSystem {
+/** True for physical volumes with something on them that only LVM itself can read. */
+function isForLvm(area: FoundArea): boolean {
+  return area.holds === 'container' && (area.left ?? []).length > 0;
+}
+
+function publicPart({ name, type, label, uuid, volume, ...area }: FoundArea): FoundFileSystem {
+  const { offsetBytes, sizeBytes } = volume === undefined ? area : { offsetBytes: 0, sizeBytes: 0 };
   return {
     name,
     type,

@@ -61,7 +61,21 @@ const DRIVER_MODULES: Readonly<Record<string, readonly string[]>> = {
   squashfs: ['squashfs'],
   erofs: ['erofs'],
   iso9660: ['nls_utf8', 'isofs'],
-  lvm: ['dm_mod', 'dm_snapshot', 'dm_mirror', 'dm_thin_pool', 'dm_raid'],
+  // Pools and RAID begin with a checksum, and nobody in the guest loads what a target asks for.
+  lvm: [
+    'crc32c_generic',
+    'dm_mod',
+    'dm_snapshot',
+    'dm_mirror',
+    'dm_thin_pool',
+    'dm_cache',
+    'dm_cache_smq',
+    'dm_writecache',
+    'raid0',
+    'raid1',
+    'raid10',
+    'dm_raid',
+  ],
 };
 
 /** The module that says whether the kernel has a driver: it is the last one of its list. */

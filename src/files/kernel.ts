@@ -22,11 +22,13 @@ import {
   driverOf,
   lastLine,
   mountText,
+  ntfsLogError,
+  NTFS_LOG_STATUS,
   tellNotes,
   type Environment,
   type Running,
 } from './environment.js';
-import type { FoundArea } from './layout.js';
+import { volumesIn, type FoundArea } from './layout.js';
 import { throwAwayOverlay } from './overlay.js';
 import { childEnd, collectText, findProgram, outputOf, runScript, TOOL_ENV } from './tools.js';
 
@@ -78,13 +80,14 @@ async function btrfsTwin(area: FoundArea): Promise<string | undefined> {
   return status === 2 ? undefined : twin;
 }
 
-/** Takes `base` over, also when it rejects. */
+/** Takes `base` over, also when it rejects. `areas` are what may be mounted of it. */
 export async function openKernelEnvironment(
   base: Image,
+  areas: readonly FoundArea[],
   clock: Clock,
   events: EventSink,
 ): Promise<KernelEnvironment> {
-  const { image, failures, failed } = await throwAwayOverlay(base);
+  const { image, failures, failed } = await throwAwayOverlay(base, volumesIn(areas));
   try {
     const fuseFd = openFuse();
     let holder: Holder;
@@ -269,6 +272,7 @@ exit $status
       return dir;
     }
     if (this.failures.length > 0) throw this.failures[0];
+    if (status === NTFS_LOG_STATUS) throw ntfsLogError(area.name, stderr);
     throw new B2Error(
       'io',
       status === 90

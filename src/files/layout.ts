@@ -3,8 +3,11 @@ import type { DeviceFacts } from '../devices/device.js';
 import { inspectDevice } from '../devices/inspect.js';
 import type { Signature } from '../devices/signatures.js';
 import type { Readable } from '../devices/table.js';
+import { B2Error, messageOf } from '../errors.js';
 import type { Image } from '../image.js';
+import { findLogicalVolumes, volumePieces, type FoundVolumes, type LogicalVolume } from './lvm.js';
 import type { FoundFileSystem } from './types.js';
+import { placeVolumes, type PlacedVolume } from './volumes-image.js';
 
 /** An image as the readers of partition tables want a device. */
 export function readableImage(image: Image, name: string): Readable {
@@ -38,10 +41,87 @@ export interface FoundArea extends FoundFileSystem {
   readonly holds: 'files' | 'container' | 'none';
   /** Devices that the file system spreads over. */
   readonly devices: number;
+  /** Of a file system in a logical volume that needs no LVM: `offsetBytes` and `sizeBytes` are those that {@link placeVolumes} gave it. */
+  readonly volume?: LogicalVolume;
+  /** Of a container: what of it only LVM itself can read, with the reason; empty where there is nothing. */
+  readonly left?: readonly string[];
 }
 
-/** Every partition with something on it, or the whole image where there is no partition table. */
+/** The volumes among the areas, as {@link withVolumes} wants them. */
+export function volumesIn(areas: readonly FoundArea[]): readonly PlacedVolume[] {
+  return areas.flatMap(({ volume, offsetBytes }) =>
+    volume === undefined ? [] : [{ volume, offsetBytes }],
+  );
+}
+
+/** More would be a strange machine, and each is looked at. */
+const MAX_VOLUMES = 256;
+
+/**
+ * Every partition with something on it, or the whole image where there is no partition table; then the file systems in logical
+ * volumes that need no LVM to be read.
+ */
 export async function findAreas(image: Image, name: string): Promise<readonly FoundArea[]> {
+  const areas = await areasOn(image, name);
+  const containers = areas.filter((a) => a.holds === 'container');
+  if (containers.length === 0) return areas;
+  const { volumes, left } = await logicalVolumes(image, containers);
+  const inside: FoundArea[] = [];
+  for (const { volume, offsetBytes } of placeVolumes(image.sizeBytes, volumes)) {
+    const { sizeBytes } = volume;
+    // A partition table in a logical volume is the disk of a virtual machine: another image.
+    const [area] = (await areasOn(volumeImage(image, volume), name)).filter(
+      (a) => a.name === 'disk' && a.holds === 'files',
+    );
+    if (area !== undefined)
+      inside.push({ ...area, name: volume.name, offsetBytes, sizeBytes, volume });
+  }
+  const known = areas.map((area) =>
+    area.holds === 'container'
+      ? { ...area, left: left.filter((l) => l.place === area.name).map((l) => l.reason) }
+      : area,
+  );
+  return [...known, ...inside];
+}
+
+async function logicalVolumes(
+  image: Image,
+  containers: readonly FoundArea[],
+): Promise<FoundVolumes> {
+  try {
+    const { volumes, left } = await findLogicalVolumes(image, containers);
+    if (volumes.length <= MAX_VOLUMES) return { volumes, left };
+    const place = containers[0]?.name ?? '';
+    const reason = `only the first ${MAX_VOLUMES} of ${volumes.length} logical volumes are looked at`;
+    return { volumes: volumes.slice(0, MAX_VOLUMES), left: [...left, { place, reason }] };
+  } catch (error) {
+    if (!(error instanceof B2Error)) throw error;
+    // Damage there is none of the file systems beside it.
+    return {
+      volumes: [],
+      left: containers.map(({ name }) => ({ place: name, reason: messageOf(error) })),
+    };
+  }
+}
+
+/** A logical volume as an image, to look at what is on it. */
+function volumeImage(image: Image, volume: LogicalVolume): Image {
+  return {
+    sizeBytes: volume.sizeBytes,
+    logicalBlockBytes: image.logicalBlockBytes,
+    read: async (into, offset) => {
+      let at = 0;
+      for (const { imageOffset, length } of volumePieces(volume, offset, into.length)) {
+        await image.read(into.subarray(at, at + length), imageOffset);
+        at += length;
+      }
+    },
+    extents: (offset, length) => Promise.resolve([{ offset, length, hole: false }]),
+    close: () => Promise.resolve(),
+  };
+}
+
+async function areasOn(image: Image, name: string): Promise<readonly FoundArea[]> {
   // blkid would look at a device of this machine, not at the image.
   const { table, contents } = await inspectDevice(readableImage(image, name), () =>
     Promise.resolve(undefined),

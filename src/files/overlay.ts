@@ -1,6 +1,7 @@
 /** An image under a throw-away overlay, which remembers what reading it has failed with. */
 import type { Image } from '../image.js';
 import { openTemporaryOverlay, type WritableImage } from '../nbd/index.js';
+import { withVolumes, type PlacedVolume } from './volumes-image.js';
 
 export interface ThrowAway {
   readonly image: WritableImage;
@@ -12,8 +13,11 @@ export interface ThrowAway {
 /** Failures that are kept: the first ones tell. */
 const KEPT = 100;
 
-/** Takes `base` over: it is closed with the overlay. */
-export async function throwAwayOverlay(base: Image, directory?: string): Promise<ThrowAway> {
+/** Takes `base` over: it is closed with the overlay. Behind its end lie `volumes`. */
+export async function throwAwayOverlay(
+  base: Image,
+  volumes: readonly PlacedVolume[] = [],
+): Promise<ThrowAway> {
   const failures: unknown[] = [];
   const failed = (error: unknown): void => {
     if (failures.length < KEPT && !failures.includes(error)) failures.push(error);
@@ -29,9 +33,6 @@ export async function throwAwayOverlay(base: Image, directory?: string): Promise
     extents: (offset, length, limit) => base.extents(offset, length, limit).catch(told),
     close: () => base.close(),
   };
-  const image = await openTemporaryOverlay({
-    base: watched,
-    ...(directory === undefined ? {} : { directory }),
-  });
-  return { image, failures, failed };
+  const overlay = await openTemporaryOverlay({ base: watched });
+  return { image: withVolumes(overlay, volumes), failures, failed };
 }

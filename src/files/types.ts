@@ -23,7 +23,7 @@ export interface FoundFileSystem {
   readonly type: string;
   readonly label?: string;
   readonly uuid?: string;
-  /** Of the partition or device that it lies in; of a logical volume: of nothing, 0. */
+  /** Of the partition or device that it lies in; of a logical volume, which may lie in many places: 0. */
   readonly offsetBytes: number;
   readonly sizeBytes: number;
 }

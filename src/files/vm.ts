@@ -25,18 +25,23 @@ import type { Clock } from '../clock.js';
 import { B2Error, ioError } from '../errors.js';
 import type { EventSink } from '../events.js';
 import type { Image } from '../image.js';
+import { removeWhenKilled, type LeftoverWatch } from '../leftovers.js';
 import { serveNbd, type NbdServer } from '../nbd/index.js';
 import {
   driverOf,
   lastLine,
   mountText,
+  ntfs3gText,
+  ntfsLogError,
+  NTFS_LOG_STATUS,
+  NTFS_PROGRAMS,
   tellNotes,
   type Environment,
   type Running,
 } from './environment.js';
 import { FrameParser } from './frames.js';
 import { buildGuest, findGuestKernel, findStaticBusybox, ModuleTree } from './guest.js';
-import { findAreas, type FoundArea } from './layout.js';
+import { findAreas, volumesIn, type FoundArea } from './layout.js';
 import { script } from './names.js';
 import { throwAwayOverlay } from './overlay.js';
 import { childEnd, collectText, findProgram, outputOf, TOOL_ENV } from './tools.js';
@@ -79,14 +84,16 @@ export async function vmLacks(): Promise<string | undefined> {
 
 /** Starts the guest. Kinds `unsupported`, `io`, `failed`. */
 export async function openVmEnvironment(options: VmOptions): Promise<Environment> {
-  const { image, failures } = await throwAwayOverlay(options.image);
+  const { image, failures } = await throwAwayOverlay(options.image, volumesIn(options.areas));
   let directory: string | undefined;
+  let leftovers: LeftoverWatch | undefined;
   let server: NbdServer | undefined;
   try {
     const parent = Buffer.byteLength(tmpdir()) <= MAX_DIRECTORY_BYTES ? tmpdir() : '/tmp';
     directory = await mkdtemp(join(parent, 'b2-vm-')).catch((error: unknown) => {
       throw ioError('make a directory in', parent, error);
     });
+    leftovers = await removeWhenKilled(directory);
     server = await serveNbd({
       exports: [{ name: '', open: () => Promise.resolve(image) }],
       listen: { socketPath: join(directory, 's') },
@@ -100,6 +107,7 @@ export async function openVmEnvironment(options: VmOptions): Promise<Environment
     throw error;
   } finally {
     if (directory !== undefined) await rm(directory, { recursive: true, force: true });
+    await leftovers?.stop();
   }
 }
 
@@ -109,8 +117,6 @@ interface Guest {
   readonly disks: readonly FoundArea[];
   readonly tree: ModuleTree;
 }
-
-const NTFS_PROGRAMS = ['ntfs-3g', 'ntfsrecover'];
 
 async function prepare({ areas }: VmOptions): Promise<Guest> {
   const kernel = await findGuestKernel();
@@ -168,6 +174,11 @@ function blockDevice(name: string, value: object): readonly string[] {
   return ['-blockdev', JSON.stringify({ 'node-name': name, ...value })];
 }
 
+/** How the guest tells its disks apart; a name of ours can be longer than this may. */
+function serialOf(disk: number): string {
+  return `b2-disk-${disk}`;
+}
+
 function diskArguments(guest: Guest, socket: string): readonly string[] {
   return guest.disks.flatMap((disk, i) => [
     ...blockDevice(`n${i}`, { driver: 'nbd', server: { type: 'unix', path: socket }, export: '' }),
@@ -178,7 +189,7 @@ function diskArguments(guest: Guest, socket: string): readonly string[] {
       file: `n${i}`,
     }),
     '-device',
-    `virtio-blk-pci,drive=d${i},serial=${disk.name}`,
+    `virtio-blk-pci,drive=d${i},serial=${serialOf(i)}`,
   ]);
 }
 
@@ -402,18 +413,27 @@ class VmEnvironment implements Environment {
         isNtfs ? { hint: 'apt-get install ntfs-3g' } : {},
       );
     }
+    const disk = this.#guest.disks.findIndex((d) => d.name === area.name);
+    if (area.sizeBytes > 0 && disk < 0) {
+      throw new B2Error(
+        'unsupported',
+        `the ${area.type} in ${area.name} is not among the ${MAX_DISKS} that the tiny virtual machine can have`,
+      );
+    }
     const dir = `/fs/${area.name}`;
     const device =
       area.sizeBytes === 0
         ? Buffer.from(`dev=/dev/${area.name}\n`)
-        : script`for b in /sys/block/vd*; do [ "$(cat $b/serial)" = ${area.name} ] && dev=/dev/\${b##*/}; done\n`;
+        : script`for b in /sys/block/vd*; do [ "$(cat $b/serial)" = ${serialOf(disk)} ] && dev=/dev/\${b##*/}; done\n`;
     const asked = Buffer.concat([
       device,
       Buffer.from(`dir=${dir}; mkdir -p "$dir"
 while read -r module; do insmod "$module" 2>/dev/null; done </m/${driver}
-${isNtfs ? NTFS_TEXT : mountText(driver)}
+(
+${isNtfs ? ntfs3gText() : mountText(driver)}
+)
 status=$?
-[ $status = 0 ] || dmesg | grep -v '^$' | tail -n 1 >&2
+[ $status = 0 ] || [ ${isNtfs ? 1 : 0} = 1 ] || dmesg | grep -v '^$' | tail -n 1 >&2
 exit $status
 `),
     ]);
@@ -424,6 +444,7 @@ exit $status
     }
     const [first] = this.failures;
     if (first instanceof B2Error) throw first;
+    if (status === NTFS_LOG_STATUS) throw ntfsLogError(area.name, stderr);
     throw new B2Error(
       'io',
       `the ${area.type} in ${area.name} cannot be mounted in the tiny virtual machine: ${lastLine(stderr)}`,
@@ -476,10 +497,6 @@ exit $status
 function hasNtfs(): boolean {
   return NTFS_PROGRAMS.every((name) => findProgram(name) !== undefined);
 }
-
-/** ntfsrecover carries out what Windows has committed in the log; where it cannot, what is there is shown as it is, and said. */
-const NTFS_TEXT = `ntfsrecover "$dev" >/tmp/recover 2>&1 || echo "b2-note: the log of this NTFS could not be replayed ($(tail -n 1 /tmp/recover)): what Windows changed last may be missing" >&2
-ntfs-3g -o ro "$dev" "$dir"`;
 
 /** Starts every logical volume and says `VG/LV/BYTES` of each. */
 const LVM_TEXT = `while read -r module; do insmod "$module" 2>/dev/null; done </m/lvm

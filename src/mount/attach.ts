@@ -8,6 +8,7 @@ import { closeSync, constants, existsSync, openSync } from 'node:fs';
 import { readFile, realpath, stat } from 'node:fs/promises';
 import { basename, dirname, join, resolve } from 'node:path';
 
+import { systemRandom } from '../clock.js';
 import { B2Error, errnoOf, ioError, messageOf } from '../errors.js';
 import {
   mountReadOnly,
@@ -23,11 +24,11 @@ const SUBTYPE = 'b2';
 
 /** A line of /proc/self/mountinfo. */
 export interface MountInfo {
-  /** `0:45`: names the mounted file system as long as it is there. */
+  /** `0:45`: names the mounted file system as long as it is there. The next one may get the same. */
   readonly device: string;
+  /** What is mounted, as it is written there; of ours: {@link newSource}. */
+  readonly source: string;
   readonly mountpoint: string;
-  /** The mount point as it is written there, with \040 for a blank. */
-  readonly rawMountpoint: string;
   readonly type: string;
 }
 
@@ -38,15 +39,17 @@ export function parseMountInfo(text: string): readonly MountInfo[] {
     const dash = fields.indexOf('-', 6);
     const [, , device, , raw] = fields;
     const type = fields[dash + 1];
-    if (dash < 0 || device === undefined || raw === undefined || type === undefined) return [];
+    const source = fields[dash + 2];
+    if (dash < 0 || device === undefined || raw === undefined) return [];
+    if (type === undefined || source === undefined) return [];
     const mountpoint = raw.replace(/\\([0-7]{3})/g, (_, code: string) =>
       String.fromCharCode(parseInt(code, 8)),
     );
     return [
       {
         device,
+        source,
         mountpoint: Buffer.from(mountpoint, 'latin1').toString('utf8'),
-        rawMountpoint: raw,
         type,
       },
     ];
@@ -83,7 +86,17 @@ export interface Attached {
   readonly fuseFd: number;
   readonly mountpoint: string;
   readonly device: string;
+  /** Names this mount for {@link detach}. */
+  readonly source: string;
   readonly watchdog: Watchdog;
+}
+
+/**
+ * A name that no other mount has. The kernel's own names of a mount (its id and device) are given to the next one at once: who
+ * unmounts late by them takes a mount away that somebody else has just made.
+ */
+function newSource(): string {
+  return `b2-${Buffer.from(systemRandom(8)).toString('hex')}`;
 }
 
 /**
@@ -92,16 +105,20 @@ export interface Attached {
  */
 export async function attach(path: string): Promise<Attached> {
   const mountpoint = await checkMountpoint(path);
-  const fuseFd = isRoot() ? await attachAsRoot(mountpoint) : await attachAsUser(mountpoint);
+  const source = newSource();
+  const fuseFd = isRoot()
+    ? await attachAsRoot(mountpoint, source)
+    : await attachAsUser(mountpoint, source);
   try {
-    const info = await mountedAt(mountpoint);
-    if (info?.type !== MOUNT_TYPE)
+    const info = (await mounts()).findLast((m) => m.source === source && m.type === MOUNT_TYPE);
+    if (info?.mountpoint !== mountpoint)
       throw new B2Error('failed', `${mountpoint}: mounted, but not in the list of mounts`);
-    return { fuseFd, mountpoint, device: info.device, watchdog: startWatchdog(info) };
+    const { device } = info;
+    return { fuseFd, mountpoint, device, source, watchdog: startWatchdog(source) };
   } catch (error) {
     // Ends the connection; what is left of the mount is taken away as after a crash.
     closeSync(fuseFd);
-    await unmountNow(mountpoint, true).catch(() => undefined);
+    await detach(source).catch(() => undefined);
     throw error;
   }
 }
@@ -127,7 +144,7 @@ async function checkMountpoint(path: string): Promise<string> {
   throw new B2Error('refused', `cannot mount at ${path}: it is no directory`);
 }
 
-async function attachAsRoot(mountpoint: string): Promise<number> {
+async function attachAsRoot(mountpoint: string, source: string): Promise<number> {
   let fd: number;
   try {
     fd = openSync('/dev/fuse', constants.O_RDWR | constants.O_NONBLOCK);
@@ -141,7 +158,7 @@ async function attachAsRoot(mountpoint: string): Promise<number> {
   const gid = process.getegid?.() ?? 0;
   try {
     await mountReadOnly(
-      'b2',
+      source,
       mountpoint,
       MOUNT_TYPE,
       `fd=${fd},rootmode=40000,user_id=${uid},group_id=${gid},default_permissions`,
@@ -153,13 +170,13 @@ async function attachAsRoot(mountpoint: string): Promise<number> {
   }
 }
 
-async function attachAsUser(mountpoint: string): Promise<number> {
+async function attachAsUser(mountpoint: string, source: string): Promise<number> {
   const [ours, theirs] = socketPair();
   try {
     const done = await runFusermount(
       [
         '-o',
-        `ro,nosuid,nodev,noatime,default_permissions,fsname=b2,subtype=${SUBTYPE}`,
+        `ro,nosuid,nodev,noatime,default_permissions,fsname=${source},subtype=${SUBTYPE}`,
         '--',
         mountpoint,
       ],
@@ -231,9 +248,9 @@ export type Unmounted = 'done' | 'detached' | 'gone' | 'covered';
  * Unmounts this very file system, wherever it has been moved to. One that is in use is detached: it cannot be reached by its path
  * any more, and who has it open keeps it until the server closes the connection.
  */
-export async function detach(device: string): Promise<Unmounted> {
+export async function detach(source: string): Promise<Unmounted> {
   const all = await mounts();
-  const mine = all.findLast((m) => m.device === device && m.type === MOUNT_TYPE);
+  const mine = all.findLast((m) => m.source === source && m.type === MOUNT_TYPE);
   if (mine === undefined) return 'gone';
   if (all.findLast((m) => m.mountpoint === mine.mountpoint) !== mine) return 'covered';
   try {
@@ -277,18 +294,26 @@ export async function unmountByUser(path: string, lazy: boolean): Promise<string
 }
 
 /**
- * Until end of file: the server lives. Then: is its mount still there? $1 device, $2 mount point as in mountinfo, $3 mount
- * point, $4 who unmounts. No signal ends it early: it must outlive the server.
+ * Until end of file: the server lives. Then: is its mount still there, and what is seen at its place? $1 source, $2 who unmounts.
+ * No signal ends it early: it must outlive the server.
  */
 const WATCHDOG = `
 trap '' HUP INT TERM
 while read -r _; do :; done
-found=
-while read -r _ _ device _ point _; do
-  if [ "$device" = "$1" ] && [ "$point" = "$2" ]; then found=1; fi
-done </proc/self/mountinfo
-[ -n "$found" ] || exit 0
-if [ "$4" = root ]; then umount -i -c -l -- "$3" || umount -l "$3"; else fusermount3 -u -z -- "$3"; fi
+find_mine() {
+  point=
+  while read -r _ _ _ _ at rest; do
+    case " $rest" in *" - fuse.b2 $1 "*) point=$at ;; *) [ "$point" = "$at" ] && point= ;; esac
+  done </proc/self/mountinfo
+  [ -n "$point" ] || exit 0
+  point=$(printf '%b.' "$(printf '%s' "$point" | sed 's/\\\\/\\\\0/g')")
+  point=\${point%.}
+}
+find_mine "$1"
+if [ "$2" != root ]; then exec fusermount3 -u -z -- "$point"; fi
+umount -i -c -l -- "$point" && exit 0
+find_mine "$1"
+umount -l "$point"
 `;
 
 /** Unmounts as soon as this process has ended, however it does. */
@@ -298,9 +323,9 @@ export interface Watchdog {
   stop(): Promise<void>;
 }
 
-function startWatchdog(info: MountInfo): Watchdog {
+function startWatchdog(source: string): Watchdog {
   const shell = existsSync('/bin/sh') ? '/bin/sh' : 'sh';
-  const args = [info.device, info.rawMountpoint, info.mountpoint, isRoot() ? 'root' : 'user'];
+  const args = [source, isRoot() ? 'root' : 'user'];
   const child: ChildProcess = spawn(shell, ['-c', WATCHDOG, 'b2-mount-watchdog', ...args], {
     stdio: ['pipe', 'ignore', 'ignore'],
     // A session of its own: Ctrl-C in the server's terminal is not for it. Nothing of the environment: it may hold secrets.

@@ -108,7 +108,9 @@ export class BlockFile {
   }
 
   #send(unique: bigint, payload: Uint8Array | undefined, errno = 0): void {
-    this.#channel.reply(replyHeader(unique, errno, payload?.byteLength ?? 0), payload);
+    const header = replyHeader(unique, errno, payload?.byteLength ?? 0);
+    if (payload === undefined) this.#channel.reply(header);
+    else this.#channel.reply(header, payload);
   }
 
   async #handle(bytes: Buffer): Promise<void> {

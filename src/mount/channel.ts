@@ -9,7 +9,7 @@ import { B2Error, errnoOf, messageOf } from '../errors.js';
 import type { EventSink } from '../events.js';
 import { workerFile } from '../workers.js';
 import { wakePipe } from './native.js';
-import type { ReaderMessage, ReaderStart } from './reader-worker.js';
+import type { ReaderData, ReaderMessage, ReaderStart } from './reader-worker.js';
 
 export interface FuseChannelOptions {
   /** /dev/fuse, mounted, non-blocking. The caller closes it, after {@link FuseChannel.ended}. */
@@ -19,6 +19,45 @@ export interface FuseChannelOptions {
   readonly events: EventSink;
   /** Requests under way at most; more stay with the kernel. */
   readonly maxPending: number;
+}
+
+const READER = new URL('./reader-worker.js', import.meta.url);
+/** A thread that waits for its channel. */
+let spare: Worker | undefined;
+
+/**
+ * Starts the thread of the next {@link FuseChannel}, which takes as long as opening a repository: for who will mount when that is done.
+ * It does not keep the process alive; one that ends before it is needed is not missed.
+ */
+export function warmChannel(): void {
+  if (spare !== undefined) return;
+  let file: URL;
+  try {
+    file = workerFile(READER);
+  } catch {
+    return; // the channel says it
+  }
+  const data: ReaderData = { b2Reader: true, start: undefined };
+  const worker = new Worker(file, { workerData: data, name: 'b2 mount' });
+  spare = worker;
+  worker.on('error', forgetSpare).on('exit', forgetSpare).unref();
+}
+
+function forgetSpare(): void {
+  spare = undefined;
+}
+
+/** The thread that reads: the one that waits, or a new one. */
+function startReader(start: ReaderStart): Worker {
+  const waiting = spare;
+  if (waiting === undefined) {
+    const data: ReaderData = { b2Reader: true, start };
+    return new Worker(workerFile(READER), { workerData: data, name: 'b2 mount' });
+  }
+  spare = undefined;
+  waiting.off('error', forgetSpare).off('exit', forgetSpare).ref();
+  waiting.postMessage(start);
+  return waiting;
 }
 
 export class FuseChannel {
@@ -36,16 +75,11 @@ export class FuseChannel {
 
   constructor(options: FuseChannelOptions) {
     this.#options = options;
-    const start: ReaderStart = {
-      b2Reader: true,
+    this.#worker = startReader({
       fuseFd: options.fuseFd,
       wakeFd: this.#wake.readFd,
       pending: this.#pending,
       maxPending: options.maxPending,
-    };
-    this.#worker = new Worker(workerFile(new URL('./reader-worker.js', import.meta.url)), {
-      workerData: start,
-      name: 'b2 mount',
     });
     // The end of the process waits for its threads, and this one waits for the kernel.
     this.#onExit = () => this.#wakeReader();
@@ -76,11 +110,11 @@ export class FuseChannel {
     Atomics.notify(pending, 0);
   }
 
-  /** Sends a reply; false where nobody takes it any more. */
-  reply(header: Buffer, payload: Uint8Array | undefined): boolean {
+  /** Sends a reply in one system call; false where nobody takes it any more. */
+  reply(header: Buffer, ...payload: readonly Uint8Array[]): boolean {
     try {
-      if (payload === undefined) writeSync(this.#options.fuseFd, header);
-      else writevSync(this.#options.fuseFd, [header, payload]);
+      if (payload.length === 0) writeSync(this.#options.fuseFd, header);
+      else writevSync(this.#options.fuseFd, [header, ...payload]);
       return true;
     } catch (error) {
       const code = errnoOf(error);

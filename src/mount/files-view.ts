@@ -93,21 +93,50 @@ export class FilesView {
     this.#options = options;
   }
 
-  /** Names of the directories of a point: `p1`, or `disk` without a partition table. */
+  /** Names of the directories of a point: `p1`, or `disk` without a partition table; of logical volumes, their volume groups. */
   async names(source: FilesSource): Promise<readonly string[]> {
-    return (await this.#areasOf(source)).map((area) => area.name);
+    const first = (await this.#areasOf(source)).map(({ name }) => name.split('/')[0] ?? name);
+    return [...new Set(first)];
   }
 
   /** The directory of that name; undefined where there is none. */
   async directory(source: FilesSource, name: string): Promise<TreeDirectory | undefined> {
-    const area = (await this.#areasOf(source)).find((a) => a.name === name);
-    if (area === undefined) return undefined;
+    const areas = await this.#areasOf(source);
+    const area = areas.find((a) => a.name === name);
+    if (area === undefined) return this.#group(source, name, areas);
     const root: Root = { source, area };
     const key = `${source.key}:${area.name}`;
     return this.#directory(root, Buffer.alloc(0), `root:${key}`, source.mtimeNs, async () => {
       const stat = this.#roots.get(key);
       return stat === undefined ? undefined : attributesOf(stat);
     });
+  }
+
+  /** The directory of a volume group, in which its logical volumes are directories. */
+  #group(
+    source: FilesSource,
+    name: string,
+    areas: readonly FoundArea[],
+  ): TreeDirectory | undefined {
+    const inside = areas.flatMap((a) =>
+      a.name.startsWith(`${name}/`) ? [a.name.slice(name.length + 1)] : [],
+    );
+    if (inside.length === 0) return undefined;
+    return {
+      kind: 'directory',
+      key: `group:${source.key}:${name}`,
+      mtimeNs: source.mtimeNs,
+      lookup: async (volume) => {
+        const node = inside.includes(volume)
+          ? await this.directory(source, `${name}/${volume}`)
+          : undefined;
+        return node === undefined ? undefined : { node, isVolatile: false };
+      },
+      list: async function* () {
+        for (const volume of inside) yield { name: volume, kind: 'directory' } as const;
+        return Promise.resolve();
+      },
+    };
   }
 
   /** Points whose file systems are mounted now. */
@@ -263,7 +292,9 @@ export class FilesView {
       });
     }
     const { clock, events } = this.#options;
-    const environment = await openKernelEnvironment(await source.openImage(), clock, events);
+    const areas = await this.#areasOf(source);
+    const image = await source.openImage();
+    const environment = await openKernelEnvironment(image, areas, clock, events);
     return { environment, agent: new FilesAgent(environment) };
   }
 
@@ -386,9 +417,9 @@ export class FilesView {
 }
 
 /** Why an area with file systems in it is no directory, in words; undefined where it is one, or holds none. */
-function leftOut({ holds, devices, type }: FoundArea): string | undefined {
-  if (holds === 'container')
-    return 'the logical volumes (LVM) in it are not shown here, because they would mix with those of this machine; "b2 ls", "b2 cat" and "b2 restore --path" read them';
+function leftOut({ holds, devices, type, left = [] }: FoundArea): string | undefined {
+  if (holds === 'container' && left.length > 0)
+    return `logical volumes (LVM) in it are not shown here, because only LVM itself can put them together, and here they would mix with those of this machine (${left.join('; ')}); "b2 ls", "b2 cat" and "b2 restore --path" read them in a tiny virtual machine`;
   if (holds === 'files' && devices > 1)
     return `the ${type} in it lies on ${devices} devices and is not shown: one of them alone cannot be read`;
   return undefined;

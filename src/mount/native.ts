@@ -26,6 +26,15 @@ interface Asynchronous<Args extends readonly unknown[]> {
 
 let loaded: Libc | undefined;
 
+/** Loads koffi, for who has nothing better to do than to wait. What fails then is told by the first call. */
+export function loadNative(): void {
+  try {
+    libc();
+  } catch {
+    return;
+  }
+}
+
 function libc(): Libc {
   if (loaded !== undefined) return loaded;
   try {

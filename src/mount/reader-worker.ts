@@ -2,14 +2,18 @@
  * The thread that reads the kernel's requests. It waits in poll(2), which the main thread must never do, and hands over what it read: one
  * array of bytes with requests one behind the other, each of which begins with its length.
  */
-import { parentPort, workerData } from 'node:worker_threads';
+import { parentPort, workerData, type MessagePort } from 'node:worker_threads';
 
-import { readRequest, waitReadable } from './native.js';
+import { loadNative, readRequest, waitReadable } from './native.js';
 import { REQUEST_BUFFER_BYTES } from './protocol.js';
 
-/** What the thread is started with. */
-export interface ReaderStart {
+/** What the thread is started with; undefined: that comes as its first message. */
+export interface ReaderData {
   readonly b2Reader: true;
+  readonly start: ReaderStart | undefined;
+}
+
+export interface ReaderStart {
   /** /dev/fuse, non-blocking. */
   readonly fuseFd: number;
   /** Readable: stop. */
@@ -27,7 +31,7 @@ export type ReaderMessage =
 /** Requests handed over in one message at most. */
 const BATCH = 32;
 
-function isStart(data: unknown): data is ReaderStart {
+function isReader(data: unknown): data is ReaderData {
   return typeof data === 'object' && data !== null && 'b2Reader' in data;
 }
 
@@ -66,7 +70,16 @@ function serve(start: ReaderStart, post: (message: ReaderMessage) => void): void
   }
 }
 
-if (isStart(workerData) && parentPort !== null) {
+function begin(start: ReaderStart, port: MessagePort): void {
+  serve(start, (message) => port.postMessage(message));
+}
+
+if (isReader(workerData) && parentPort !== null) {
   const port = parentPort;
-  serve(workerData, (message) => port.postMessage(message));
+  const { start } = workerData;
+  if (start !== undefined) begin(start, port);
+  else {
+    port.once('message', (late: ReaderStart) => begin(late, port));
+    loadNative();
+  }
 }

@@ -15,9 +15,9 @@ import type { MountTree } from './tree.js';
 /** Requests of the kernel that are under way at most; more stay with the kernel. */
 const MAX_PENDING = 512;
 /** How far the kernel reads ahead, where we may say so (root). */
-const READ_AHEAD_KIB = 1024;
-/** The kernel greets a new file system at once. */
-const GREETING_MS = 10_000;
+const READ_AHEAD_KIB = 4096;
+/** The kernel greets a new file system at once; the thread that hears it may start late on a machine that is very busy. */
+const GREETING_MS = 60_000;
 
 export interface ServeMountOptions {
   readonly tree: MountTree;
@@ -43,19 +43,19 @@ export async function serveMount(options: ServeMountOptions): Promise<Mounted> {
   const server = new MountServer(options, attached);
   const late = new AbortController();
   let failure: unknown;
-  const isGreeted = await Promise.race([
-    server.session.ready.then(() => true),
+  const how = await Promise.race([
+    server.session.ready.then(() => 'greeted' as const),
     server.ended.then(
-      () => false,
+      () => 'unmounted' as const,
       (error: unknown) => {
         failure = error;
-        return false;
+        return 'unmounted' as const;
       },
     ),
-    clock.sleep(GREETING_MS, late.signal).then(() => false),
+    clock.sleep(GREETING_MS, late.signal).then(() => 'late' as const),
   ]);
   late.abort();
-  if (!isGreeted) {
+  if (how !== 'greeted') {
     await server.close().catch(() => undefined);
     if (failure !== undefined) {
       throw new B2Error(
@@ -64,6 +64,8 @@ export async function serveMount(options: ServeMountOptions): Promise<Mounted> {
         { cause: failure },
       );
     }
+    if (how === 'unmounted')
+      throw new B2Error('failed', `${attached.mountpoint} was unmounted before it was ready`);
     throw new B2Error(
       'unsupported',
       `${attached.mountpoint}: the kernel did not begin to talk FUSE 7.23 or newer`,
@@ -102,7 +104,7 @@ class MountServer implements Mounted {
     this.session = new MountSession({
       root: tree.root(),
       totalBytes: async () => (await tree.volumes()).reduce((sum, v) => sum + v.sizeBytes, 0),
-      reply: (header, payload) => this.#channel.reply(header, payload),
+      reply: (header, ...payload) => this.#channel.reply(header, ...payload),
       events: options.events,
       uid: process.geteuid?.() ?? 0,
       gid: process.getegid?.() ?? 0,
@@ -126,7 +128,7 @@ class MountServer implements Mounted {
       await this.session.close();
       // With the last descriptor the connection ends: whoever still has a file open there gets errors.
       closeSync(this.#attached.fuseFd);
-      await detach(this.#attached.device).catch((error: unknown) => {
+      await detach(this.#attached.source).catch((error: unknown) => {
         this.#events({ type: 'warning', message: messageOf(error) });
       });
       await this.#attached.watchdog.stop();
@@ -141,7 +143,7 @@ class MountServer implements Mounted {
   async #close(): Promise<void> {
     if (!this.#channel.isGone) {
       try {
-        const how = await detach(this.#attached.device);
+        const how = await detach(this.#attached.source);
         if (how === 'detached') {
           this.#events({
             type: 'warning',

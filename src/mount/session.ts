@@ -1,4 +1,5 @@
 /** Answers the kernel's requests from a tree: node ids, open files and directories, bounds on memory. Knows no /dev/fuse. */
+import { BufferPool } from '../buffer-pool.js';
 import { errnoOf, messageOf, isKind } from '../errors.js';
 import type { EventSink } from '../events.js';
 import { encodeName } from '../files/names.js';
@@ -32,6 +33,8 @@ const NAME_VALID_MS = 60_000;
 const ATTRIBUTES_VALID_MS = 3_600_000;
 /** Bytes that reads under way may hold; further reads wait. */
 const READ_BYTES_IN_FLIGHT = 64 * 1024 * 1024;
+/** Memory for answers that is kept. */
+const KEPT_BYTES = 8 * 1024 * 1024;
 /** Warnings that are remembered so that each is told once. */
 const REMEMBERED_WARNINGS = 256;
 const UNKNOWN_INODE = 0xffff_ffff;
@@ -40,8 +43,8 @@ export interface SessionOptions {
   readonly root: TreeDirectory;
   /** Bytes that `statfs` tells as the size. */
   readonly totalBytes: () => Promise<number>;
-  /** Sends a reply; false where nobody takes it any more. */
-  readonly reply: (header: Buffer, payload: Uint8Array | undefined) => boolean;
+  /** Sends a reply, the parts of `payload` one after the other, and has done with them when it returns; false where nobody takes it any more. */
+  readonly reply: (header: Buffer, ...payload: readonly Uint8Array[]) => boolean;
   readonly events: EventSink;
   readonly uid: number;
   readonly gid: number;
@@ -96,6 +99,7 @@ export class MountSession {
   readonly #directories = new Map<number, OpenDirectory>();
   readonly #warned = new Set<string>();
   readonly #waitingReads: { readonly bytes: number; readonly start: () => void }[] = [];
+  readonly #buffers = new BufferPool(KEPT_BYTES);
   #bytesInFlight = 0;
   #nextNode = ROOT_NODE + 1;
   #nextHandle = 1;
@@ -178,7 +182,10 @@ export class MountSession {
   }
 
   #send(unique: bigint, payload: Uint8Array | undefined, errno = 0): boolean {
-    return this.#options.reply(replyHeader(unique, errno, payload?.byteLength ?? 0), payload);
+    const header = replyHeader(unique, errno, payload?.byteLength ?? 0);
+    return payload === undefined
+      ? this.#options.reply(header)
+      : this.#options.reply(header, payload);
   }
 
   async #answer(header: Header, request: Request): Promise<void> {
@@ -425,9 +432,17 @@ export class MountSession {
       this.#bytesInFlight += length;
     }
     try {
-      const data = Buffer.allocUnsafe(length);
+      const loan = await file.lend?.(offset, length);
+      if (loan !== undefined) {
+        this.#options.reply(replyHeader(unique, 0, length), ...loan.views);
+        loan.release();
+        return;
+      }
+      const data = this.#buffers.take(length);
       await file.read(data, offset);
       this.#send(unique, data);
+      // Only here: after a failure somebody may still be filling it.
+      this.#buffers.give(data);
     } finally {
       this.#bytesInFlight -= length;
       this.#startReads();

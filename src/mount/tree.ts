@@ -15,7 +15,7 @@ import { B2Error, isKind, messageOf } from '../errors.js';
 import { PointClass } from '../format/commit.js';
 import type { CommitRecord } from '../format/segment.js';
 import { readableImage } from '../files/layout.js';
-import type { Image } from '../image.js';
+import type { Image, Loan } from '../image.js';
 import { choosePoint } from '../repo/point.js';
 import type { Repository } from '../repo/repository.js';
 import { listVolumes, type VolumeMeta } from '../repo/volume.js';
@@ -101,6 +101,8 @@ export interface OpenFile {
   readonly sizeBytes: number;
   /** Fills `into`; the range lies within the file. Errors as {@link Image.read}. */
   read(into: Uint8Array, offset: number): Promise<void>;
+  /** As {@link Image.lend}. */
+  lend?(offset: number, length: number): Promise<Loan | undefined>;
   /** The first data (or hole) at or after `offset`, which lies within the file; the end counts as a hole. */
   seek(offset: number, what: 'data' | 'hole'): Promise<number | undefined>;
   close(): Promise<void>;
@@ -223,6 +225,19 @@ export class MountTree {
     if (chosen.length === 0)
       throw failure ?? new B2Error('not-found', 'the repository holds no volume yet');
     this.#chosen = chosen;
+  }
+
+  /**
+   * Begins to open the history of the only volume, while others still prepare the mount: whoever looks into it will want that. What
+   * fails then is told to who looks.
+   */
+  prepare(): void {
+    const { volume } = this.#options;
+    if (volume === undefined || this.#chosen !== undefined) return;
+    void this.#view(volume)
+      .history()
+      .then((use) => use.release())
+      .catch(() => undefined);
   }
 
   /** Every volume that the tree shows. */
@@ -588,6 +603,10 @@ export class MountTree {
           read: (into, offset) => {
             this.#lastReadNs = this.#options.clock.monotonicNs();
             return image.read(into, part.offset + offset);
+          },
+          lend: async (offset, length) => {
+            this.#lastReadNs = this.#options.clock.monotonicNs();
+            return image.lend?.(part.offset + offset, length);
           },
           seek: (offset, what) => seekIn(image, part, offset, what),
           close: () => use.close(),

@@ -7,12 +7,14 @@
  * this side allocate more than the limits, or touch bytes outside the image.
  */
 import type { Socket } from 'node:net';
-import { createServer, type TlsOptions, type TLSSocket } from 'node:tls';
+import type { TlsOptions, TLSSocket } from 'node:tls';
 
+import type { BufferPool } from '../buffer-pool.js';
 import { B2Error, isKind, messageOf } from '../errors.js';
 import type { Image, ImageExtent } from '../image.js';
 import * as p from './protocol.js';
 import { EndOfStream, SocketReader } from './reader.js';
+import { loadTls } from './tls.js';
 import { isWritable, type WritableImage } from './writable.js';
 
 export interface NbdLimits {
@@ -50,6 +52,8 @@ const UNSENT_FREE_BYTES = 256 * 1024;
 /** What a connection needs of its server. */
 export interface ConnectionHost {
   readonly limits: NbdLimits;
+  /** Memory for answers. */
+  readonly buffers: BufferPool;
   /** undefined: STARTTLS is refused. */
   readonly tls: TlsOptions | undefined;
   /** Nothing but STARTTLS and ABORT is answered before TLS is on. */
@@ -295,7 +299,7 @@ export class Connection {
     this.#socket = await new Promise<TLSSocket>((resolve, reject) => {
       const fail = (): void => reject(new EndOfStream('the TLS handshake failed'));
       // A server of its own, never listening: it checks the client's certificate, which a bare TLSSocket does not.
-      const server = createServer(tls, (secure) => {
+      const server = loadTls().createServer(tls, (secure) => {
         // Before this turn ends, or the first bytes would be lost.
         this.#reader = this.#adopt(secure);
         resolve(secure);
@@ -426,7 +430,7 @@ export class Connection {
     this.#bytesInFlight += cost;
     this.#perform(session, request, payload)
       .then(
-        (reply) => this.#reply(reply),
+        (reply) => this.#reply(reply, request.command === p.Command.read),
         (error: unknown) => this.#performFailed(session, request, error),
       )
       .finally(() => {
@@ -493,7 +497,7 @@ export class Connection {
     // No content chunk may be empty: libnbd gives the connection up over one.
     if (length === 0) return this.#success(request);
     if (!this.#structured) {
-      const reply = Buffer.allocUnsafe(p.SIMPLE_REPLY_BYTES + length);
+      const reply = this.#host.buffers.take(p.SIMPLE_REPLY_BYTES + length);
       p.putSimpleReply(reply, 0, request, 0);
       await image.read(reply.subarray(p.SIMPLE_REPLY_BYTES), offset);
       return reply;
@@ -505,7 +509,7 @@ export class Connection {
     let bytes = 0;
     for (const chunk of chunks)
       bytes += chunk.hole ? p.HOLE_CHUNK_BYTES : p.DATA_CHUNK_HEADER_BYTES + chunk.length;
-    const reply = Buffer.allocUnsafe(bytes);
+    const reply = this.#host.buffers.take(bytes);
     const reads: Promise<void>[] = [];
     let at = 0;
     chunks.forEach((chunk, i) => {
@@ -548,15 +552,26 @@ export class Connection {
     this.#fail(request, code, message);
   }
 
-  #reply(bytes: Buffer): void {
-    if (this.#socket.destroyed) return;
-    // Replies of one turn of the event loop leave in one system call.
-    if (!this.#corked) {
-      this.#corked = true;
-      this.#socket.cork();
-      setImmediate(() => this.#uncork());
-    }
-    this.#socket.write(bytes);
+  /** Replies of one turn of the event loop leave in one system call. */
+  #cork(): void {
+    if (this.#corked) return;
+    this.#corked = true;
+    this.#socket.cork();
+    setImmediate(() => this.#uncork());
+  }
+
+  /** `isOurs`: of the host's buffers. */
+  #reply(bytes: Buffer, isOurs = false): void {
+    const socket = this.#socket;
+    if (socket.destroyed) return;
+    this.#cork();
+    if (!isOurs) socket.write(bytes);
+    else
+      socket.write(bytes, (error) => {
+        // Taken by the kernel, or (TLS) encrypted. Of a socket that is gone nobody knows.
+        if ((error === undefined || error === null) && !socket.destroyed)
+          this.#host.buffers.give(bytes);
+      });
   }
 
   #uncork(): void {

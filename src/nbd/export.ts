@@ -6,6 +6,7 @@ import { join } from 'node:path';
 import { ioError } from '../errors.js';
 import type { EventSink } from '../events.js';
 import type { Image } from '../image.js';
+import { removeWhenKilled, type LeftoverWatch } from '../leftovers.js';
 import { serveNbd } from './server.js';
 
 export interface WithNbdExportOptions {
@@ -19,7 +20,7 @@ const MAX_DIRECTORY_BYTES = 70;
 
 /**
  * Serves `image` read-only on a unix socket that only this user can reach while `use` runs; `uri` is for qemu-img,
- * nbdcopy and the like. Socket and directory are gone when this settles. The image stays open: it is the caller's.
+ * nbdcopy and the like. Socket and directory are gone when this settles, and also where this process is killed. The image stays open: it is the caller's.
  *
  * If any read of the image failed this rejects with that error, which names the damaged pack, rather than with what
  * the client made of it, and also where `use` resolved: what a client wrote after an error is not the image.
@@ -39,7 +40,9 @@ export async function withNbdExport<T>(
   } catch (error) {
     throw ioError('make a directory in', parent, error);
   }
+  let leftovers: LeftoverWatch | undefined;
   try {
+    leftovers = await removeWhenKilled(directory);
     const server = await serveNbd({
       exports: [{ name: '', open: () => Promise.resolve(watched) }],
       listen: { socketPath: join(directory, 's') },
@@ -56,6 +59,7 @@ export async function withNbdExport<T>(
     }
   } finally {
     await rm(directory, { recursive: true, force: true });
+    await leftovers?.stop();
   }
 }
 

@@ -1,4 +1,7 @@
-/** NBD: images as network block devices, with writable overlays. The rest of src/nbd is private to it. */
+/**
+ * NBD: images as network block devices, with writable overlays. The rest of src/nbd is private to it. Who must start fast
+ * imports ./server.js, and ./overlay.js when it is wanted, by themselves.
+ */
 export { withNbdExport, type WithNbdExportOptions } from './export.js';
 export {
   openOverlay,

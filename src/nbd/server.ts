@@ -8,14 +8,17 @@
 import { chmod, link, lstat, mkdtemp, rm, unlink } from 'node:fs/promises';
 import { connect, createServer, type AddressInfo, type Server, type Socket } from 'node:net';
 import { dirname, join, resolve } from 'node:path';
-import { createSecureContext, type TlsOptions } from 'node:tls';
+import type { TlsOptions } from 'node:tls';
 
+import { BufferPool } from '../buffer-pool.js';
 import { systemClock, type Clock } from '../clock.js';
 import { B2Error, errnoOf, ioError, messageOf } from '../errors.js';
 import { ignoreEvents, type EventSink } from '../events.js';
 import type { Image } from '../image.js';
+import { removeWhenKilled, type LeftoverWatch } from '../leftovers.js';
 import { Connection, type NbdLimits, type ServedExport } from './connection.js';
 import { MAX_STRING_BYTES, parseString } from './protocol.js';
+import { loadTls } from './tls.js';
 import type { WritableImage } from './writable.js';
 
 export type { NbdLimits } from './connection.js';
@@ -41,8 +44,11 @@ export interface NbdTls {
 }
 
 export type NbdListen =
-  /** Mode 0600. A socket that nobody listens on any more is replaced; anything else of that name is not. */
-  | { readonly socketPath: string }
+  /**
+   * Mode 0600. A socket that nobody listens on any more is replaced; anything else of that name is not. With `watched` it is also
+   * removed where this process is killed.
+   */
+  | { readonly socketPath: string; readonly watched?: boolean }
   /** Port 0: any that is free. */
   | { readonly host: string; readonly port: number };
 
@@ -85,6 +91,8 @@ const DEFAULT_LIMITS: NbdLimits = {
 const MAX_SOCKET_PATH_BYTES = 107;
 /** What {@link listenOnPath} appends for a while. */
 const STAGING_SUFFIX_BYTES = '/.b2-XXXXXX/s'.length;
+/** Memory for replies that is kept. */
+const KEPT_BYTES = 32 * 1024 * 1024;
 /** Failures told apart; beyond, memory of what was told starts over. */
 const MAX_REPORTED = 1000;
 
@@ -104,11 +112,13 @@ class RunningServer implements NbdServer {
   readonly #tls: TlsOptions | undefined;
   readonly #tlsRequired: boolean;
   readonly #connections = new Map<Connection, Promise<void>>();
+  readonly #buffers = new BufferPool(KEPT_BYTES);
   readonly #reported = new Set<string>();
   readonly #server: Server;
   #uriBase:
     { readonly scheme: string; readonly authority: string; readonly query: string } | undefined;
   #socketPath: string | undefined;
+  #watch: LeftoverWatch | undefined;
   #closed: Promise<void> | undefined;
 
   constructor(options: NbdServerOptions) {
@@ -142,6 +152,7 @@ class RunningServer implements NbdServer {
       const path = resolve(where.socketPath);
       await listenOnPath(this.#server, path);
       this.#socketPath = path;
+      if (where.watched === true) this.#watch = await removeWhenKilled(path);
       this.#uriBase = {
         scheme: `${scheme}+unix`,
         authority: '',
@@ -187,6 +198,7 @@ class RunningServer implements NbdServer {
     const connection = new Connection(
       {
         limits: this.#limits,
+        buffers: this.#buffers,
         tls: this.#tls,
         tlsRequired: this.#tlsRequired,
         exportNames: () => this.#exports,
@@ -225,6 +237,7 @@ class RunningServer implements NbdServer {
     });
     for (const [connection] of connections) void connection.shutDown();
     if (this.#socketPath !== undefined) await unlink(this.#socketPath).catch(() => undefined);
+    await this.#watch?.stop();
     await Promise.all(connections.map(([, attended]) => attended));
     late.abort();
     await stopped;
@@ -302,7 +315,7 @@ function tlsOptions(tls: NbdTls, handshakeMs: number): TlsOptions {
     ...(tls.clientCa === undefined ? {} : { ca: tls.clientCa }),
   } as const;
   try {
-    createSecureContext(context);
+    loadTls().createSecureContext(context);
   } catch (error) {
     throw new B2Error(
       'config',

@@ -2,6 +2,7 @@
  * Reads packs (FORMAT.md section 5): footers, frames, and forward reading of packs that were never sealed. Everything is
  * verified on the way: checksum of the header, seal, chunk ids.
  */
+import { BufferPool } from '../buffer-pool.js';
 import { B2Error, isKind } from '../errors.js';
 import { damaged } from '../format/bytes.js';
 import {
@@ -24,7 +25,10 @@ import {
   type PackHeader,
 } from '../format/pack.js';
 import { numberNonce, type KeyRing, type Sealer } from '../format/seal.js';
+import { HASH_BYTES } from '../hash.js';
 import type { Lz4 } from '../lz4.js';
+import type { ReadAhead } from './read-ahead.js';
+import { ChunkRoom, SingleChunks } from './single-chunks.js';
 import type { ObjectReader, Store } from './store.js';
 
 /** What reading packs needs. */
@@ -54,6 +58,9 @@ export interface FrameChunks {
 const TAIL_GUESS_BYTES = 128 * 1024;
 /** Forward reading reads this much at a time. */
 const FORWARD_BYTES = 4 * 1024 * 1024;
+/** Memory for frames as they are stored, used again. */
+const stored = new BufferPool(4 * 1024 * 1024);
+const room = new ChunkRoom();
 const TRAILER_MAGIC = Buffer.from('B2PE', 'latin1');
 
 export function frameWhat(packId: string, frame: number): string {
@@ -132,6 +139,7 @@ export class OpenPack {
   private readonly reader: ObjectReader;
   private readonly sealer: Sealer;
   private byNumber: Map<number, number> | undefined;
+  private single: SingleChunks | undefined;
 
   private constructor(
     ctx: PackReadContext,
@@ -267,7 +275,26 @@ export class OpenPack {
 
   /** The chunks of frame `number`, verified. */
   async readChunks(number: number): Promise<FrameChunks> {
+    const quick = await this.readOneChunk(number);
+    if (quick !== undefined) return quick;
     return verifiedChunks(await this.readFrame(number), this.packId, this.ctx.keys);
+  }
+
+  /** The short way, for a frame of one chunk; undefined where it is none, or not right, which the long way will say. */
+  private async readOneChunk(number: number): Promise<FrameChunks | undefined> {
+    const frame = this.frame(number);
+    if (frame === undefined || frame.type !== FrameType.chunks || frame.count !== 1)
+      return undefined;
+    const bytes = stored.take(FRAME_HEADER_BYTES + frame.storedBytes);
+    const n = await this.reader.read(bytes, frame.offset);
+    this.single ??= new SingleChunks(this.ctx, this.packId, this.sealer, room);
+    const body = Buffer.allocUnsafeSlow(frame.plainBytes);
+    const isRight = n === bytes.length && this.single.open(frame, bytes, 0, body);
+    stored.give(bytes);
+    if (!isRight) return undefined;
+    const id = Buffer.allocUnsafe(HASH_BYTES);
+    this.single.copyId(id, 0);
+    return { entries: [{ id, lengthBytes: body.length }], body, starts: [0, body.length] };
   }
 
   /** Raw bytes, for compaction and bulk reading. */
@@ -423,11 +450,33 @@ export class PackCache {
     { readonly value: Promise<FrameChunks>; bytes: number }
   >();
   private chunkBytes = 0;
+  private openAhead: (() => Promise<ReadAhead>) | undefined;
+  private opening: Promise<void> | undefined;
+  private ahead: ReadAhead | undefined;
 
   constructor(ctx: PackReadContext, limits: { maxOpen?: number; maxChunkBytes?: number } = {}) {
     this.ctx = ctx;
     this.maxOpen = limits.maxOpen ?? 128;
     this.maxChunkBytes = limits.maxChunkBytes ?? 32 * 1024 * 1024;
+  }
+
+  /** Lets readers have what `open` opens when the first of them asks for it. Closed with the cache. */
+  allowReadAhead(open: () => Promise<ReadAhead>): void {
+    this.openAhead ??= open;
+  }
+
+  /** Threads to decode in; undefined while they start, and where there are none. `start`: they are wanted now. */
+  readAhead(start: boolean): ReadAhead | undefined {
+    const open = this.openAhead;
+    if (open === undefined || (!start && this.opening === undefined)) return undefined;
+    this.opening ??= open().then(
+      (ahead) => {
+        this.ahead = ahead;
+        ahead.isReady();
+      },
+      () => undefined, // everything goes on without
+    );
+    return this.ahead?.isReady() === true ? this.ahead : undefined;
   }
 
   /** Runs `fn` with the pack open; it stays open meanwhile. */
@@ -517,6 +566,9 @@ export class PackCache {
 
   /** Closes everything. */
   async close(): Promise<void> {
+    this.openAhead = undefined;
+    await this.opening;
+    await this.ahead?.close();
     const all = [...this.packs.values()];
     this.packs.clear();
     this.chunks.clear();

@@ -7,6 +7,7 @@ import { blocksOf } from '../units.js';
 import type { When } from '../when.js';
 import { BlockMap } from './blockmap.js';
 import type { VolumeHistory } from './history.js';
+import type { Repository } from './repository.js';
 import { RepositoryImage } from './repository-image.js';
 import { Timeline } from './timeline.js';
 import { listSnapshots, type Snapshot, type VolumeMeta } from './volume.js';
@@ -116,6 +117,22 @@ export function openBlockMap(history: VolumeHistory, seq: number): Promise<Block
     seq,
     blocksOf(history.repo.chunkBytes),
   );
+}
+
+/**
+ * Lets images of `repo` decode in other threads for who reads much (read-ahead.ts), where they can open its store; they start with the first such
+ * read and end with the repository. `failed` is told once if they break down, which only makes reading slower.
+ */
+export function allowReadAhead(
+  repo: Repository,
+  storeUrl: string | undefined,
+  failed?: (error: unknown) => void,
+): void {
+  if (storeUrl === undefined) return;
+  repo.packs.allowReadAhead(async () => {
+    const { openReadAhead } = await import('./read-ahead.js');
+    return openReadAhead(repo, storeUrl, failed);
+  });
 }
 
 /** The image of a volume at a commit. Closing it closes nothing else; the history must stay open as long as it is used. */

@@ -121,12 +121,12 @@ export async function checkFileSystems(
       throw new B2Error('unsupported', 'only root can have the file systems of an image checked', {
         hint: '"b2 verify --boot" needs no privilege.',
       });
-    areas = (await findAreas(image, options.name)).filter((a) => a.holds !== 'none');
+    areas = (await findAreas(image, options.name)).filter(isChecked);
   } catch (error) {
     await image.close();
     throw error;
   }
-  const environment = await openKernelEnvironment(image, options.clock, options.events);
+  const environment = await openKernelEnvironment(image, areas, options.clock, options.events);
   try {
     const checks: FileSystemCheck[] = [];
     for (const area of areas) {
@@ -140,12 +140,17 @@ export async function checkFileSystems(
   }
 }
 
+/** What holds files, and containers of which a part is not among the areas. */
+function isChecked({ holds, left }: FoundArea): boolean {
+  return holds === 'files' || (holds === 'container' && (left ?? []).length > 0);
+}
+
 async function checkOne(
   environment: KernelEnvironment,
   area: FoundArea,
 ): Promise<Omit<FileSystemCheck, 'name' | 'type'>> {
   if (area.holds === 'container')
-    return { state: 'unchecked', message: 'file systems in logical volumes are not checked' };
+    return { state: 'unchecked', message: (area.left ?? []).join('; ') };
   if (area.devices > 1)
     return { state: 'unchecked', message: `it spreads over ${area.devices} devices` };
   const checker = CHECKERS[area.type];

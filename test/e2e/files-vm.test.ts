@@ -46,14 +46,37 @@ interface Listed {
   readonly entries?: readonly { readonly path: string }[];
 }
 
-/** An LVM physical volume with one logical volume in it, an ext4 of `lv`; made without the kernel's device mapper. */
-function makeVolumeGroup(device: string, lv: string): void {
+/**
+ * An LVM physical volume with a logical volume `home` in it, an ext4 of `lv`, and `old`, a snapshot of that; made without the
+ * kernel's device mapper, so the snapshot comes into the metadata as a text.
+ */
+function makeVolumeGroup(device: string, lv: string, scratch: string): void {
   const config = `devices{use_devicesfile=0 filter=["a|^${device}$|","r|.*|"] obtain_device_list_from_udev=0 external_device_info_source="none"} backup{backup=0 archive=0} global{activation=0}`;
   const lvm = (command: string, ...args: readonly string[]): string =>
     tool('lvm', [command, '--config', config, ...args]);
   lvm('pvcreate', '-qq', '-ff', '-y', device);
   lvm('vgcreate', '-qq', 'b2test', device);
   lvm('lvcreate', '-qq', '-an', '-Zn', '-Wn', '-y', '-n', 'home', '-L', '24M', 'b2test');
+  lvm('lvcreate', '-qq', '-an', '-Zn', '-Wn', '-y', '-n', 'old', '-L', '8M', 'b2test');
+  lvm('vgcfgbackup', '-qq', '-f', scratch, 'b2test');
+  const joined = `\tlogical_volumes {
+snapshot0 {
+id = "aaaaaa-aaaa-aaaa-aaaa-aaaa-aaaa-aaaaaa"
+status = ["READ", "WRITE", "VISIBLE"]
+segment_count = 1
+segment1 {
+start_extent = 0
+extent_count = 6
+type = "snapshot"
+chunk_size = 8
+origin = "home"
+cow_store = "old"
+}
+}
+`;
+  const text = readFileSync(scratch, 'utf8');
+  writeFileSync(scratch, text.replace(/^\s*logical_volumes \{\n/m, joined));
+  lvm('vgcfgrestore', '-qq', '-f', scratch, 'b2test');
   const start = lvm(
     'pvs',
     '-qq',
@@ -109,7 +132,7 @@ requires(needs).describe('in a tiny virtual machine', () => {
     const group = await newLoop(dir, 'group', 48 * MIB);
     const lv = await newLoop(dir, 'lv', 24 * MIB);
     tool('mkfs.ext4', ['-q', '-L', 'home', '-d', '/etc/alternatives', lv.device]);
-    makeVolumeGroup(group.device, lv.file);
+    makeVolumeGroup(group.device, lv.file, dir.join('group.txt'));
     put(group.file, 65);
     const xfs = await newLoop(dir, 'xfs', 340 * MIB);
     tool('mkfs.xfs', ['-q', xfs.device]);
@@ -123,18 +146,25 @@ requires(needs).describe('in a tiny virtual machine', () => {
   });
   afterAll(() => dir.remove());
 
-  it('lists the file systems, those in LVM too', async () => {
-    const { fileSystems, backends, entries } = await b2.json<Listed>(['ls', 'web/sda:b2test/home']);
+  it('lists the file systems, those in LVM too, and reads what only LVM can', async () => {
+    const { fileSystems, backends, entries } = await b2.json<Listed>(['ls', 'web/sda:b2test/old']);
     expect(fileSystems.map((f) => `${f.name} ${f.type}`)).toEqual([
       'p1 vfat',
       'p2 ntfs',
       'p4 xfs',
       'b2test/home ext4',
+      'b2test/old ext4',
     ]);
     expect(backends).toEqual(['vm']);
     expect(entries?.map((e) => e.path)).toEqual(
       ['lost+found', ...readdirSync('/etc/alternatives')].sort().map((name) => `/${name}`),
     );
+  });
+
+  it('leaves a linear logical volume to the kernel of this machine', async () => {
+    const { backends, entries } = await b2.json<Listed>(['ls', 'web/sda:b2test/home:/']);
+    expect(backends).toEqual(['kernel']);
+    expect(entries?.length).toBe(readdirSync('/etc/alternatives').length + 1);
   });
 
   it('says what QEMU said where that ends at once, also when it takes its time for it', async () => {

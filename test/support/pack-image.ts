@@ -253,10 +253,12 @@ export async function storeBytes(
   };
 }
 
-/** The same image for random reads. */
-export function imageOf(made: PackImage): RepositoryImage {
+/** The same image for random reads; it closes `packs`. */
+export function imageOf(
+  made: PackImage,
+  packs: PackCache = new PackCache(made.context),
+): RepositoryImage {
   const chunkBlocks = made.handle.chunkBytes / BLOCK_BYTES;
-  const packs = new PackCache(made.context);
   const hole = (block: number, count: number): SourceExtent => ({
     block,
     count,

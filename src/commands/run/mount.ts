@@ -2,12 +2,13 @@ import { spawn } from 'node:child_process';
 import { closeSync, mkdirSync, openSync } from 'node:fs';
 import { dirname, join } from 'node:path';
 
-import { B2Error, ioError } from '../../errors.js';
+import { B2Error, ioError, messageOf } from '../../errors.js';
 import type { B2Event, EventSink } from '../../events.js';
 import { formatTimeLocal } from '../../human.js';
-import { FilesView } from '../../mount/files-view.js';
+import { warmChannel } from '../../mount/channel.js';
 import { openMountTree } from '../../mount/tree.js';
 import { serveMount } from '../../mount/server.js';
+import { allowReadAhead } from '../../repo/point.js';
 import { askPassword, findSecrets } from '../../secrets.js';
 import type { Style } from '../../ui/style.js';
 import { parseWhen } from '../../when.js';
@@ -77,13 +78,20 @@ function serve(
     });
   }
   const at = options.at === undefined ? undefined : parseWhen(options.at, clock.nowNs());
+  warmChannel();
   return withRepository(context, async (repo) => {
     const warn = (message: string): void => events({ type: 'warning', message });
+    allowReadAhead(repo, repo.store.url, (error) =>
+      warn(`reading ahead has ended: ${messageOf(error)}`),
+    );
     const volume =
       options.volume === undefined ? undefined : await volumeNamed(context, repo, options.volume);
-    const files = options.files ? new FilesView({ clock, events }) : undefined;
+    // Much code that only --files needs: it is not loaded without.
+    const inside = options.files ? await import('../../mount/files-view.js') : undefined;
+    const files = inside === undefined ? undefined : new inside.FilesView({ clock, events });
     const tree = await openMountTree({ repo, clock, volume, at, warn, files });
     try {
+      tree.prepare();
       const mounted = await serveMount({
         tree,
         mountpoint: input.arguments.mountpoint,

@@ -2,19 +2,13 @@ import { readFile } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 
-import { B2Error, ioError } from '../../errors.js';
+import { B2Error, ioError, messageOf } from '../../errors.js';
 import { formatBytes, formatTimeLocal } from '../../human.js';
 import type { Image } from '../../image.js';
-import {
-  openOverlay,
-  openTemporaryOverlay,
-  serveNbd,
-  type NbdListen,
-  type NbdTls,
-  type WritableImage,
-} from '../../nbd/index.js';
+import type { NbdListen, NbdTls, WritableImage } from '../../nbd/index.js';
+import { serveNbd } from '../../nbd/server.js';
 import { VolumeHistory } from '../../repo/history.js';
-import { choosePoint, openImage, type ChosenPoint } from '../../repo/point.js';
+import { allowReadAhead, choosePoint, openImage, type ChosenPoint } from '../../repo/point.js';
 import type { Repository } from '../../repo/repository.js';
 import type { VolumeMeta } from '../../repo/volume.js';
 import type { Style } from '../../ui/style.js';
@@ -45,6 +39,9 @@ export function run(
   return withRepository(context, async (repo) => {
     const tls = await tlsOf(options);
     const warn = (message: string): void => context.events({ type: 'warning', message });
+    allowReadAhead(repo, repo.store.url, (error) =>
+      warn(`reading ahead has ended: ${messageOf(error)}`),
+    );
     const volume = await volumeNamed(context, repo, input.arguments.volume);
     const history = await VolumeHistory.open(repo, volume.id);
     try {
@@ -105,7 +102,8 @@ export function text(_data: ServeNbdAnswer, _style: Style): string {
 function listenOf(context: CommandContext, options: Options): NbdListen {
   if (options.listen === undefined) {
     const directory = context.env['XDG_RUNTIME_DIR'] ?? tmpdir();
-    return { socketPath: options.socket ?? join(directory, `b2-nbd-${process.pid}.sock`) };
+    const socketPath = options.socket ?? join(directory, `b2-nbd-${process.pid}.sock`);
+    return { socketPath, watched: true };
   }
   if (options.socket !== undefined)
     throw new B2Error('usage', 'give --socket or --listen, not both');
@@ -149,6 +147,8 @@ async function open(
   { commit }: ChosenPoint,
 ): Promise<Image | WritableImage> {
   const base = await openImage(history, volume, commit.seq);
+  if (options.overlay === undefined && !options.writable) return base;
+  const { openOverlay, openTemporaryOverlay } = await import('../../nbd/overlay.js');
   if (options.overlay !== undefined) {
     const identity = {
       repository: repo.config.id,
@@ -158,7 +158,7 @@ async function open(
     };
     return await openOverlay({ path: options.overlay, base, identity });
   }
-  return options.writable ? await openTemporaryOverlay({ base }) : base;
+  return await openTemporaryOverlay({ base });
 }
 
 function aborted(signal: AbortSignal): Promise<void> {

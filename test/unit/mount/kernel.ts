@@ -53,8 +53,9 @@ export class TestKernel {
       root,
       totalBytes: () => Promise.resolve(1024 * 1024),
       xattrs: false,
-      reply: (header, payload) => {
+      reply: (header, ...parts) => {
         const unique = header.readBigUInt64LE(8);
+        const payload = parts.length === 0 ? undefined : Buffer.concat(parts);
         const length = OUT_HEADER_BYTES + (payload?.byteLength ?? 0);
         const errno = 0 - header.readInt32LE(4);
         if (header.readUInt32LE(0) !== length || header.length !== OUT_HEADER_BYTES)

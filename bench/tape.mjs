@@ -3,10 +3,13 @@
 //
 // Both end with their bytes on stable storage, as a file mark does on a real drive: b2 syncs each file of the tape before its mark, tar is
 // followed by `sync FILE`. Both begin with the packs in the page cache (`--cache warm`), or both without (`cold`). In turn, after a sync of
-// everything that the run before left. Read back is off: tar does not read back either. Times are those of the whole commands, b2's with the start of
-// the program, the password (scrypt) and the plan; what of it is fixed is shown beside it (`b2 tape list`), and the rate of the writing alone.
+// everything that the run before left. Two comparisons:
+//   writing   b2 without reading back (--no-verify) beside tar: the rate of the writing alone, and that of the whole commands, b2's with the start of
+//             the program, the password (scrypt) and the plan; what of it is fixed is shown beside it (`b2 tape list`).
+//   verified  b2 as it comes, which reads everything back and checks every chunk, beside tar and `tar -d`, which reads the archive back and compares. Both
+//             read from the disk: b2 has written around the page cache, and tar's archive is taken out of it.
 //
-//   usage: node bench/tape.mjs [--mib 2048] [--rounds 3] [--cache warm|cold] [--encryption aes256|none] [--rate 360M] [--dir DIR] [--json]
+//   usage: node bench/tape.mjs [--mib 2048] [--rounds 5] [--cache warm|cold] [--encryption aes256|none] [--rate 360M] [--dir DIR] [--json]
 //          --rate: the stand-in takes no more than that, as a real drive does (LTO-8: 360M); tar is left out, and under-runs are what counts
 import { execFileSync } from 'node:child_process';
 import {
@@ -29,7 +32,7 @@ import { parseArgs } from 'node:util';
 const { values } = parseArgs({
   options: {
     mib: { type: 'string', default: '2048' },
-    rounds: { type: 'string', default: '3' },
+    rounds: { type: 'string', default: '5' },
     cache: { type: 'string', default: 'warm' },
     encryption: { type: 'string', default: 'aes256' },
     rate: { type: 'string' },
@@ -104,33 +107,49 @@ try {
   for (let round = 0; round < Number(values.rounds); round++) {
     const tape = join(dir, `tape-${round}`);
     const archive = join(dir, `archive-${round}.tar`);
-    mkdirSync(tape);
-    const runTar = () => {
+    const runTar = (verify) => {
       prepare();
+      rmSync(archive, { force: true });
       const done = timed(
         'bash',
         '-c',
-        'tar -b 512 -C "$1" -cf "$2" packs && sync "$2"',
+        `tar -b 512 -C "$1" -cf "$2" packs && sync "$2"${
+          verify
+            ? ' && dd if="$2" iflag=nocache count=0 status=none && tar -b 512 -C "$1" -df "$2"'
+            : ''
+        }`,
         'bash',
         join(dir, 'repo'),
         archive,
       );
       return { ...done, bytes: statSync(archive).size };
     };
-    const runB2 = () => {
+    const runB2 = (...more) => {
       prepare();
+      rmSync(tape, { recursive: true, force: true });
+      mkdirSync(tape);
       const rate = values.rate === undefined ? '' : `?rate=${values.rate}`;
-      return b2('export-tape', `file:${tape}${rate}`, '--label', 'BENCH', '--no-verify');
+      return b2('export-tape', `file:${tape}${rate}`, '--label', 'BENCH', ...more);
     };
-    let tar;
+    const b2First = round % 2 === 0;
+    const both = (one, two) => {
+      const [a, b] = b2First ? [one(), two()] : [two(), one()];
+      return b2First ? [a, b] : [b, a];
+    };
     let done;
-    if (values.rate !== undefined) done = runB2();
-    else if (round % 2 === 0) {
-      done = runB2();
-      tar = runTar();
-    } else {
-      tar = runTar();
-      done = runB2();
+    let tar;
+    let verified;
+    let tarVerified;
+    if (values.rate !== undefined) done = runB2('--no-verify');
+    else {
+      [done, tar] = both(
+        () => runB2('--no-verify'),
+        () => runTar(false),
+      );
+      [verified, tarVerified] = both(
+        () => runB2(),
+        () => runTar(true),
+      );
     }
     const { answer } = done;
     const result = {
@@ -148,6 +167,13 @@ try {
       result.tarCpu = tar.cpu;
       result.ratioWhole = result.whole / result.tar;
       result.ratioWriting = result.writing / result.tar;
+      if (!verified.answer.verified) throw new Error('what was written could not be read back');
+      result.verifiedSeconds = verified.seconds;
+      result.verifiedCpu = verified.cpu;
+      result.tarVerifiedSeconds = tarVerified.seconds;
+      result.tarVerifiedCpu = tarVerified.cpu;
+      result.ratioVerified =
+        verified.answer.bytes / verified.seconds / (tarVerified.bytes / tarVerified.seconds);
     }
     rounds.push(result);
     rmSync(tape, { recursive: true });
@@ -162,11 +188,12 @@ try {
         `b2 ${mib(r.whole)} in ${r.seconds.toFixed(2)} s (${r.cpu.toFixed(1)} s CPU), writing ${mib(r.writing)}, under-runs ${r.underRuns}` +
           (r.tar === undefined
             ? ''
-            : `; tar ${mib(r.tar)} in ${r.tarSeconds.toFixed(2)} s (${r.tarCpu.toFixed(1)} s CPU); ratio ${r.ratioWhole.toFixed(2)}, of the writing ${r.ratioWriting.toFixed(2)}`),
+            : `; tar ${mib(r.tar)} in ${r.tarSeconds.toFixed(2)} s (${r.tarCpu.toFixed(1)} s CPU); ratio ${r.ratioWhole.toFixed(2)}, of the writing ${r.ratioWriting.toFixed(2)}\n` +
+              `    and read back: b2 ${r.verifiedSeconds.toFixed(2)} s (${r.verifiedCpu.toFixed(1)} s CPU), tar -d ${r.tarVerifiedSeconds.toFixed(2)} s (${r.tarVerifiedCpu.toFixed(1)} s CPU); ratio ${r.ratioVerified.toFixed(2)}`),
       );
     if (values.rate === undefined)
       console.log(
-        `median ratio: whole commands ${median(rounds.map((r) => r.ratioWhole)).toFixed(2)}, writing ${median(rounds.map((r) => r.ratioWriting)).toFixed(2)} (goal at least 0.9)`,
+        `median ratio: writing ${median(rounds.map((r) => r.ratioWriting)).toFixed(2)} (goal at least 0.9), whole commands ${median(rounds.map((r) => r.ratioWhole)).toFixed(2)}, written and read back ${median(rounds.map((r) => r.ratioVerified)).toFixed(2)}`,
       );
     console.log(
       `${values.cache} page cache, ${(rounds[0].bytes / 2 ** 20).toFixed(0)} MiB on tape; fixed costs of b2 about ${fixed.toFixed(2)} s; load ${loadavg()[0].toFixed(1)}`,

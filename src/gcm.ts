@@ -26,6 +26,22 @@ export interface GcmOpener {
   open(from: Buffer, at: number, end: number, into: Buffer): boolean;
 }
 
+/**
+ * Makes one seal after the other under one key, as {@link GcmOpener} opens them. A (key, nonce) pair must never seal two different
+ * plaintexts. Not for use from two call stacks at once.
+ */
+export interface GcmSealer {
+  /** 12 bytes, to be filled in before {@link seal}. */
+  readonly nonce: Buffer;
+  /** As long as was asked for, to be filled in before {@link seal}. */
+  readonly aad: Buffer;
+  /**
+   * Writes ciphertext and tag (end - from + 16 bytes) of bytes `from` to `end` of `plain` to `out` from `at`. They must not overlap.
+   * RangeError if the bytes, or the room for them, are not there.
+   */
+  seal(plain: Buffer, from: number, end: number, out: Buffer, at: number): void;
+}
+
 /** Keeps no state between calls. One instance per thread. Keys are 32 bytes, nonces 12. */
 export interface Gcm {
   /** Which way it is called, for benchmarks and tests. */
@@ -49,6 +65,8 @@ export interface Gcm {
   open(key: Buffer, nonce: Buffer, aad: Buffer, sealed: Buffer, into?: Buffer): Buffer | undefined;
   /** For many seals under `key`, which must not change, with `aadBytes` of associated data each. */
   opener(key: Buffer, aadBytes: number): GcmOpener;
+  /** The same for making them. */
+  sealer(key: Buffer, aadBytes: number): GcmSealer;
 }
 
 function check(key: Buffer, nonce: Buffer): void {
@@ -68,6 +86,13 @@ function checkOpen(from: Buffer, at: number, end: number, into: Buffer): boolean
   if (at < 0 || end > from.length || into.length < end - at - TAG_BYTES)
     throw new RangeError('what is to be opened, or the room for it, is not there');
   return end - at >= TAG_BYTES;
+}
+
+/** RangeError for bytes, or room for their seal, that are not there. */
+function checkSeal(plain: Buffer, from: number, end: number, out: Buffer, at: number): void {
+  if (from < 0 || end < from || end > plain.length || at < 0)
+    throw new RangeError('what is to be sealed is not there');
+  if (out.length - at < end - from + TAG_BYTES) throw new RangeError('no room for what is sealed');
 }
 
 /** The portable implementation, also used to test the other one against. */
@@ -112,6 +137,19 @@ export function openNodeGcm(): Gcm {
           const plain = this.open(key, nonce, aad, from.subarray(at, end));
           plain?.copy(into);
           return plain !== undefined;
+        },
+      };
+    },
+    sealer(key, aadBytes) {
+      const nonce = Buffer.alloc(NONCE_BYTES);
+      const aad = Buffer.alloc(aadBytes);
+      check(key, nonce);
+      return {
+        nonce,
+        aad,
+        seal: (plain, from, end, out, at) => {
+          checkSeal(plain, from, end, out, at);
+          this.seal(key, nonce, aad, [plain.subarray(from, end)], out, at);
         },
       };
     },
@@ -190,6 +228,13 @@ function openOpenssl(): Gcm | undefined {
     const ignored = Buffer.alloc(TAG_BYTES);
     const ignoredAt = Number(koffi.address(ignored));
     let keyed: GcmOpener | undefined;
+    // The same of the sealers.
+    const manySeals = newContext();
+    must(init(manySeals, cipher, null, null, null, 1));
+    const manySealsAt = Number(koffi.address(manySeals));
+    let sealKeyed: GcmSealer | undefined;
+    const plainAt = addressOfLast(koffi.address);
+    const outAt = addressOfLast(koffi.address);
     const fromAt = addressOfLast(koffi.address);
     const intoAt = addressOfLast(koffi.address);
 
@@ -259,6 +304,42 @@ function openOpenssl(): Gcm | undefined {
         };
         return opener;
       },
+      sealer(key, aadBytes) {
+        const nonce = Buffer.alloc(NONCE_BYTES);
+        const aad = Buffer.alloc(aadBytes);
+        check(key, nonce);
+        const [keyAt, nonceAt, aadAt] = [key, nonce, aad].map((b) => Number(koffi.address(b)));
+        if (keyAt === undefined || nonceAt === undefined || aadAt === undefined)
+          throw new Error('no addresses');
+        const sealer: GcmSealer & { readonly key: Buffer } = {
+          key, // kept: its address is used
+          nonce,
+          aad,
+          seal(plain, from, end, out, at) {
+            checkSeal(plain, from, end, out, at);
+            const bytes = end - from;
+            const target = outAt(out) + at;
+            const begun = initAt(
+              manySealsAt,
+              null,
+              null,
+              sealKeyed === sealer ? 0 : keyAt,
+              nonceAt,
+              1,
+            );
+            // Set again where any of this fails.
+            sealKeyed = undefined;
+            must(begun);
+            if (aadBytes > 0) must(updateAt(manySealsAt, 0, outBytesAt, aadAt, aadBytes));
+            if (bytes > 0)
+              must(updateAt(manySealsAt, target, outBytesAt, plainAt(plain) + from, bytes));
+            must(finalAt(manySealsAt, ignoredAt, outBytesAt));
+            must(controlAt(manySealsAt, EVP_CTRL_AEAD_GET_TAG, TAG_BYTES, target + bytes));
+            sealKeyed = sealer;
+          },
+        };
+        return sealer;
+      },
     };
   } catch {
     return undefined; // koffi's binary is not on this machine, or Node.js hides its OpenSSL: the other way is the answer
@@ -291,6 +372,15 @@ function agree(a: Gcm, b: Gcm): boolean {
   a.seal(key, nonce, aad, [plain.subarray(0, 333), plain.subarray(333)], x, 0);
   b.seal(key, nonce, aad, [plain], y, 0);
   if (!x.equals(y) || a.open(key, nonce, aad, y)?.equals(plain) !== true) return false;
+  const sealer = a.sealer(key, aad.length);
+  nonce.copy(sealer.nonce);
+  aad.copy(sealer.aad);
+  const z = Buffer.alloc(1016);
+  for (let i = 0; i < 2; i++) {
+    // With its key set now, and before.
+    sealer.seal(plain, 0, plain.length, z.fill(0), 0);
+    if (!z.equals(y)) return false;
+  }
   const opener = a.opener(key, aad.length);
   nonce.copy(opener.nonce);
   aad.copy(opener.aad);

@@ -46,7 +46,7 @@ export const importTapeCommand = defineCommand({
   summary: 'restore from tape: a volume to a device, or the whole repository',
   description: [
     'With --to one point is written to a device or image file in one pass over the tape, without a repository and without room for one. Otherwise the repository is brought back at --repo, which must hold none: every point of the cartridges that are read.',
-    'Start with the newest cartridge of the set; others that are needed are asked for by their label. Where one is missing or damaged, everything else is restored, and what is not is listed: ranges that are zeros now with --to, points that are not whole otherwise (code 3).',
+    'Start with the newest cartridge of the set, which has the newest points, or another one that has the point; further ones that are needed are asked for by their label, as far as it is known, and may come in any order. Where one is missing or damaged, everything else is restored, and what is not is listed: ranges that are zeros now with --to, points that are not whole otherwise (code 3).',
     'The password or key file is that of the repository that was exported, given as for any other command.',
   ],
   arguments: args,

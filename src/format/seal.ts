@@ -1,6 +1,6 @@
 /** Keys and sealing (FORMAT.md section 2). Pure: master key in, bytes out. */
 import { hkdfSync, timingSafeEqual } from 'node:crypto';
-import { gcm, type GcmOpener } from '../gcm.js';
+import { gcm, type GcmOpener, type GcmSealer } from '../gcm.js';
 import { keyedHash, type KeyedHash } from '../hash.js';
 
 /** Bytes that a seal is longer than what it seals. */
@@ -37,7 +37,15 @@ export interface Sealer {
   open(nonce: Buffer, aad: Buffer, sealed: Buffer, into?: Buffer): Buffer | undefined;
   /** For many seals with `aadBytes` of associated data each. */
   opener(aadBytes: number, room: OpenRoom): SealOpener;
+  /** For making many with `aadBytes` of associated data each. */
+  maker(aadBytes: number): SealMaker;
 }
+
+/**
+ * Makes one seal after the other without an object for each: {@link Sealer.sealInto} of bytes `from` to `end` of `plain`. The nonce and the associated data
+ * are filled in before. Not for use from two call stacks at once.
+ */
+export type SealMaker = GcmSealer;
 
 /** Opens one seal after the other without an object for each. Not for use from two call stacks at once. */
 export interface SealOpener {
@@ -81,6 +89,7 @@ function gcmSealer(key: Buffer): Sealer {
     sealInto: (nonce, aad, plain, out, at) => aes.seal(key, nonce, aad, plain, out, at),
     open: (nonce, aad, sealed, into) => aes.open(key, nonce, aad, sealed, into),
     opener: (aadBytes, room) => new GcmSealOpener(aes.opener(key, aadBytes), room),
+    maker: (aadBytes) => aes.sealer(key, aadBytes),
   };
 }
 
@@ -152,6 +161,17 @@ function checkSealer(hash: KeyedHash): Sealer {
     },
     opener(aadBytes) {
       return new CheckOpener(this, aadBytes);
+    },
+    maker(aadBytes) {
+      const nonce = Buffer.alloc(NONCE_BYTES);
+      const aad = Buffer.alloc(aadBytes);
+      return {
+        nonce,
+        aad,
+        seal: (plain, from, end, out, at) => {
+          this.sealInto(nonce, aad, [plain.subarray(from, end)], out, at);
+        },
+      };
     },
   };
 }

@@ -15,7 +15,7 @@ import {
   type TapePart,
 } from '../format/tape.js';
 import type { Repository } from '../repo/repository.js';
-import { KEY_STEP } from './pack-work.js';
+import { KEY_STEP } from './pack-maker.js';
 
 /** Every cartridge, by set and number; what is damaged is told to `warn` and left out. */
 export async function listCartridges(

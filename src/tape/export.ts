@@ -187,6 +187,11 @@ class PackQueue {
     this.#enough = streams ? Math.max(1, Math.floor(depth * 0.75)) : 1;
   }
 
+  /** Has the first packs made, for who has something to write before them. */
+  begin(): void {
+    this.#fill();
+  }
+
   /** The next pack. Where none is ready the drive has to stop; one that must not stop often waits until most of the buffer is full again. */
   async next(): Promise<ReadyPack | undefined> {
     this.#fill();
@@ -295,6 +300,7 @@ class Export {
     // Where nothing has to be kept streaming, memory that stays in the cache is worth more.
     const depth = drive.streams ? most : Math.min(most, SHORT_DEPTH);
     const queue = new PackQueue(plan, this.#pool, repo, depth, drive.streams);
+    queue.begin();
     try {
       let waiting: readonly ReadyPack[] = [];
       for (;;) {

@@ -7,6 +7,8 @@ import type { ByteRange } from '../devices/device.js';
 import type { TapeDrive } from '../devices/tape/drive.js';
 import { B2Error, isKind } from '../errors.js';
 import type { EventSink } from '../events.js';
+import { clipExtent } from '../format/extent.js';
+import { packIdOf } from '../format/names.js';
 import type { CommitRecord } from '../format/segment.js';
 import { ObjectKind, decodeObject } from '../format/object.js';
 import {
@@ -19,7 +21,9 @@ import {
 import { alignedMemory } from '../memory.js';
 import { startProgress } from '../progress.js';
 import type { BlockMap } from '../repo/blockmap.js';
+import { readCommits, type ReadCommit } from '../repo/commits.js';
 import type { Secret } from '../repo/keys.js';
+import { PackCache } from '../repo/pack-reader.js';
 import { Repository, type Environment } from '../repo/repository.js';
 import { examineTarget, openTarget, refuseTarget, type OpenTarget } from '../restore/target.js';
 import { BLOCK_BYTES, blocksOf, roundUp } from '../units.js';
@@ -28,7 +32,7 @@ import { readLabel, requireCartridge, toFile } from './cartridge.js';
 import { MapStore } from './map-store.js';
 import { linkPoints } from './link.js';
 import { changeCartridge, type CartridgeSource } from './media.js';
-import { KEY_STEP } from './pack-work.js';
+import { KEY_STEP } from './pack-maker.js';
 import { DEFAULT_TAPE_WORKERS, PackPool } from './pool.js';
 import { readBack } from './read-back.js';
 import { surveyCartridge, type Survey } from './survey.js';
@@ -235,12 +239,16 @@ class TapeRestore {
   readonly #pool: PackPool;
   readonly #target: OpenTarget;
   readonly #chunkBlocks: number;
-  readonly #wanted = new Map<string, WantedPack>();
+  #wanted = new Map<string, WantedPack>();
   readonly #knowledge = new SetKnowledge();
   readonly #missing: { offset: number; length: number }[] = [];
   readonly #damaged: { packId: string; frame: number; reason: string }[] = [];
-  /** Packs of which a frame was damaged: another copy may do better. */
+  /** Labels of the cartridges that were read. */
   readonly #read: string[] = [];
+  /** Those of them that hold nothing more that is wanted. */
+  readonly #done = new Set<string>();
+  /** Packs that are not where they should be. */
+  readonly #lost = new Set<string>();
   readonly #staging: Buffer[] = [];
   /** Offset, length and crc32 of what was written, three numbers each. */
   readonly #checks: number[] = [];
@@ -270,6 +278,7 @@ class TapeRestore {
     let { label, survey } = view;
     this.#knowledge.learn(survey.objects, view.repo);
     for (;;) {
+      await this.#otherCopies(survey);
       await this.#cartridge(label, survey);
       if (this.#wanted.size === 0) break;
       const next = await this.#nextCartridge(label);
@@ -326,7 +335,8 @@ class TapeRestore {
   /** Takes everything wanted that is on the cartridge in the drive. */
   async #cartridge(label: TapeLabel, survey: Survey): Promise<void> {
     const { drive, signal, view } = this.#o;
-    this.#read.push(label.label);
+    if (!this.#read.includes(label.label)) this.#read.push(label.label);
+    this.#done.add(label.label);
     // The directories hold packs too, but no data.
     const last = survey.files.at(-1)?.file ?? 0;
     const known = new Set<number>();
@@ -363,6 +373,90 @@ class TapeRestore {
       this.#knowledge.learn(found.objects, view.repo);
       i = to;
     }
+    for (const packId of this.#wanted.keys())
+      if (this.#knowledge.packs.get(packId)?.label === label.label) this.#lost.add(packId);
+  }
+
+  /**
+   * The cartridge in the drive may hold the commit of the point with other packs: its export was interrupted and went on in another session. Where fewer
+   * of the bytes that are still wanted lie in packs that are nowhere, that copy is used from now on.
+   */
+  async #otherCopies(survey: Survey): Promise<void> {
+    if (this.#lostBlocks(this.#wanted) === 0) return;
+    const { view, commit, volumeId } = this.#o;
+    const { repo } = view;
+    const store = new MapStore('the cartridge', new Map(survey.packs));
+    const packs = new PackCache({ ...repo.packContext(), store });
+    try {
+      for (const name of survey.packs.keys()) {
+        const packId = packIdOf(name);
+        if (packId === undefined) continue;
+        let found: readonly ReadCommit[];
+        try {
+          found = await readCommits(packs, repo.keys, packId, volumeId, () => undefined);
+        } catch (error) {
+          if (!isKind(error, 'damaged')) throw error;
+          continue;
+        }
+        for (const c of found) {
+          const isSame =
+            c.full &&
+            c.seq === commit.seq &&
+            c.commit.epoch === commit.epoch &&
+            c.hash.equals(commit.hash);
+          const other = isSame ? this.#wantedOf(c) : undefined;
+          if (other === undefined || this.#lostBlocks(other) >= this.#lostBlocks(this.#wanted))
+            continue;
+          this.#wanted = other;
+          // What was of no use before may be now.
+          for (const id of other.keys()) {
+            const at = this.#knowledge.packs.get(id);
+            if (at !== undefined && !this.#lost.has(id)) this.#done.delete(at.label);
+          }
+        }
+      }
+    } finally {
+      await packs.close();
+    }
+  }
+
+  /** What is still wanted, as another copy of the commit names it. Undefined where that does not name all of it. */
+  #wantedOf(copy: ReadCommit): Map<string, WantedPack> | undefined {
+    const ranges = joined(
+      [...this.#wanted.values()].flatMap(({ extents }) => {
+        const list: ByteRange[] = [];
+        for (let i = 0; i < extents.length; i += 5)
+          list.push({ offset: extents[i] ?? 0, length: extents[i + 1] ?? 0 });
+        return list;
+      }),
+    );
+    let missing = ranges.reduce((sum, r) => sum + r.length, 0);
+    const wanted = new Map<string, WantedPack>();
+    const extents = copy.extents.toSorted((a, b) => a.block - b.block);
+    let at = 0;
+    for (const e of extents) {
+      while (at < ranges.length && endOf(ranges[at]) <= e.block) at++;
+      for (let i = at; i < ranges.length && (ranges[i]?.offset ?? 0) < e.block + e.count; i++) {
+        const packId = copy.packIds[e.pack];
+        if (packId === undefined) return undefined; // data here, and nothing there
+        const part = clipExtent(e, ranges[i]?.offset ?? 0, endOf(ranges[i]), this.#chunkBlocks);
+        missing -= part.count;
+        let list = wanted.get(packId);
+        if (list === undefined) wanted.set(packId, (list = { extents: [] }));
+        list.extents.push(part.block, part.count, part.frame, part.sub, part.skip);
+      }
+    }
+    return missing === 0 ? wanted : undefined;
+  }
+
+  /** Blocks in packs that are on no cartridge, as far as is known. */
+  #lostBlocks(wanted: ReadonlyMap<string, WantedPack>): number {
+    let blocks = 0;
+    for (const [packId, { extents }] of wanted) {
+      if (this.#knowledge.packs.has(packId) && !this.#lost.has(packId)) continue;
+      for (let i = 1; i < extents.length; i += 5) blocks += extents[i] ?? 0;
+    }
+    return blocks;
   }
 
   async #nextCartridge(
@@ -372,10 +466,10 @@ class TapeRestore {
     const wishes = new Set<string>();
     for (const packId of this.#wanted.keys()) {
       const at = this.#knowledge.packs.get(packId)?.label;
-      if (at !== undefined && !this.#read.includes(at)) wishes.add(at);
+      if (at !== undefined && !this.#done.has(at)) wishes.add(at);
     }
     const known = [...needs, ...this.#knowledge.cartridgesOf(this.#o.volumeId, this.#o.commit.seq)];
-    for (const label of known) if (!this.#read.includes(label)) wishes.add(label);
+    for (const label of known) if (!this.#done.has(label)) wishes.add(label);
     const [wished] = [...wishes].sort();
     while (source !== undefined) {
       const went = await changeCartridge(drive, source, {
@@ -388,7 +482,7 @@ class TapeRestore {
       });
       if (!went) return undefined;
       const found = await surveyOfSet(drive, before.setId, view.repo, events);
-      if (found === undefined || this.#read.includes(found.label.label)) {
+      if (found === undefined || this.#done.has(found.label.label)) {
         if (found !== undefined)
           events({ type: 'warning', message: `cartridge ${found.label.label} was read already` });
         continue;
@@ -514,6 +608,10 @@ class TapeRestore {
     }
     progress.finish();
   }
+}
+
+function endOf(range: ByteRange | undefined): number {
+  return range === undefined ? 0 : range.offset + range.length;
 }
 
 /** Label and directories of a cartridge that should be of a set; undefined, with a warning, for another one. */

@@ -31,7 +31,9 @@ repository: the directory b2-repository.
 If tar stops at a file mark, "mt -f /dev/nst0 fsf 1" goes on to the next file. Do the same with the
 other cartridges of the set. The format is described in FORMAT.md of b2 (sections 1 to 8, and 11
 about tapes), well enough to write a program that reads it: test/extractor/extract.mjs in
-the sources of b2 is one, and needs nothing but Node.js.
+the sources of b2 is one, and needs nothing but Node.js. Points that were written to the set after
+a newer one of the same disk are found by that program and by "b2 import-tape", but not by other
+commands of b2 in the directory that tar has made.
 `;
 }
 

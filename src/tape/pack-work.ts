@@ -4,61 +4,25 @@
  */
 import { systemClock } from '../clock.js';
 import { B2Error, ioError, isKind, messageOf } from '../errors.js';
-import {
-  CHUNK_ENTRY_BYTES,
-  FRAME_HEADER_BYTES,
-  FrameType,
-  decodeChunkEntries,
-  decodeFrameHeader,
-  encodeChunkEntry,
-  encodeFrameHeader,
-  type FrameHeader,
-} from '../format/frame.js';
+import { CHUNK_ENTRY_BYTES, FRAME_HEADER_BYTES, FrameType } from '../format/frame.js';
 import { packName } from '../format/names.js';
+import { PACK_HEADER_BYTES, decodePackHeader, type FooterFrame } from '../format/pack.js';
+import { SEAL_BYTES, type Sealer } from '../format/seal.js';
 import {
-  PACK_HEADER_BYTES,
-  decodePackHeader,
-  encodeFooter,
-  encodePackHeader,
-  type FooterFrame,
-} from '../format/pack.js';
-import { SEAL_BYTES, numberNonce, type Sealer } from '../format/seal.js';
-import {
-  OpenPack,
+  PackCache,
   frameWhat,
   openFrameBytes,
   readFooter,
   verifiedChunks,
   type OpenFrame,
+  type OpenPack,
 } from '../repo/pack-reader.js';
 import type { PackContext } from '../repo/pack-writer.js';
-import {
-  READ_BYTES,
-  bulkRead,
-  readSlots,
-  type PackFrames,
-  type WantedFrame,
-} from '../restore/bulk-read.js';
+import { READ_BYTES, piecesOf, readSlots, type WantedFrame } from '../restore/bulk-read.js';
+import { ChunkRoom, SingleChunks } from '../restore/single.js';
 import { salvagePack } from '../repair/salvage.js';
 import { MapStore } from './map-store.js';
-
-/** Keys of chunks in a pack: frame number times this plus the index in the frame. */
-export const KEY_STEP = 4096;
-
-/** Chunks of one pack of the repository, as ascending keys. */
-export interface WantedChunks {
-  readonly packId: string;
-  readonly keys: Uint32Array;
-}
-
-/** A pack to be made: the chunks of its sources, in this order; frames keep what they share. */
-export interface BuildJob {
-  readonly packId: string;
-  readonly createdNs: bigint;
-  /** 16 fresh random bytes, hex. */
-  readonly salt: string;
-  readonly sources: readonly WantedChunks[];
-}
+import { KEY_STEP, PackMaker, SourcePack, framesOf, type BuildJob } from './pack-maker.js';
 
 /** A chunk wanted of a pack: its key. */
 export interface TakenChunk {
@@ -101,7 +65,54 @@ const GUESS_FOR_PACKS = 8;
 /** What comes faster comes from memory. */
 const CACHED_BYTES_PER_S = 1.4e9;
 
-/** One call at a time. */
+/** Packs of the repository that are kept open. */
+const OPEN_PACKS = 4;
+
+/** Frames of a pack that were read: they lie in `bytes`, which begin at `offset` of the pack and may be too short. */
+interface PieceRead {
+  readonly frames: readonly WantedFrame<Uint32Array>[];
+  readonly offset: number;
+  readonly bytes: Buffer;
+}
+
+/** Reads frames in order, in large pieces, one ahead. A piece is valid until the next one is asked for. */
+async function* readAhead(
+  pack: OpenPack,
+  frames: readonly WantedFrame<Uint32Array>[],
+  slots: readonly [Buffer, Buffer],
+): AsyncGenerator<PieceRead, void> {
+  const pieces = piecesOf(frames);
+  const read = async (index: number): Promise<PieceRead | undefined> => {
+    const piece = pieces[index];
+    if (piece === undefined) return undefined;
+    const { offset, length } = piece;
+    // A single frame larger than a slot (up to 16 MiB) is rare: it gets memory of its own.
+    const into =
+      length <= READ_BYTES
+        ? slots[index % 2 === 0 ? 0 : 1].subarray(0, length)
+        : Buffer.allocUnsafeSlow(length);
+    try {
+      const bytes = into.subarray(0, await pack.readRaw(into, offset));
+      return { frames: frames.slice(piece.from, piece.to), offset, bytes };
+    } catch (error) {
+      throw ioError('read', packName(pack.packId), error);
+    }
+  };
+  let ahead = read(0);
+  try {
+    for (let next = 1; ; next++) {
+      const piece = await ahead;
+      if (piece === undefined) return;
+      ahead = read(next);
+      ahead.catch(() => undefined); // seen when it is awaited
+      yield piece;
+    }
+  } finally {
+    await ahead.catch(() => undefined); // the slots are quiet afterwards
+  }
+}
+
+/** One call at a time. {@link close} it. */
 export class PackWork {
   readonly #ctx: PackContext;
   /** Memory that reads around the page cache, and such that reads through it. */
@@ -114,190 +125,95 @@ export class PackWork {
   #scratch: Buffer = Buffer.alloc(0);
   #body: Buffer = Buffer.alloc(0);
 
+  /** Of the repository: neighbouring packs for the tape come from the same one. */
+  readonly #packs: PackCache;
+  #source: SourcePack | undefined;
+  readonly #room = new ChunkRoom();
+
   constructor(ctx: PackContext) {
     this.#ctx = ctx;
+    this.#packs = new PackCache(ctx, { maxOpen: OPEN_PACKS });
   }
 
   /** Writes the pack to `out` and returns its length. Kind `damaged` if a chunk it needs is. */
   async build(job: BuildJob, out: Buffer): Promise<number> {
-    const { keys, repositoryId } = this.#ctx;
-    const sealer = keys.packSealer(job.packId);
-    const header = encodePackHeader({
-      packId: job.packId,
-      repositoryId,
-      encrypted: keys.encrypted,
-      generation: 0,
-      createdNs: job.createdNs,
-    });
-    let at = header.copy(out, 0);
-    const frames: FooterFrame[] = [];
-    const ids: Buffer[] = [];
-    const lengths: number[] = [];
-    const aad = Buffer.alloc(16 + FRAME_HEADER_BYTES);
-    aad.write(job.packId, 0, 'hex');
-    const add = (h: FrameHeader, parts: readonly Buffer[], head: Buffer): void => {
-      encodeFrameHeader(h, out, at);
-      out.copy(aad, 16, at, at + FRAME_HEADER_BYTES);
-      sealer.sealInto(numberNonce(h.number), aad, parts, out, at + FRAME_HEADER_BYTES);
-      const { number, storedBytes, plainBytes, type, compression, count } = h;
-      frames.push({ number, offset: at, storedBytes, plainBytes, type, compression, count });
-      for (const e of decodeChunkEntries(head, h, `pack ${job.packId}`)) {
-        ids.push(Buffer.from(e.id));
-        lengths.push(e.lengthBytes);
-      }
-      at += FRAME_HEADER_BYTES + storedBytes;
-    };
-    for await (const piece of bulkRead(this.#wanted(job.sources), await this.#slotsFor(job))) {
-      const { packId } = piece.pack;
-      if (piece.failure !== undefined) throw ioError('read', packName(packId), piece.failure);
-      const source = this.#ctx.keys.packSealer(packId);
+    const maker = new PackMaker(this.#ctx, job, out);
+    for (const { packId, keys } of job.sources) {
+      const mark = maker.mark();
+      await this.#packs.useAgain(packId, async (pack) => {
+        maker.rollBack(mark);
+        await this.#addFrom(maker, pack, keys);
+      });
+    }
+    return maker.finish();
+  }
+
+  /** Adds chunks of one pack of the repository. */
+  async #addFrom(maker: PackMaker, pack: OpenPack, keys: Uint32Array): Promise<void> {
+    const { packId } = pack;
+    const wanted: WantedFrame<Uint32Array>[] = [];
+    for (const { number, from, to } of framesOf(keys)) {
+      const frame = pack.frame(number);
+      if (frame === undefined)
+        throw new B2Error('damaged', `${frameWhat(packId, number)}: the pack has no such frame`, {
+          hint: 'Run "b2 verify" to see which points need it.',
+        });
+      wanted.push({ frame, tag: keys.subarray(from, to) });
+    }
+    if (this.#source?.packId !== packId)
+      this.#source = new SourcePack(this.#ctx, packId, this.#room);
+    const source = this.#source;
+    for await (const piece of readAhead(pack, wanted, await this.#slotsFor(pack, wanted))) {
       for (const { frame, tag } of piece.frames) {
-        const bytes = piece.bytesOf(frame);
-        if (bytes === undefined)
+        const at = frame.offset - piece.offset;
+        if (at + FRAME_HEADER_BYTES + frame.storedBytes > piece.bytes.length)
           throw new B2Error(
             'damaged',
             `${frameWhat(packId, frame.number)}: the pack ends before it`,
-            {
-              hint: 'Run "b2 verify" to see which points need it.',
-            },
+            { hint: 'Run "b2 verify" to see which points need it.' },
           );
-        const number = frames.length;
-        if (tag.length === frame.count) this.#copy(source, packId, frame, bytes, number, add);
-        else this.#choose(source, packId, bytes, tag, number, add);
+        maker.add(source, frame, tag, piece.bytes, at);
       }
     }
-    const footer = { frames, ids: Buffer.concat(ids), lengths: Uint32Array.from(lengths) };
-    const end = encodeFooter(footer, job.packId, at, Buffer.from(job.salt, 'hex'), keys);
-    if (at + end.length > out.length) throw new Error('the pack is larger than was planned');
-    return at + end.copy(out, at);
   }
 
   /**
    * Packs that are in the page cache already (they were just read or made) are taken from there, which leaves the disk to the writing; others are read around
    * it, because nothing of them is needed again. Told by how long a read takes: a wrong guess costs time only.
    */
-  async #slotsFor(job: BuildJob): Promise<readonly [Buffer, Buffer]> {
-    const [first] = job.sources;
-    if (first === undefined || this.#guessed !== undefined) {
-      const guessed = this.#guessed ?? this.#slots;
-      if (--this.#guessFor === 0) this.#guessed = undefined;
-      return guessed;
+  async #slotsFor(
+    pack: OpenPack,
+    wanted: readonly WantedFrame<Uint32Array>[],
+  ): Promise<readonly [Buffer, Buffer]> {
+    if (this.#guessed === undefined) {
+      this.#guessFor = GUESS_FOR_PACKS;
+      this.#guessed = await this.#guessSlots(pack, wanted[0]?.frame.offset ?? 0);
     }
-    this.#guessFor = GUESS_FOR_PACKS;
-    this.#guessed = await this.#guessSlots(first);
-    return this.#guessed;
+    const guessed = this.#guessed;
+    if (--this.#guessFor <= 0) this.#guessed = undefined;
+    return guessed;
   }
 
-  async #guessSlots(first: WantedChunks): Promise<readonly [Buffer, Buffer]> {
+  async #guessSlots(pack: OpenPack, offset: number): Promise<readonly [Buffer, Buffer]> {
     this.#cacheSlots ??= [
       Buffer.allocUnsafeSlow(READ_BYTES),
       Buffer.allocUnsafeSlow(READ_BYTES),
     ] as const;
-    const pack = await OpenPack.open(this.#ctx, first.packId);
+    const probe = this.#cacheSlots[0].subarray(0, PROBE_BYTES);
     try {
-      const frame = pack.frame(Math.floor((first.keys[0] ?? 0) / KEY_STEP));
-      const probe = this.#cacheSlots[0].subarray(0, PROBE_BYTES);
       const startNs = systemClock.monotonicNs();
-      const bytes = await pack.readRaw(probe, frame?.offset ?? 0);
+      const bytes = await pack.readRaw(probe, offset);
       const ns = Number(systemClock.monotonicNs() - startNs);
       return bytes * 1e9 > CACHED_BYTES_PER_S * ns ? this.#cacheSlots : this.#slots;
     } catch (error) {
       if (!isKind(error, 'io')) throw error;
       return this.#slots; // the reading itself will say so
-    } finally {
-      await pack.close();
     }
   }
 
-  /** The frame as it is, under another seal. Its chunks are what they were when the seal was made. */
-  #copy(
-    source: Sealer,
-    packId: string,
-    frame: FooterFrame,
-    bytes: Buffer,
-    number: number,
-    add: (h: FrameHeader, parts: readonly Buffer[], head: Buffer) => void,
-  ): void {
-    const what = frameWhat(packId, frame.number);
-    const old = decodeFrameHeader(bytes, 0, what);
-    if (old.number !== frame.number || old.type !== FrameType.chunks)
-      throw new B2Error('damaged', `${what}: another frame lies there`);
-    const aad = Buffer.allocUnsafe(16 + FRAME_HEADER_BYTES);
-    aad.write(packId, 0, 'hex');
-    bytes.copy(aad, 16, 0, FRAME_HEADER_BYTES);
-    this.#scratch = atLeast(this.#scratch, old.storedBytes);
-    const plain = source.open(
-      numberNonce(old.number),
-      aad,
-      bytes.subarray(FRAME_HEADER_BYTES, FRAME_HEADER_BYTES + old.storedBytes),
-      this.#scratch.subarray(0, old.storedBytes - SEAL_BYTES),
-    );
-    if (plain === undefined)
-      throw new B2Error('damaged', `${what}: the seal does not open`, {
-        hint: 'Run "b2 verify" to see which points need it.',
-      });
-    add({ ...old, number }, [plain], plain.subarray(0, old.headBytes));
-  }
-
-  /** A frame of some of the chunks of another. */
-  #choose(
-    source: Sealer,
-    packId: string,
-    bytes: Buffer,
-    wanted: Uint32Array,
-    number: number,
-    add: (h: FrameHeader, parts: readonly Buffer[], head: Buffer) => void,
-  ): void {
-    const open = openFrameBytes(this.#ctx, source, packId, bytes);
-    const chunks = verifiedChunks(open, packId, this.#ctx.keys);
-    const head = Buffer.alloc(wanted.length * CHUNK_ENTRY_BYTES);
-    const bodies: Buffer[] = [];
-    wanted.forEach((key, i) => {
-      const sub = key % KEY_STEP;
-      const entry = chunks.entries[sub];
-      if (entry === undefined)
-        throw new B2Error(
-          'damaged',
-          `${frameWhat(packId, open.header.number)}: it has no chunk ${sub}`,
-        );
-      encodeChunkEntry(entry.id, entry.lengthBytes, head, i * CHUNK_ENTRY_BYTES);
-      bodies.push(chunks.body.subarray(chunks.starts[sub], chunks.starts[sub + 1]));
-    });
-    const plain = Buffer.concat(bodies);
-    const room = Buffer.allocUnsafe(Math.max(16, plain.length - (plain.length >> 4)));
-    const packed = this.#ctx.lz4.compress(plain, room);
-    const body = packed > 0 ? room.subarray(0, packed) : plain;
-    add(
-      {
-        type: FrameType.chunks,
-        compression: packed > 0 ? 1 : 0,
-        count: wanted.length,
-        number,
-        storedBytes: head.length + body.length + SEAL_BYTES,
-        plainBytes: plain.length,
-        headBytes: head.length,
-      },
-      [head, body],
-      head,
-    );
-  }
-
-  async *#wanted(sources: readonly WantedChunks[]): AsyncGenerator<PackFrames<Uint32Array>, void> {
-    for (const { packId, keys } of sources) {
-      const pack = await OpenPack.open(this.#ctx, packId);
-      const frames: WantedFrame<Uint32Array>[] = [];
-      for (const { number, from, to } of framesOf(keys)) {
-        const frame = pack.frame(number);
-        if (frame === undefined) {
-          await pack.close();
-          throw new B2Error('damaged', `${frameWhat(packId, number)}: the pack has no such frame`, {
-            hint: 'Run "b2 verify" to see which points need it.',
-          });
-        }
-        frames.push({ frame, tag: keys.subarray(from, to) });
-      }
-      yield { pack, frames };
-    }
+  /** Closes the packs of the repository that are open. */
+  close(): Promise<void> {
+    return this.#packs.close();
   }
 
   /** Opens every frame of a pack and compares every chunk with its id. `packId` is what its name says. */
@@ -309,7 +225,14 @@ export class PackWork {
     damaged.push(...damage);
     const named = new Set(damage.map((d) => d.frame));
     const sealer = this.#ctx.keys.packSealer(packId);
+    const single = new SingleChunks(this.#ctx, packId, sealer, this.#room);
     for (const frame of frames) {
+      const isSingle = frame.type === FrameType.chunks && frame.count === 1;
+      if (isSingle && single.check(frame, bytes, frame.offset)) {
+        chunks++;
+        plainBytes += frame.plainBytes;
+        continue;
+      }
       try {
         const open = this.#frame(sealer, packId, bytes, frame, true);
         if (frame.type === FrameType.chunks)
@@ -446,17 +369,4 @@ export const FOOTER_NUMBER = 0xffff_ffff;
 
 function atLeast(buffer: Buffer, bytes: number): Buffer {
   return buffer.length >= bytes ? buffer : Buffer.allocUnsafe(bytes * 2);
-}
-
-/** The frames that ascending keys lie in, with the range of keys of each. */
-export function* framesOf(
-  keys: Uint32Array,
-): Generator<{ readonly number: number; readonly from: number; readonly to: number }, void> {
-  for (let from = 0; from < keys.length;) {
-    const number = Math.floor((keys[from] ?? 0) / KEY_STEP);
-    let to = from + 1;
-    while (to < keys.length && Math.floor((keys[to] ?? 0) / KEY_STEP) === number) to++;
-    yield { number, from, to };
-    from = to;
-  }
 }

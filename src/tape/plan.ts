@@ -23,13 +23,8 @@ import type { PlacedExtent } from '../repo/volume-writer.js';
 import { blocksOf } from '../units.js';
 import type { ChunkOnTape, SetIndex } from './catalogue.js';
 import type { MapStore } from './map-store.js';
-import {
-  KEY_STEP,
-  PACK_REST_BYTES,
-  frameBytesAtMost,
-  framesOf,
-  type WantedChunks,
-} from './pack-work.js';
+import { KEY_STEP, framesOf, type WantedChunks } from './pack-maker.js';
+import { PACK_REST_BYTES, frameBytesAtMost } from './pack-work.js';
 
 /** A point to be exported. */
 export interface ExportPoint {

@@ -4,8 +4,9 @@ import { MessageChannel, type MessagePort } from 'node:worker_threads';
 import { B2Error } from '../errors.js';
 import { contextOf, type RepositoryHandle } from '../repo/handle.js';
 import type { Store } from '../repo/store.js';
-import { fromPortableError, runWorkers } from '../workers.js';
-import { PackWork, type BuildJob, type PackChecked, type TakenChunk } from './pack-work.js';
+import { fromPortableError, runWorkers, warmWorkers } from '../workers.js';
+import type { BuildJob } from './pack-maker.js';
+import { PackWork, type PackChecked, type TakenChunk } from './pack-work.js';
 import { doWork, type FromWork, type TapeJob, type ToWork, type WorkAnswer } from './worker.js';
 
 /** Threads by default. */
@@ -26,6 +27,13 @@ export interface PoolOptions {
 export interface BuiltPack {
   readonly buffer: SharedArrayBuffer;
   readonly length: number;
+}
+
+const WORKER = new URL('./worker.js', import.meta.url);
+
+/** Starts threads that the next {@link PackPool.with} uses, for a command that has something else to do first. */
+export function warmPackPool(): void {
+  warmWorkers(WORKER, DEFAULT_TAPE_WORKERS);
 }
 
 interface Waiting {
@@ -60,9 +68,13 @@ export class PackPool {
       isLocal && options.workers === undefined ? 0 : (options.workers ?? DEFAULT_TAPE_WORKERS);
     const pool = new PackPool(options, workers);
     if (workers === 0) {
-      const result = await fn(pool);
-      if (options.signal?.aborted === true) throw interrupted(options.what);
-      return result;
+      try {
+        const result = await fn(pool);
+        if (options.signal?.aborted === true) throw interrupted(options.what);
+        return result;
+      } finally {
+        await pool.#inline?.close();
+      }
     }
     const stop = new AbortController();
     const signal =
@@ -85,7 +97,7 @@ export class PackPool {
       fail(interrupted(options.what));
     };
     options.signal?.addEventListener('abort', aborted, { once: true });
-    const threads = runWorkers<TapeJob, undefined>(new URL('./worker.js', import.meta.url), jobs, {
+    const threads = runWorkers<TapeJob, undefined>(WORKER, jobs, {
       what: options.what,
       signal,
       transfer: (index) => [jobs[index]?.port].filter((port) => port !== undefined),

@@ -96,7 +96,19 @@ class Stream {
         at += n;
         continue;
       }
-      if (this.#have.length === 0 && !(await this.#next())) break;
+      if (this.#have.length === 0) {
+        // Straight to where it belongs, where a record of any length has room there.
+        const room =
+          into.length - at >= MAX_RECORD_BYTES
+            ? into.subarray(at, at + MAX_RECORD_BYTES)
+            : undefined;
+        if (!(await this.#next(room))) break;
+        if (room !== undefined && this.#isIn(room)) {
+          at += this.#have.length;
+          this.#have = Buffer.alloc(0);
+          continue;
+        }
+      }
       const n = this.#have.copy(into, at);
       this.#have = this.#have.subarray(n);
       at += n;
@@ -111,12 +123,17 @@ class Stream {
     this.position -= bytes.length;
   }
 
-  async #next(): Promise<boolean> {
+  #isIn(room: Buffer): boolean {
+    return this.#have.buffer === room.buffer && this.#have.byteOffset === room.byteOffset;
+  }
+
+  /** Reads the next record, to `room` or to the stream's own. */
+  async #next(room = this.#room): Promise<boolean> {
     if (this.ended !== undefined) return false;
     const { drive, file, onDamage, onRecord } = this.#options;
     for (;;) {
       try {
-        const found = await drive.read(this.#room);
+        const found = await drive.read(room);
         if (found.kind !== 'record') {
           this.ended = found.kind;
           return false;
@@ -131,9 +148,9 @@ class Stream {
             record: this.#record,
             reason: `the record has ${found.bytes} bytes, not ${this.recordBytes}`,
           });
-          this.#room.fill(0, found.bytes, this.recordBytes);
+          room.fill(0, found.bytes, this.recordBytes);
         }
-        this.#have = this.#room.subarray(0, Math.max(this.recordBytes, 1));
+        this.#have = room.subarray(0, Math.max(this.recordBytes, 1));
         this.#record++;
         return true;
       } catch (error) {

@@ -1,11 +1,12 @@
 /** The thread side of {@link PackPool}: does what src/tape/pool.ts asks of it. */
 import type { MessagePort } from 'node:worker_threads';
 
-import { contextOf, type RepositoryHandle } from '../repo/handle.js';
+import { contextOf, loadNative, type RepositoryHandle } from '../repo/handle.js';
 import { openStore } from '../repo/store-url.js';
 import { serveWorker, toPortableError, type PortableError } from '../workers.js';
 import { MapStore } from './map-store.js';
-import { PackWork, type BuildJob, type PackChecked, type TakenChunk } from './pack-work.js';
+import type { BuildJob } from './pack-maker.js';
+import { PackWork, type PackChecked, type TakenChunk } from './pack-work.js';
 
 export interface TapeJob {
   readonly handle: RepositoryHandle;
@@ -75,8 +76,8 @@ export async function doWork(
 serveWorker<TapeJob, undefined>(async ({ handle, port }, context) => {
   const store =
     handle.storeUrl === undefined ? new MapStore('the tape') : await openStore(handle.storeUrl);
+  const work = new PackWork(contextOf(handle, store));
   try {
-    const work = new PackWork(contextOf(handle, store));
     await new Promise<void>((resolve) => {
       let last: Promise<void> = Promise.resolve();
       const end = (): void => {
@@ -105,7 +106,8 @@ serveWorker<TapeJob, undefined>(async ({ handle, port }, context) => {
       if (context.isAborted()) end();
     });
   } finally {
+    await work.close();
     await store.close();
   }
   return undefined;
-});
+}, loadNative);

@@ -11,7 +11,7 @@ import { alignedMemory } from '../memory.js';
 import { roundDown, roundUp } from '../units.js';
 
 /** Bytes handed to the drive at once, about. */
-const BATCH_BYTES = 4 * 1024 * 1024;
+const BATCH_BYTES = 8 * 1024 * 1024;
 
 // Memory of this kind is freed late: one pair serves all cartridges of a process, one after the other.
 let kept: readonly [Buffer, Buffer] | undefined;

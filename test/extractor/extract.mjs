@@ -1426,6 +1426,7 @@ class Pack {
     this.name = `packs/${id.slice(0, 2)}/${id}`;
     this.object = repo.store.open(this.name);
     this.key = repo.derive('b2 pack v1', this.idBytes);
+    this.created = 0n;
     try {
       const known = repo.forward.get(id);
       if (this.#header()) {
@@ -1464,6 +1465,7 @@ class Pack {
     repo.checkFlags(bytes.readUInt16LE(10), 0, name, 10);
     if (hexAt(bytes, 16, 16) !== this.id) fail(name, 16, `is the pack ${hexAt(bytes, 16, 16)}`);
     if (hexAt(bytes, 32, 16) !== repo.id) fail(name, 32, 'is a pack of another repository');
+    this.created = bytes.readBigUInt64LE(48);
     if (bytes.readUInt32LE(56) !== 0) fail(name, 56, 'a field that must be zero is not');
     return true;
   }
@@ -1745,7 +1747,7 @@ function parseCommit(repo, body, object, offset) {
   }
   const extentsAt = 160 + 16 * p + 48 * x;
   const factsAt = extentsAt + 28 * e;
-  jsonObject(body.subarray(factsAt), object, offset);
+  const facts = jsonObject(body.subarray(factsAt), object, offset);
   const hash = repo.commitHash(body);
   return {
     class: klass,
@@ -1762,6 +1764,7 @@ function parseCommit(repo, body, object, offset) {
     written: body.readBigUInt64LE(120),
     size: big(128, 'the size of the device'),
     epoch: body.readUInt32LE(136),
+    tape: facts.source === 'tape',
     packs,
     references,
     extents: body.subarray(extentsAt, factsAt),
@@ -1784,6 +1787,8 @@ function commitEntry(commit, packId, number) {
     written,
     size,
     epoch,
+    tape,
+    packs,
   } = commit;
   return {
     class: klass,
@@ -1801,6 +1806,8 @@ function commitEntry(commit, packId, number) {
     epoch,
     packId,
     number,
+    // of a point from tape, all that it needs
+    packs: full && tape ? packs : null,
   };
 }
 
@@ -2472,6 +2479,39 @@ function paintCommits(repo, painter, chain, from, to) {
 // ---------------------------------------------------------------------------------------------------------------
 // Way A: packs only
 // ---------------------------------------------------------------------------------------------------------------
+/**
+ * The chain of points that came from cartridges (11.3): each is whole in itself, so that it is made of what is there, also where one was exported
+ * after a newer one. Null for commits that are anything else. `createdOf` tells copies of a point apart of which equally many packs are missing.
+ */
+function tapeChain(repo, commits, createdOf) {
+  const packs = new Set(commits.map((c) => c.packId));
+  const isPoint = (c) => c.full && c.merged && c.packs !== null && c.packs[0] === c.packId;
+  if (packs.size !== commits.length || !commits.every(isPoint)) return null;
+  const missing = (c) =>
+    c.packs.filter((id) => !repo.store.has(`packs/${id.slice(0, 2)}/${id}`)).length;
+  const copies = new Map();
+  for (const commit of commits) {
+    const copy = { commit, missing: missing(commit), created: createdOf(commit) };
+    const key = `${commit.epoch}:${commit.seq}:${commit.hash}`;
+    const other = copies.get(key);
+    const better =
+      other === undefined ||
+      copy.missing < other.missing ||
+      (copy.missing === other.missing && copy.created > other.created);
+    if (better) copies.set(key, copy);
+  }
+  const chain = [];
+  const down = [...copies.values()]
+    .map(({ commit }) => commit)
+    .sort((a, b) => b.epoch - a.epoch || b.seq - a.seq);
+  for (const commit of down)
+    if (chain.length === 0 || commit.seq < chain.at(-1).seq) chain.push(commit);
+  chain.reverse();
+  return chain.map((commit, i) => {
+    const before = chain[i - 1] ?? { seq: 0, hash: ZERO_HASH };
+    return { ...commit, first: before.seq + 1, prev: before.hash };
+  });
+}
 
 class PacksOnly {
   constructor(repo) {
@@ -2483,7 +2523,10 @@ class PacksOnly {
     const commits = new Map();
     for (const id of this.repo.allPacks()) collectCommits(this.repo, id, only, commits);
     const chains = new Map();
-    for (const [volume, list] of commits) chains.set(volume, { commits: chainOf(list).commits });
+    for (const [volume, list] of commits) {
+      const points = tapeChain(this.repo, list, (c) => this.repo.pack(c.packId).created);
+      chains.set(volume, { commits: points ?? chainOf(list).commits });
+    }
     return chains;
   }
 
@@ -2535,7 +2578,13 @@ class Manifest {
         `no segment covers commit ${reached + 1}, but this one begins at ${beyond.first}`,
       );
     for (const map of segments.filter((s) => s.full)) this.#checkMap(map, commits);
-    const later = chainOf(this.#journal(volume, commits.at(-1)), commits);
+    const created = new Map();
+    const inJournal = this.#journal(volume, commits.at(-1), created);
+    if (segments.length === 0) {
+      const points = tapeChain(this.repo, inJournal, (c) => created.get(c.packId));
+      if (points !== null) return { commits: points, covered: 0, segments };
+    }
+    const later = chainOf(inJournal, commits);
     commits.length = later.keep;
     for (const commit of later.commits) commits.push(commit);
     return { commits, covered: later.keep, segments };
@@ -2595,8 +2644,8 @@ class Manifest {
     }
   }
 
-  /** The commits of the volume in the packs that the journal names. */
-  #journal(volume, last) {
+  /** The commits of the volume in the packs that the journal names; `created` takes the times of the entries. */
+  #journal(volume, last, created) {
     const { repo } = this;
     const found = new Map();
     for (const pack of repo.store.entries(`volumes/${volume}/journal`, /^[0-9a-f]{32}$/)) {
@@ -2604,6 +2653,9 @@ class Manifest {
       const entry = repo.sealedObject(name, 3);
       if (entry.volume !== volume || entry.pack !== pack)
         fail(name, 48, 'the entry is of another volume or pack');
+      if (typeof entry.created !== 'string' || !/^\d{1,20}$/.test(entry.created))
+        fail(name, 48, '`created` is no time');
+      created.set(pack, BigInt(entry.created));
       if (!collectCommits(repo, pack, volume, found))
         warn(
           `${name}: the pack does not exist; either its writer was stopped before it put it, or it is lost`,

@@ -88,6 +88,45 @@ describe.each(implementations)('%s AES-256-GCM', (_, g) => {
     expect(g.open(key, nonce, aad, good)?.equals(plain)).toBe(true);
   });
 
+  test('a sealer makes the same seals, wherever they go, and nothing beside them', () => {
+    const keys = [randomBytes(32), randomBytes(32)];
+    const sealers = keys.map((key) => g.sealer(key, 20));
+    const slots = [randomBytes(6000), randomBytes(6000)];
+    const rooms = [Buffer.alloc(9000), Buffer.from(new SharedArrayBuffer(9000))];
+    for (let i = 0; i < 60; i++) {
+      const [key, sealer] = [keys[i & 1], sealers[i & 1]];
+      const [slot, out] = [slots[(i >> 1) & 1], rooms[(i >> 2) & 1]];
+      if (key === undefined || sealer === undefined) throw new Error('no key');
+      if (slot === undefined || out === undefined) throw new Error('no room');
+      const [nonce, aad] = [randomBytes(12), randomBytes(20)];
+      const [from, at] = [(i * 17) % 900, (i * 61) % 3900];
+      const end = from + ((i * 83) % 5000);
+      nonce.copy(sealer.nonce);
+      aad.copy(sealer.aad);
+      out.fill(0xee);
+      sealer.seal(slot, from, end, out, at);
+      const expected = sealed(g, key, nonce, aad, [slot.subarray(from, end)]);
+      const there = out.subarray(at, at + expected.length);
+      expect(there.equals(expected)).toBe(true);
+      expect(out.subarray(0, at).every((b) => b === 0xee)).toBe(true);
+      expect(out.subarray(at + expected.length).every((b) => b === 0xee)).toBe(true);
+      // What makes single seals is not disturbed, nor disturbs.
+      expect(g.open(key, nonce, aad, expected)?.equals(slot.subarray(from, end))).toBe(true);
+    }
+  });
+
+  test('a sealer writes nothing where there is no room', () => {
+    const sealer = g.sealer(Buffer.alloc(32), 0);
+    const out = Buffer.alloc(100);
+    expect(() => sealer.seal(Buffer.alloc(90), 0, 90, out, 0)).toThrow(RangeError);
+    expect(() => sealer.seal(Buffer.alloc(10), 0, 10, out, 80)).toThrow(RangeError);
+    expect(() => sealer.seal(Buffer.alloc(10), 0, 11, out, 0)).toThrow(RangeError);
+    expect(() => sealer.seal(Buffer.alloc(10), -1, 5, out, 0)).toThrow(RangeError);
+    expect(() => sealer.seal(Buffer.alloc(10), 0, 5, out, -1)).toThrow(RangeError);
+    expect(out.every((b) => b === 0)).toBe(true);
+    expect(() => g.sealer(Buffer.alloc(31), 0)).toThrow(RangeError);
+  });
+
   test('an opener opens what is sealed under its key, wherever it lies, and nothing else', () => {
     const keys = [randomBytes(32), randomBytes(32)];
     const openers = keys.map((key) => g.opener(key, 20));

@@ -16,6 +16,7 @@ import type { Repository } from '../../repo/repository.js';
 import { findVolume, listSnapshots } from '../../repo/volume.js';
 import { exportTape, type CartridgeWritten } from '../../tape/export.js';
 import type { ExportPoint } from '../../tape/plan.js';
+import { warmPackPool } from '../../tape/pool.js';
 import type { Style } from '../../ui/style.js';
 import { programVersion } from '../../version.js';
 import { parseWhen } from '../../when.js';
@@ -75,6 +76,7 @@ export async function run(
     throw new B2Error('usage', `"${options.label}" cannot be the label of a set`, {
       hint: 'Use 1 to 56 letters, digits, "-" and "_".',
     });
+  warmPackPool();
   return withRepository(context, (repo) =>
     withDrive(context, device, async (drive) => {
       const histories: VolumeHistory[] = [];

@@ -288,7 +288,7 @@ function restoredLines(data: ImportTapeAnswer, r: TapeRestoreResult, style: Styl
   if (labels.size > 0) lines.push(`missing: ${[...labels].join(', ')}`);
   if (labels.size > 0)
     lines.push(
-      'Put in another cartridge with --next-cartridge or --changer. If an export was interrupted and went on later, begin with the newest cartridge of the set: it knows of the others.',
+      'Put in another cartridge with --next-cartridge or --changer. A point whose export was interrupted may be whole on no cartridge: "b2 import-tape DEVICE --list" of the newest one says which points the set holds.',
     );
   for (const d of r.damaged.slice(0, RANGES_SHOWN)) lines.push(`  ${d.reason}`);
   return lines;

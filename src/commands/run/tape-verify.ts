@@ -1,6 +1,7 @@
 import { ExitCode, isKind } from '../../errors.js';
 import { formatBytes, formatCount, formatDuration } from '../../human.js';
 import { listCartridges, putCartridge } from '../../tape/catalogue.js';
+import { warmPackPool } from '../../tape/pool.js';
 import { verifyTape, type TapeFinding, type TapeVerifyResult } from '../../tape/verify.js';
 import type { Style } from '../../ui/style.js';
 import type { CommandContext, Outcome } from '../spec.js';
@@ -32,6 +33,7 @@ export function run(
   input: TapeVerifyInput,
 ): Promise<Outcome<TapeVerifyAnswer>> {
   const { device } = input.arguments;
+  warmPackPool();
   return withDrive(context, device, (drive) =>
     withTapeView(context, drive, async (view) => {
       const done = await verifyTape({

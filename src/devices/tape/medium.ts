@@ -3,7 +3,8 @@ import { constants } from 'node:fs';
 
 import { errnoOf } from '../../errors.js';
 import { readFully, systemFileCalls, writeFully } from '../../fs.js';
-import { DIRECT_ALIGN_BYTES, isPageAligned } from '../../memory.js';
+import { DIRECT_ALIGN_BYTES, alignedMemory, isPageAligned } from '../../memory.js';
+import { roundDown, roundUp } from '../../units.js';
 import { closeFd, openFd } from '../raw-io.js';
 
 export interface FileOnTape {
@@ -38,6 +39,120 @@ export interface Medium {
   close(): Promise<void>;
 }
 
+/** Parts are no smaller: each is a system call and a wake-up. */
+const PART_STEP_BYTES = 1024 * 1024;
+/** Direct writes under way at a time: a disk is not idle while the next one is on its way. */
+const WRITES = 2;
+
+/** Writes all of `data`, in a few large parts at once. None is under way any more when it settles. System errors. */
+async function writeInParts(fd: number, data: Buffer, position: number): Promise<void> {
+  const bytes = roundUp(Math.ceil(data.length / WRITES), PART_STEP_BYTES);
+  const parts: Promise<void>[] = [];
+  for (let at = 0; at < data.length; at += bytes)
+    parts.push(writeFully(systemFileCalls, fd, data.subarray(at, at + bytes), position + at));
+  for (const done of await Promise.allSettled(parts))
+    if (done.status === 'rejected') throw done.reason;
+}
+
+const MAX_SPARE = 2;
+/** Bytes read ahead at once. */
+const AHEAD_BYTES = 4 * 1024 * 1024;
+
+// Memory of this kind is freed late: what one file does not need any more serves the next one.
+const spare: (readonly [Buffer, Buffer])[] = [];
+
+function takeSlots(): readonly [Buffer, Buffer] {
+  const found = spare.pop();
+  if (found !== undefined) return found;
+  const { buffer } = alignedMemory(2 * AHEAD_BYTES);
+  return [Buffer.from(buffer, 0, AHEAD_BYTES), Buffer.from(buffer, AHEAD_BYTES, AHEAD_BYTES)];
+}
+
+/** A part of a file in memory, or on its way there; fewer than {@link AHEAD_BYTES} reach the end of the file. */
+interface Piece {
+  readonly from: number;
+  readonly slot: 0 | 1;
+  readonly bytes: number;
+}
+
+/** Reads a file that does not change meanwhile from some place on, by direct I/O in large pieces, one ahead. One call at a time; `close` it. */
+class ReadAhead {
+  readonly #fd: number;
+  readonly #slots = takeSlots();
+  #have: Piece | undefined;
+  #coming: { readonly from: number; readonly piece: Promise<Piece> } | undefined;
+
+  constructor(fd: number) {
+    this.#fd = fd;
+  }
+
+  /** Resolves to the bytes read: fewer than asked for at the end of the file only. System errors. */
+  async read(into: Buffer, position: number): Promise<number> {
+    let done = 0;
+    while (done < into.length) {
+      const at = position + done;
+      let have = this.#have;
+      if (have === undefined || at < have.from || at >= have.from + AHEAD_BYTES)
+        have = await this.#load(roundDown(at, DIRECT_ALIGN_BYTES));
+      const n = this.#slots[have.slot].copy(
+        into,
+        done,
+        at - have.from,
+        Math.max(at - have.from, have.bytes),
+      );
+      if (n === 0) break;
+      done += n;
+    }
+    return done;
+  }
+
+  async #load(from: number): Promise<Piece> {
+    const slot = this.#have?.slot === 0 ? 1 : 0;
+    if (this.#coming?.from !== from) {
+      await this.#settle();
+      this.#start(from, slot);
+    }
+    const piece = await this.#coming?.piece;
+    this.#coming = undefined;
+    if (piece === undefined) throw new Error('nothing is being read');
+    this.#have = piece;
+    if (piece.bytes === AHEAD_BYTES) this.#start(from + AHEAD_BYTES, piece.slot === 0 ? 1 : 0);
+    return piece;
+  }
+
+  #start(from: number, slot: 0 | 1): void {
+    const piece = this.#piece(from, slot);
+    piece.catch(() => undefined); // seen when it is awaited
+    this.#coming = { from, piece };
+  }
+
+  async #piece(from: number, slot: 0 | 1): Promise<Piece> {
+    let bytes = 0;
+    while (bytes < AHEAD_BYTES) {
+      const n = await systemFileCalls.read(
+        this.#fd,
+        this.#slots[slot].subarray(bytes),
+        from + bytes,
+      );
+      bytes += n;
+      // The end of a file needs no alignment, and nothing else lacks it.
+      if (n === 0 || bytes % DIRECT_ALIGN_BYTES !== 0) break;
+    }
+    return { from, slot, bytes };
+  }
+
+  async #settle(): Promise<void> {
+    await this.#coming?.piece.catch(() => undefined);
+    this.#coming = undefined;
+  }
+
+  async close(): Promise<void> {
+    await this.#settle();
+    this.#have = undefined;
+    if (spare.length < MAX_SPARE) spare.push(this.#slots);
+  }
+}
+
 const { O_CREAT, O_DIRECT, O_NOFOLLOW, O_RDONLY, O_RDWR } = constants;
 
 /**
@@ -48,6 +163,9 @@ export class StandInFile {
   readonly fd: number;
   /** Undefined where the file system has no such thing. */
   #directFd: number | undefined;
+  #ahead: ReadAhead | undefined;
+  /** Where the last read ended; undefined: none since the last write. */
+  #readTo: number | undefined;
 
   private constructor(fd: number) {
     this.fd = fd;
@@ -69,17 +187,36 @@ export class StandInFile {
   }
 
   async read(into: Buffer, position: number): Promise<number> {
+    const isNext = position === this.#readTo;
+    this.#readTo = position + into.length;
+    if (isNext && this.#directFd !== undefined) {
+      this.#ahead ??= new ReadAhead(this.#directFd);
+      try {
+        return await this.#ahead.read(into, position);
+      } catch {
+        // One place that cannot be read must not cost its neighbours: this one by itself, which says what is wrong.
+        await this.#stopReading();
+      }
+    }
     return readFully(systemFileCalls, this.fd, into, position);
   }
 
+  /** Forgets what was read ahead. */
+  async #stopReading(): Promise<void> {
+    this.#readTo = undefined;
+    await this.#ahead?.close();
+    this.#ahead = undefined;
+  }
+
   async write(data: Buffer, position: number): Promise<void> {
+    if (this.#readTo !== undefined) await this.#stopReading();
     if (
       this.#directFd !== undefined &&
       isPageAligned(data) &&
       (data.length | position) % DIRECT_ALIGN_BYTES === 0
     ) {
       try {
-        await writeFully(systemFileCalls, this.#directFd, data, position);
+        await writeInParts(this.#directFd, data, position);
         return;
       } catch (error) {
         if (errnoOf(error) !== 'EINVAL') throw error;
@@ -96,6 +233,7 @@ export class StandInFile {
   }
 
   async close(): Promise<void> {
+    await this.#stopReading();
     if (this.#directFd !== undefined) await closeFd(this.#directFd);
     await closeFd(this.fd);
   }

@@ -49,6 +49,8 @@ export class StDrive implements TapeDrive {
   #handle: FileHandle;
   #readOnly: boolean;
   #recordBytes = 0;
+  /** Length of the blocks in the fixed block mode, in which a longer read gets several of them; 0 in the variable one. */
+  #blockBytes = 0;
   #warned = false;
 
   private constructor(
@@ -88,6 +90,7 @@ export class StDrive implements TapeDrive {
     try {
       if (!fixed) {
         await this.#operate(MT.setBlock, 0, 'set variable blocks');
+        this.#blockBytes = 0;
         return;
       }
     } catch (error) {
@@ -95,6 +98,7 @@ export class StDrive implements TapeDrive {
       if (!(error instanceof B2Error) || error.kind !== 'io') throw error;
     }
     await this.#operate(MT.setBlock, recordBytes, `set blocks of ${recordBytes} bytes`);
+    this.#blockBytes = recordBytes;
   }
 
   async setCompression(on: boolean): Promise<boolean> {
@@ -128,7 +132,8 @@ export class StDrive implements TapeDrive {
   }
 
   async read(into: Buffer): Promise<TapeRead> {
-    const limit = Math.min(into.length, MAX_RECORD_BYTES);
+    const most = this.#blockBytes > 0 ? this.#blockBytes : MAX_RECORD_BYTES;
+    const limit = Math.min(into.length, most);
     try {
       const { bytesRead } = await this.#handle.read(into, 0, limit, null);
       return bytesRead === 0 ? { kind: 'mark' } : { kind: 'record', bytes: bytesRead };

@@ -32,6 +32,7 @@ import { openDirectoryStore } from '../../../src/repo/store-directory.js';
 import { verify } from '../../../src/verify/verify.js';
 import type { CartridgeSource } from '../../../src/tape/media.js';
 import { parseWhen } from '../../../src/when.js';
+import { Repository as ForeignRepository, extract, list } from '../../extractor/extract.mjs';
 import { testImage } from '../../support/scan-bed.js';
 import { BED_ENVIRONMENT, PASSWORD, TapeBed, tapeFiles } from '../../support/tape-bed.js';
 
@@ -153,6 +154,34 @@ describe('several cartridges', () => {
 });
 
 describe('incremental sets', () => {
+  it('restore with the cartridges in any order, also where the first export was interrupted', async () => {
+    const bed = await newBed();
+    const image = testImage(30, 10 * MIB);
+    await bed.capture(image);
+    const size = '?size=3M&reserve=1M';
+    const first = await bed.library('lib', size, [1]);
+    await expect(
+      bed.export(first.drive, [await bed.point()], { source: first.source }),
+    ).rejects.toMatchObject({ kind: 'no-space' });
+    await first.drive.close();
+    const rest = await bed.library('lib', size, [2, 3]);
+    const done = await bed.export(rest.drive, [await bed.point()], {
+      sinceLast: true,
+      source: rest.source,
+    });
+    await rest.drive.close();
+    expect(done.points[0]?.needs).toEqual(['SET-001']);
+    const numbers = [1, ...done.cartridges.map((c) => c.number)];
+    for (const order of [numbers, numbers.toReversed()]) {
+      const { drive, source } = await bed.library('lib', size, order);
+      const { result, bytes } = await restore(bed, drive, 'latest', { source });
+      expect(result).toMatchObject({ isWhole: true, missingPacks: [], damaged: [] });
+      expect(result.cartridges.toSorted()).toEqual(numbers.map((n) => `SET-00${n}`));
+      expect(bytes.equals(image)).toBe(true);
+      await drive.close();
+    }
+  });
+
   it('write only what the set does not hold; every point of the set restores', async () => {
     const bed = await newBed();
     const first = testImage(4, 10 * MIB);
@@ -309,6 +338,20 @@ describe('points that were not written in order', () => {
     ]);
     expect(back.isWhole).toBe(true);
     await drive.close();
+    const out = bed.cartridge('out');
+    for (const file of tapeFiles(bed.cartridge('c1')))
+      execFileSync('tar', ['-b', '128', '-C', out, '-xf', `${bed.cartridge('c1')}/${file}`]);
+    for (const packsOnly of [false, true]) {
+      const foreign = new ForeignRepository(`${out}/b2-repository`, PASSWORD);
+      const [volume] = list(foreign, packsOnly).volumes;
+      expect(volume?.points.map((p) => [p.seq, p.first])).toEqual([1, 2, 3, 4].map((n) => [n, n]));
+      for (const [seq, image] of images) {
+        const file = `${out}/image-${packsOnly}-${seq}`;
+        extract(foreign, packsOnly, volume?.id ?? '', String(seq), file, null);
+        expect(readFileSync(file).equals(image)).toBe(true);
+      }
+      foreign.close();
+    }
   });
 
   it('of a point that was written twice because of damage the whole copy counts', async () => {

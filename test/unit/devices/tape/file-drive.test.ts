@@ -255,3 +255,53 @@ describe('a directory as a drive', () => {
     await again.close();
   });
 });
+
+describe.each([
+  ['a directory', cartridge],
+  ['a file', container],
+])('%s that is read ahead', (_, make) => {
+  it('gives every record as it is, wherever the reading begins, and what was written since', async () => {
+    const path = make();
+    const d = await drive('', path);
+    // More than is read ahead at once, in two files, with an end that lies in the middle of that.
+    const counts = [1700, 50];
+    const record = (file: number, n: number): Buffer => {
+      const bytes = Buffer.alloc(8 * KIB, n & 0xff);
+      bytes.writeUInt32LE(file, 0);
+      bytes.writeUInt32LE(n, 4);
+      return bytes;
+    };
+    for (const [file, count] of counts.entries()) {
+      await d.write(Buffer.concat(Array.from({ length: count }, (__, n) => record(file, n))));
+      await d.writeMarks(1);
+    }
+    const into = Buffer.from(new SharedArrayBuffer(1024 * KIB));
+    const expectFrom = async (file: number, from: number): Promise<void> => {
+      for (let n = from; n < (counts[file] ?? 0); n++) {
+        expect(await d.read(into)).toEqual({ kind: 'record', bytes: 8 * KIB });
+        if (!into.subarray(0, 8 * KIB).equals(record(file, n)))
+          throw new Error(`record ${n} of file ${file} is another one`);
+      }
+      expect(await d.read(into)).toEqual({ kind: 'mark' });
+    };
+    await d.rewind();
+    await expectFrom(0, 0);
+    await expectFrom(1, 0);
+    await d.rewind();
+    for (let n = 0; n < 600; n++) await d.read(into);
+    await d.backRecords(300);
+    await expectFrom(0, 300);
+    // Overwritten from the middle on: nothing of what was there before is given out.
+    await d.rewind();
+    for (let n = 0; n < 20; n++) await d.read(into);
+    await d.write(Buffer.concat([record(7, 20), record(7, 21)]));
+    await d.writeMarks(1);
+    await d.rewind();
+    for (let n = 0; n < 22; n++) {
+      await d.read(into);
+      expect(into.subarray(0, 8 * KIB).equals(record(n < 20 ? 0 : 7, n))).toBe(true);
+    }
+    expect(await d.read(into)).toEqual({ kind: 'mark' });
+    await d.close();
+  });
+});

@@ -20,6 +20,7 @@ import {
 } from './ui/renderer.js';
 import { styleFor } from './ui/style.js';
 import { programVersion } from './version.js';
+import { threadsLoaded } from './workers.js';
 
 /** The world outside, replaced in tests. */
 export interface World {
@@ -404,6 +405,7 @@ export async function runProcess(): Promise<never> {
       },
     })),
   });
+  await threadsLoaded();
   // A handle that is still open must not keep a finished command alive.
   process.exit(code);
 }

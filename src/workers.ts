@@ -113,9 +113,40 @@ interface WorkerStart<Job> {
 }
 
 type FromWorker<Result, Message> =
+  | LoadedMessage
   | { readonly type: 'message'; readonly message: Message }
   | { readonly type: 'result'; readonly result: Result }
   | { readonly type: 'error'; readonly error: PortableError };
+
+/** The first message of a thread that was started ahead of its job. */
+export interface LoadedMessage {
+  readonly type: 'loaded';
+}
+
+const loading = new Set<Promise<void>>();
+
+/**
+ * For a thread that is started ahead of its job, and says {@link LoadedMessage} when it has loaded its modules: {@link threadsLoaded}
+ * waits for that. It does not keep the process alive otherwise.
+ */
+export function trackLoading(worker: Worker): void {
+  const loaded = new Promise<void>((resolve) => {
+    const over = (): void => resolve();
+    worker.once('message', over).once('error', over).once('exit', over);
+  }).finally(() => loading.delete(loaded));
+  loading.add(loaded);
+}
+
+/**
+ * Resolves when no thread is loading modules. To be awaited before the process ends: Node.js ends the process with SIGABRT where a
+ * thread is stopped while it loads a native module ("napi_throw").
+ */
+export async function threadsLoaded(): Promise<void> {
+  // The threads themselves do not keep the process alive.
+  const alive = setInterval(() => undefined, 1000);
+  while (loading.size > 0) await Promise.all(loading);
+  clearInterval(alive);
+}
 
 /** True in a thread that {@link runWorkers} has started. */
 export function isWorkerThread(): boolean {
@@ -144,6 +175,8 @@ export function serveWorker<Job, Result, Message = never>(
   }
   port.once('message', (message: WorkerStart<Job>) => serveJob(port, message, run));
   prepare?.();
+  const loaded: LoadedMessage = { type: 'loaded' };
+  port.postMessage(loaded);
 }
 
 function serveJob<Job, Result, Message>(
@@ -240,6 +273,7 @@ export function warmWorkers(moduleUrl: URL, count: number): void {
       if (at >= 0) kept.splice(at, 1);
     };
     worker.on('error', forget).on('exit', forget).unref();
+    trackLoading(worker);
     kept.push({ worker, forget });
   }
 }
@@ -349,6 +383,8 @@ export async function runWorkers<Job, Result, Message = never>(
             reported = true;
             result = { result: message.result };
             limit(worker);
+            return;
+          case 'loaded':
             return;
           case 'error':
             reported = true;

@@ -7,7 +7,7 @@ import { Worker } from 'node:worker_threads';
 
 import { B2Error, errnoOf, messageOf } from '../errors.js';
 import type { EventSink } from '../events.js';
-import { workerFile } from '../workers.js';
+import { trackLoading, workerFile } from '../workers.js';
 import { wakePipe } from './native.js';
 import type { ReaderData, ReaderMessage, ReaderStart } from './reader-worker.js';
 
@@ -41,6 +41,7 @@ export function warmChannel(): void {
   const worker = new Worker(file, { workerData: data, name: 'b2 mount' });
   spare = worker;
   worker.on('error', forgetSpare).on('exit', forgetSpare).unref();
+  trackLoading(worker);
 }
 
 function forgetSpare(): void {
@@ -139,6 +140,7 @@ export class FuseChannel {
     try {
       await new Promise<void>((resolve, reject) => {
         this.#worker.on('message', (message: ReaderMessage) => {
+          if (message.type === 'loaded') return;
           if (message.type === 'end') return resolve();
           const all = Buffer.from(
             message.bytes.buffer,

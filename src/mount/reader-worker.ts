@@ -4,6 +4,7 @@
  */
 import { parentPort, workerData, type MessagePort } from 'node:worker_threads';
 
+import type { LoadedMessage } from '../workers.js';
 import { loadNative, readRequest, waitReadable } from './native.js';
 import { REQUEST_BUFFER_BYTES } from './protocol.js';
 
@@ -25,6 +26,7 @@ export interface ReaderStart {
 
 /** What it says. After `end` it says nothing more. */
 export type ReaderMessage =
+  | LoadedMessage
   | { readonly type: 'requests'; readonly bytes: Uint8Array }
   | { readonly type: 'end'; readonly why: 'unmounted' | 'stopped' };
 
@@ -81,5 +83,7 @@ if (isReader(workerData) && parentPort !== null) {
   else {
     port.once('message', (late: ReaderStart) => begin(late, port));
     loadNative();
+    const loaded: LoadedMessage = { type: 'loaded' };
+    port.postMessage(loaded);
   }
 }

@@ -7,6 +7,7 @@ import {
   runWorkers,
   serveWorker,
   toPortableError,
+  threadsLoaded,
   warmWorkers,
   workerFile,
 } from '../../src/workers.js';
@@ -140,6 +141,25 @@ describe('runWorkers', () => {
     });
     expect(done.signal).toBeNull();
     expect(done.status).toBe(0);
+  });
+
+  test('the end of the process can wait for threads that load, which a native module does not survive', async () => {
+    warmWorkers(FIXTURE, 1);
+    let isOver = false;
+    const over = threadsLoaded().then(() => (isOver = true));
+    await new Promise((resolve) => setImmediate(resolve));
+    expect(isOver).toBe(false);
+    await over;
+    const module = new URL('../../dist/workers.js', import.meta.url);
+    const scan = new URL('../../dist/capture/scan-worker.js', import.meta.url);
+    const script = `import { threadsLoaded, warmWorkers } from ${JSON.stringify(module.href)};
+      warmWorkers(new URL(${JSON.stringify(scan.href)}), 2);
+      await threadsLoaded();
+      process.exit(5);`;
+    const done = spawnSync(process.execPath, ['--input-type=module', '-e', script], {
+      timeout: 30_000,
+    });
+    expect([done.signal, done.status]).toEqual([null, 5]);
   });
 
   test('a B2Error of a worker arrives whole, and the others are told to stop', async () => {

@@ -238,6 +238,15 @@ function openOpenssl(): Gcm | undefined {
     const fromAt = addressOfLast(koffi.address);
     const intoAt = addressOfLast(koffi.address);
 
+    /** Nonce and associated data of one that is used many times, and where they and its key lie. */
+    const placed = (key: Buffer, aadBytes: number) => {
+      const nonce = Buffer.alloc(NONCE_BYTES);
+      const aad = Buffer.alloc(aadBytes);
+      check(key, nonce);
+      const at = (buffer: Buffer): number => Number(koffi.address(buffer));
+      return { nonce, aad, keyAt: at(key), nonceAt: at(nonce), aadAt: at(aad) };
+    };
+
     return {
       implementation: 'openssl',
       seal(key, nonce, aad, plain, out, at) {
@@ -275,12 +284,7 @@ function openOpenssl(): Gcm | undefined {
         return undefined;
       },
       opener(key, aadBytes) {
-        const nonce = Buffer.alloc(NONCE_BYTES);
-        const aad = Buffer.alloc(aadBytes);
-        check(key, nonce);
-        const [keyAt, nonceAt, aadAt] = [key, nonce, aad].map((b) => Number(koffi.address(b)));
-        if (keyAt === undefined || nonceAt === undefined || aadAt === undefined)
-          throw new Error('no addresses');
+        const { nonce, aad, keyAt, nonceAt, aadAt } = placed(key, aadBytes);
         const opener: GcmOpener & { readonly key: Buffer } = {
           key, // kept: its address is used
           nonce,
@@ -305,12 +309,7 @@ function openOpenssl(): Gcm | undefined {
         return opener;
       },
       sealer(key, aadBytes) {
-        const nonce = Buffer.alloc(NONCE_BYTES);
-        const aad = Buffer.alloc(aadBytes);
-        check(key, nonce);
-        const [keyAt, nonceAt, aadAt] = [key, nonce, aad].map((b) => Number(koffi.address(b)));
-        if (keyAt === undefined || nonceAt === undefined || aadAt === undefined)
-          throw new Error('no addresses');
+        const { nonce, aad, keyAt, nonceAt, aadAt } = placed(key, aadBytes);
         const sealer: GcmSealer & { readonly key: Buffer } = {
           key, // kept: its address is used
           nonce,

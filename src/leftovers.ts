@@ -16,24 +16,30 @@ while read -r _; do :; done
 rm -rf --one-file-system -- "$1" 2>/dev/null || rm -rf -- "$1"
 `;
 
-/** Someone who removes a path as soon as this process has ended, however it does. */
-export interface LeftoverWatch {
+/** A shell that outlives this process, however it ends, and then does something. */
+export interface Watcher {
   readonly pid: number | undefined;
-  /** After the path has been removed in order: lets the watcher end. Resolves when it has. */
+  /** After what it watches over was ended in order: lets it go, and resolves when it has ended. */
   stop(): Promise<void>;
 }
 
 /**
- * Watches over `path`, an absolute one that is there and is ours alone. Resolves when the watcher has seen it. Where no shell can be
- * started, only being killed is not cared for: that is no reason to fail.
+ * Starts a shell with `script`, whose standard input ends when this process does. `heard` resolves when it has said something on
+ * its standard output, for a script that does, or has ended. Where it cannot be started only being killed is not cared for, which
+ * is no reason to fail.
  */
-export async function removeWhenKilled(path: string): Promise<LeftoverWatch> {
+export function startWatcher(
+  script: string,
+  name: string,
+  args: readonly string[],
+  output: 'heard' | 'ignored',
+): Watcher & { readonly heard: Promise<void> } {
   const shell = existsSync('/bin/sh') ? '/bin/sh' : 'sh';
-  const child: ChildProcess = spawn(shell, ['-c', SCRIPT, 'b2-leftovers', path], {
-    stdio: ['pipe', 'pipe', 'ignore'],
+  const child: ChildProcess = spawn(shell, ['-c', script, name, ...args], {
+    stdio: ['pipe', output === 'heard' ? 'pipe' : 'ignore', 'ignore'],
     // A session of its own: Ctrl-C is not for it. Nothing of the environment: it may hold secrets.
     detached: true,
-    env: { PATH: `${process.env['PATH'] ?? ''}:/usr/bin:/bin`, LC_ALL: 'C' },
+    env: { PATH: `${process.env['PATH'] ?? ''}:/usr/bin:/bin:/usr/sbin:/sbin`, LC_ALL: 'C' },
     cwd: '/',
   });
   child.stdin?.on('error', () => undefined);
@@ -41,18 +47,28 @@ export async function removeWhenKilled(path: string): Promise<LeftoverWatch> {
     () => undefined,
     () => undefined,
   );
-  await Promise.race([
+  const heard = Promise.race([
     new Promise<void>((resolve) => child.stdout?.once('data', () => resolve())),
     ended,
-  ]);
-  child.stdout?.destroy();
+  ]).then(() => void child.stdout?.destroy());
   child.unref();
   return {
     pid: child.pid,
+    heard,
     async stop() {
       child.ref();
       child.stdin?.destroy();
       await ended;
     },
   };
+}
+
+/**
+ * Has `path`, an absolute one that is there and is ours alone, removed as soon as this process has ended, however it does. Resolves
+ * when the watcher has seen it.
+ */
+export async function removeWhenKilled(path: string): Promise<Watcher> {
+  const { heard, ...watcher } = startWatcher(SCRIPT, 'b2-leftovers', [path], 'heard');
+  await heard;
+  return watcher;
 }

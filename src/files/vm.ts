@@ -25,7 +25,7 @@ import type { Clock } from '../clock.js';
 import { B2Error, ioError } from '../errors.js';
 import type { EventSink } from '../events.js';
 import type { Image } from '../image.js';
-import { removeWhenKilled, type LeftoverWatch } from '../leftovers.js';
+import { removeWhenKilled, type Watcher } from '../leftovers.js';
 import { serveNbd, type NbdServer } from '../nbd/index.js';
 import {
   driverOf,
@@ -86,7 +86,7 @@ export async function vmLacks(): Promise<string | undefined> {
 export async function openVmEnvironment(options: VmOptions): Promise<Environment> {
   const { image, failures } = await throwAwayOverlay(options.image, volumesIn(options.areas));
   let directory: string | undefined;
-  let leftovers: LeftoverWatch | undefined;
+  let leftovers: Watcher | undefined;
   let server: NbdServer | undefined;
   try {
     const parent = Buffer.byteLength(tmpdir()) <= MAX_DIRECTORY_BYTES ? tmpdir() : '/tmp';

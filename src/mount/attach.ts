@@ -2,14 +2,15 @@
  * Mounting and unmounting: root with the system calls, everybody else through the set-uid program fusermount3. And the watchdog, which
  * unmounts when the server has died without doing so.
  */
-import { spawn, type ChildProcess } from 'node:child_process';
+import { spawn } from 'node:child_process';
 import { once } from 'node:events';
-import { closeSync, constants, existsSync, openSync } from 'node:fs';
+import { closeSync, constants, openSync } from 'node:fs';
 import { readFile, realpath, stat } from 'node:fs/promises';
 import { basename, dirname, join, resolve } from 'node:path';
 
 import { systemRandom } from '../clock.js';
 import { B2Error, errnoOf, ioError, messageOf } from '../errors.js';
+import { startWatcher, type Watcher } from '../leftovers.js';
 import {
   mountReadOnly,
   receiveDescriptor,
@@ -88,7 +89,7 @@ export interface Attached {
   readonly device: string;
   /** Names this mount for {@link detach}. */
   readonly source: string;
-  readonly watchdog: Watchdog;
+  readonly watchdog: Watcher;
 }
 
 /**
@@ -317,35 +318,7 @@ umount -l "$point"
 `;
 
 /** Unmounts as soon as this process has ended, however it does. */
-export interface Watchdog {
-  readonly pid: number | undefined;
-  /** After the unmount: lets it end and waits for that. */
-  stop(): Promise<void>;
-}
-
-function startWatchdog(source: string): Watchdog {
-  const shell = existsSync('/bin/sh') ? '/bin/sh' : 'sh';
+function startWatchdog(source: string): Watcher {
   const args = [source, isRoot() ? 'root' : 'user'];
-  const child: ChildProcess = spawn(shell, ['-c', WATCHDOG, 'b2-mount-watchdog', ...args], {
-    stdio: ['pipe', 'ignore', 'ignore'],
-    // A session of its own: Ctrl-C in the server's terminal is not for it. Nothing of the environment: it may hold secrets.
-    detached: true,
-    env: { PATH: SEARCH_PATH },
-    cwd: '/',
-  });
-  // Where it cannot start, only kill -9 is not cared for; that is no reason not to mount.
-  const ended = once(child, 'exit').then(
-    () => undefined,
-    () => undefined,
-  );
-  child.unref();
-  child.stdin?.on('error', () => undefined);
-  return {
-    pid: child.pid,
-    async stop() {
-      child.ref();
-      child.stdin?.destroy();
-      await ended;
-    },
-  };
+  return startWatcher(WATCHDOG, 'b2-mount-watchdog', args, 'ignored');
 }

@@ -6,7 +6,7 @@ import { join } from 'node:path';
 import { ioError } from '../errors.js';
 import type { EventSink } from '../events.js';
 import type { Image } from '../image.js';
-import { removeWhenKilled, type LeftoverWatch } from '../leftovers.js';
+import { removeWhenKilled, type Watcher } from '../leftovers.js';
 import { serveNbd } from './server.js';
 
 export interface WithNbdExportOptions {
@@ -40,7 +40,7 @@ export async function withNbdExport<T>(
   } catch (error) {
     throw ioError('make a directory in', parent, error);
   }
-  let leftovers: LeftoverWatch | undefined;
+  let leftovers: Watcher | undefined;
   try {
     leftovers = await removeWhenKilled(directory);
     const server = await serveNbd({

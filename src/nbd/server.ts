@@ -15,7 +15,7 @@ import { systemClock, type Clock } from '../clock.js';
 import { B2Error, errnoOf, ioError, messageOf } from '../errors.js';
 import { ignoreEvents, type EventSink } from '../events.js';
 import type { Image } from '../image.js';
-import { removeWhenKilled, type LeftoverWatch } from '../leftovers.js';
+import { removeWhenKilled, type Watcher } from '../leftovers.js';
 import { Connection, type NbdLimits, type ServedExport } from './connection.js';
 import { MAX_STRING_BYTES, parseString } from './protocol.js';
 import { loadTls } from './tls.js';
@@ -118,7 +118,7 @@ class RunningServer implements NbdServer {
   #uriBase:
     { readonly scheme: string; readonly authority: string; readonly query: string } | undefined;
   #socketPath: string | undefined;
-  #watch: LeftoverWatch | undefined;
+  #watch: Watcher | undefined;
   #closed: Promise<void> | undefined;
 
   constructor(options: NbdServerOptions) {

@@ -43,7 +43,7 @@ export interface PointOrder {
 export type ControlRequest =
   { readonly type: 'status' } | PointOrder | { readonly type: 'resync'; readonly volume: string };
 
-/** The point of another device of the group, of the same instant; pinned under the same name. */
+/** A point of one device; of another of its group, that of the same instant, pinned under the same name. */
 export interface MemberPoint {
   readonly volume: string;
   readonly volumeId: string;
@@ -54,13 +54,7 @@ export interface MemberPoint {
 }
 
 /** A point that was made on request. */
-export interface PointAnswer {
-  readonly volume: string;
-  readonly volumeId: string;
-  readonly device: string;
-  readonly sizeBytes: number;
-  readonly point: PointReport;
-  readonly hash: string;
+export interface PointAnswer extends MemberPoint {
   /** The snapshot's name, where it was pinned. */
   readonly name?: string;
   /** Why it is not of a better class, where the best was asked for. */

@@ -167,6 +167,24 @@ requires(needs).describe('in a tiny virtual machine', () => {
     expect(entries?.length).toBe(readdirSync('/etc/alternatives').length + 1);
   });
 
+  it('is checked by verify --fsck with all the others, and what only LVM can read is named', async () => {
+    const { code, stdout } = await b2.run('--json', 'verify', 'web/sda', '--fsck');
+    const { restoreTests } = JSON.parse(stdout) as {
+      readonly restoreTests: readonly {
+        readonly fileSystems: readonly Record<'name' | 'state' | 'message', string>[];
+      }[];
+    };
+    const checks = restoreTests[0]?.fileSystems.map((f) => [f.name, f.state, f.message]);
+    expect(code).toBe(0);
+    expect(checks).toEqual([
+      ['p1', 'sound', undefined],
+      ['p2', 'sound', undefined],
+      ['p3', 'unchecked', 'b2test/old: it is a snapshot'],
+      ['p4', 'sound', undefined],
+      ['b2test/home', 'sound', undefined],
+    ]);
+  });
+
   it('says what QEMU said where that ends at once, also when it takes its time for it', async () => {
     mkdirSync(dir.join('bin'));
     // Its output has ended a while before it has: b2 must not shoot it and take its own shot for the reason.
@@ -219,5 +237,42 @@ requires(needs).describe('in a tiny virtual machine', () => {
     const restored = dir.join('mine/out/numbers.txt');
     expect(readFileSync(restored, 'utf8')).toBe(readFileSync(dir.join('numbers'), 'utf8'));
     expect(statSync(restored).uid).toBe(65_534);
+  });
+
+  it('tells the versions of a file, and restores one over another only when told to', async () => {
+    execFileSync('sh', ['-c', `echo newer | mcopy -o -i '${dir.join('fat')}' - '::Grub ä.cfg'`]);
+    tool('dd', [
+      `if=${dir.join('fat')}`,
+      `of=${dir.join('disk')}`,
+      'bs=1M',
+      'seek=1',
+      'conv=notrunc',
+      'status=none',
+    ]);
+    await b2.json(['snapshot', dir.join('disk')]);
+    const found = await b2.json<{
+      readonly backends: readonly string[];
+      readonly versions: readonly { readonly entry?: { readonly sizeBytes: number } }[];
+    }>(['history', 'web/sda:p1:/Grub ä.cfg', '--backend', 'vm']);
+    expect(found.backends).toEqual(['vm']);
+    expect(found.versions.map((v) => v.entry?.sizeBytes).sort()).toEqual([6, 7]);
+    mkdirSync(dir.join('here'));
+    const file = dir.join('here/Grub ä.cfg');
+    const restore = [
+      'restore',
+      'web/sda',
+      dir.join('here'),
+      '--path',
+      'p1:/Grub ä.cfg',
+      '--backend',
+      'vm',
+    ];
+    writeFileSync(file, 'mine\n');
+    expect(await b2.error(restore)).toMatchObject({ code: 1 });
+    expect(readFileSync(file, 'utf8')).toBe('mine\n');
+    expect(await b2.json([...restore, '--force'])).toMatchObject({
+      restored: { backend: 'vm', replaced: 1 },
+    });
+    expect(readFileSync(file, 'utf8')).toBe('newer\n');
   });
 });

@@ -271,7 +271,7 @@ requires(needs).describe('in a tiny virtual machine', () => {
     expect(await b2.error(restore)).toMatchObject({ code: 1 });
     expect(readFileSync(file, 'utf8')).toBe('mine\n');
     expect(await b2.json([...restore, '--force'])).toMatchObject({
-      restored: { backend: 'vm', replaced: 1 },
+      tree: { backend: 'vm', replaced: 1 },
     });
     expect(readFileSync(file, 'utf8')).toBe('newer\n');
   });

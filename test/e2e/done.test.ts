@@ -240,10 +240,9 @@ requires(NEEDS).describe('init, snapshot, change, snapshot, restore', () => {
             if (i === 1 && how !== PLAIN) cmp(reference, file);
             else compare(reference, file);
             source.check?.(file);
-            // As sparse as the source, give or take the chunks at the edges of holes.
-            expect(statSync(file).blocks * 512).toBeLessThan(
-              statSync(reference).blocks * 512 + 16 * MIB,
-            );
+            // As sparse as the source, give or take the chunks at the edges of holes: more of them, the more files there are.
+            const allocated = statSync(reference).blocks * 512;
+            expect(statSync(file).blocks * 512).toBeLessThan(allocated * 1.01 + 16 * MIB);
             rmSync(file);
 
             // Without encryption the large image goes to the other targets once: the way is the same.

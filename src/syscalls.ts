@@ -358,6 +358,8 @@ export interface TapeDriveStatus {
   readonly flags: number;
   readonly file: number;
   readonly block: number;
+  /** Length of blocks in the fixed block mode, else 0. */
+  readonly blockBytes: number;
 }
 
 /** See {@link TapeDriveStatus}. System errors. */
@@ -373,5 +375,9 @@ export async function tapeDriveStatus(fd: number): Promise<TapeDriveStatus> {
     flags,
     file: view.getInt32(5 * long, little),
     block: view.getInt32(5 * long + 4, little),
+    // mt_dsreg: density in the highest byte, MT_ST_BLKSIZE_MASK below.
+    blockBytes: Number(
+      (long === 8 ? view.getBigUint64(16, little) : BigInt(view.getUint32(8, little))) & 0xff_ffffn,
+    ),
   };
 }

@@ -54,7 +54,7 @@ const options = {
   'pack-size': {
     value: 'SIZE',
     description:
-      'size of the packs made for the tape, 1M to 256M; less for very small cartridges, default 16M and more for large exports',
+      'size of the packs made for the tape, 1M to 256M, and of packs of the repository that are written as they are; less for very small cartridges, default 16M and more for large exports',
     parse: parseSize,
   },
   buffer: {

@@ -28,9 +28,46 @@ export async function requireCartridge(drive: TapeDrive): Promise<void> {
   });
 }
 
-/** Rewinds and reads the first file. The head is anywhere afterwards. */
+/** Lengths of blocks that drives without a variable mode are tried with, the likely ones first: those that b2 may have written, and what else is usual. */
+const USUAL_BLOCK_BYTES: readonly number[] = [256, 64, 512, 1024, 128, 32, 16, 8, 4, 0.5, 1, 2].map(
+  (kib) => kib * 1024,
+);
+
+/** Rewinds and reads the first file. The head is anywhere afterwards; a drive without a variable block mode has the block length with which it could read. */
 export async function readLabel(drive: TapeDrive): Promise<CartridgeContents> {
-  await drive.setRecordBytes(MAX_RECORD_BYTES, false);
+  const { blockBytes: found } = await drive.status();
+  if (await hasVariableBlocks(drive)) return readFirstFile(drive);
+  // Blocks of another length than they were written with cannot be read.
+  const lengths = new Set([...(found > 0 ? [found] : []), ...USUAL_BLOCK_BYTES]);
+  let first: CartridgeContents | undefined;
+  for (const blockBytes of lengths) {
+    try {
+      await drive.setRecordBytes(blockBytes, true);
+    } catch (error) {
+      if (!isKind(error, 'io') || !(await drive.status()).loaded) throw error;
+      continue; // not one that this drive can do
+    }
+    const contents = await readFirstFile(drive);
+    if (contents.kind !== 'foreign') return contents;
+    if (!contents.isUnreadable) first ??= contents;
+  }
+  return first ?? { kind: 'foreign', what: 'something whose first record cannot be read' };
+}
+
+/** Puts the drive in the variable block mode; false if it has none. */
+async function hasVariableBlocks(drive: TapeDrive): Promise<boolean> {
+  try {
+    await drive.setRecordBytes(MAX_RECORD_BYTES, false);
+  } catch (error) {
+    if (!isKind(error, 'io') || !(await drive.status()).loaded) throw error;
+    return false; // nor blocks of that length
+  }
+  return (await drive.status()).blockBytes === 0;
+}
+
+async function readFirstFile(
+  drive: TapeDrive,
+): Promise<CartridgeContents & { readonly isUnreadable?: boolean }> {
   await drive.rewind();
   const first = Buffer.alloc(MAX_RECORD_BYTES);
   let bytes: number;
@@ -43,6 +80,7 @@ export async function readLabel(drive: TapeDrive): Promise<CartridgeContents> {
     return {
       kind: 'foreign',
       what: `something whose first record cannot be read (${error.message})`,
+      isUnreadable: true,
     };
   }
   const header = decodeTarHeader(first, 0);

@@ -133,9 +133,15 @@ export class SetIndex {
   readonly #runs = new Map<string, Run[]>();
   /** Pack on tape → label of its cartridge. */
   readonly packs = new Map<string, string>();
+  /** Every pack that is on the set, damaged ones too → how many chunks all its copies hold; −1: copies differ, or one is damaged. */
+  readonly #chunks = new Map<string, number>();
+  /** Packs that hold chunks of the repository's pack of the same id: copies of it, whose chunks are known by their places alone. */
+  readonly #copies = new Set<string>();
+  /** What every cartridge holds is known. */
+  #isComplete = true;
   #sorted = false;
 
-  /** Reads what the cartridges hold; packs that could not be read back do not count. */
+  /** Reads what the cartridges hold; packs that could not be read back do not count as places of chunks. */
   static async load(
     repo: Repository,
     cartridges: readonly TapeCartridge[],
@@ -148,16 +154,24 @@ export class SetIndex {
         const damaged = new Set(session.damagedPacks);
         try {
           for (const part of await readParts(repo, cartridge, i)) {
-            for (const p of part.packs)
-              if (!damaged.has(p.packId)) index.packs.set(p.packId, cartridge.tape.label);
-            if (withPlaces)
-              for (const p of part.places) {
-                const packId = part.packs[p.pack]?.packId ?? '';
-                if (!damaged.has(packId)) index.#add(packId, p);
-              }
+            const counts = new Uint32Array(part.packs.length);
+            for (const p of part.places) {
+              counts[p.pack] = (counts[p.pack] ?? 0) + p.count;
+              const packId = part.packs[p.pack]?.packId ?? '';
+              if (damaged.has(packId)) continue;
+              if (p.source === packId) index.#copies.add(packId);
+              if (withPlaces) index.#add(packId, p);
+            }
+            part.packs.forEach(({ packId }, at) => {
+              if (!damaged.has(packId)) index.packs.set(packId, cartridge.tape.label);
+              const chunks = damaged.has(packId) ? -1 : (counts[at] ?? 0);
+              const before = index.#chunks.get(packId) ?? chunks;
+              index.#chunks.set(packId, before === chunks ? chunks : -1);
+            });
           }
         } catch (error) {
           if (!isKind(error, 'not-found', 'damaged')) throw error;
+          index.#isComplete = false;
           warn(`what cartridge ${cartridge.tape.label} holds is not known: ${error.message}`);
         }
       }
@@ -178,10 +192,19 @@ export class SetIndex {
     this.#sorted = false;
   }
 
+  /**
+   * True if a pack may be written to the set under the id `packId` with `chunks` chunks of frames numbered from 0 without a gap: no copy of it there is damaged or
+   * holds another number of chunks, so that all copies of a pack in a set are alike and it does not matter which of them a reader has.
+   */
+  allows(packId: string, chunks: number): boolean {
+    const there = this.#chunks.get(packId) ?? chunks;
+    return this.#isComplete && there === chunks;
+  }
+
   /** Where chunk `sub` of frame `frame` of pack `source` of the repository is on the set. */
   find(source: string, frame: number, sub: number): ChunkOnTape | undefined {
-    // A repository that was brought back from the set is made of its packs.
-    if (this.packs.has(source)) return { packId: source, frame, sub };
+    // A repository that was brought back from the set is made of its packs. Of a copy only what it is known to hold: the pack may have grown since.
+    if (this.packs.has(source) && !this.#copies.has(source)) return { packId: source, frame, sub };
     const runs = this.#runs.get(source);
     if (runs === undefined) return undefined;
     if (!this.#sorted) {

@@ -32,6 +32,8 @@ import {
   type TapeSession,
 } from '../format/tape.js';
 import { encodeConfig } from '../format/config.js';
+import { TAR_BLOCK_BYTES, tarPaddedBytes } from '../format/tape-tar.js';
+import { DIRECT_ALIGN_BYTES } from '../memory.js';
 import { startProgress, type Progress } from '../progress.js';
 import type { Repository } from '../repo/repository.js';
 import { listSnapshots } from '../repo/volume.js';
@@ -54,8 +56,8 @@ import {
 import { labelMembers } from './layout.js';
 import { MapStore } from './map-store.js';
 import { changeCartridge, type CartridgeSource } from './media.js';
-import { ExportPlan, type ExportPoint } from './plan.js';
-import { PackPool, type BuiltPack } from './pool.js';
+import { ExportPlan, type ExportPoint, type PlannedPack } from './plan.js';
+import { PackPool, type ReadyBytes } from './pool.js';
 import { readBack } from './read-back.js';
 import { readTapeFile } from './reader.js';
 import { surveyCartridge, type Survey } from './survey.js';
@@ -119,6 +121,9 @@ export interface ExportResult {
   /** Chunks written; what the set held already is not among them. */
   readonly chunks: number;
   readonly packs: number;
+  /** Packs of the repository among them that were written as they are, and their bytes. */
+  readonly copiedPacks: number;
+  readonly copiedBytes: number;
   /** Bytes of all records. */
   readonly bytes: number;
   readonly records: number;
@@ -133,8 +138,8 @@ export interface ExportResult {
 
 /** Cartridges that may be refused one after the other before the export gives up. */
 const MAX_REFUSALS = 20;
-/** Packs made ahead for a stand-in. */
-const SHORT_DEPTH = 4;
+/** Larger packs of the repository are not copied as they are. */
+const MAX_COPY_BYTES = 256 * 1024 * 1024;
 const ZERO_SESSION = '0'.repeat(32);
 
 /** See the file comment. Kinds: `refused`, `no-space`, `io`, `damaged`, `interrupted`. */
@@ -160,87 +165,182 @@ interface Current {
 }
 
 /** A pack that was made; `index` in the plan. */
-interface ReadyPack {
+interface MadePack {
   readonly index: number;
-  readonly pack: BuiltPack;
+  readonly bytes: ReadyBytes;
 }
 
-/** Packs that are being made, in order, as far ahead as memory allows. */
-class PackQueue {
+/** What is written next: a pack that was made, or a piece of one that is copied. */
+interface Part {
+  readonly index: number;
+  /** Of a copy; undefined: the whole pack. */
+  readonly piece: number | undefined;
+  readonly isLast: boolean;
+  readonly bytes: Promise<ReadyBytes>;
+  readonly roomBytes: number;
+  /** Of a copy: where its data would begin in a file if nothing had come between. */
+  readonly guess: number;
+  ready: boolean;
+}
+
+/** Parts made or read ahead at least, and for a stand-in at most: where nothing has to be kept streaming, memory that stays in the cache is worth more. */
+const LEAST_DEPTH = 2;
+const SHORT_AHEAD_BYTES = 48 * 1024 * 1024;
+
+/** Bytes of the header that a file of the tape begins with. */
+const FILE_HEAD_BYTES = 2 * TAR_BLOCK_BYTES;
+
+/** Packs that are being made or read, in order, as far ahead as memory allows. The parts of a pack follow each other. */
+class PartQueue {
   underRuns = 0;
   readonly #plan: ExportPlan;
   readonly #pool: PackPool;
   readonly #repo: Repository;
-  readonly #depth: number;
-  /** Packs to wait for once there was none. */
-  readonly #enough: number;
-  readonly #ahead: { readonly index: number; readonly pack: Promise<BuiltPack>; ready: boolean }[] =
-    [];
+  readonly #dataFileBytes: number;
+  readonly #aheadBytes: number;
+  /** Bytes to wait for once there were none. */
+  readonly #enoughBytes: number;
+  readonly #ahead: Part[] = [];
+  /** What was asked for and is of no use any more. */
+  readonly #dropped = new Set<Promise<void>>();
+  /** Copies that are to be read once more. */
+  readonly #again: number[] = [];
+  /** The copy that is being read, and its next piece. */
+  #open: { readonly index: number; readonly piece: number; readonly guess: number } | undefined;
+  /** Where the next pack would begin in a file of the tape if nothing came between, and how far it was from the truth the last time. */
+  #guess = FILE_HEAD_BYTES;
+  #skew = 0;
   #next = 0;
   #first = true;
 
-  constructor(plan: ExportPlan, pool: PackPool, repo: Repository, depth: number, streams: boolean) {
+  constructor(
+    plan: ExportPlan,
+    pool: PackPool,
+    repo: Repository,
+    bufferBytes: number,
+    dataFileBytes: number,
+    streams: boolean,
+  ) {
+    this.#dataFileBytes = dataFileBytes;
     this.#plan = plan;
     this.#pool = pool;
     this.#repo = repo;
-    this.#depth = depth;
-    this.#enough = streams ? Math.max(1, Math.floor(depth * 0.75)) : 1;
+    this.#aheadBytes = streams ? bufferBytes : Math.min(bufferBytes, SHORT_AHEAD_BYTES);
+    this.#enoughBytes = streams ? Math.floor(bufferBytes * 0.75) : 0;
   }
 
-  /** Has the first packs made, for who has something to write before them. */
+  /** Has the first parts made, for who has something to write before them. */
   begin(): void {
     this.#fill();
   }
 
-  /** The next pack. Where none is ready the drive has to stop; one that must not stop often waits until most of the buffer is full again. */
-  async next(): Promise<ReadyPack | undefined> {
+  /**
+   * The next part. Where the drive has stopped meanwhile, `isIdle`, one that must not stop often waits until most of the buffer is full again.
+   */
+  async next(isIdle: () => boolean): Promise<(Part & { readonly ready: true }) | undefined> {
     this.#fill();
     const head = this.#ahead[0];
     if (head === undefined) return undefined;
     if (!head.ready) {
-      if (!this.#first) this.underRuns++;
-      const enough = this.#ahead.slice(0, this.#enough);
-      await Promise.all(enough.map((a) => a.pack));
+      await head.bytes;
+      if (isIdle()) {
+        if (!this.#first) this.underRuns++;
+        let bytes = 0;
+        for (const part of this.#ahead) {
+          if (bytes >= this.#enoughBytes) break;
+          await part.bytes;
+          bytes += part.roomBytes;
+        }
+      }
     }
     this.#first = false;
     this.#ahead.shift();
-    const pack = await head.pack;
     this.#fill();
-    return { index: head.index, pack };
+    return { ...head, ready: true };
+  }
+
+  /** Says where the data of a copy really begin in their file. */
+  learn(part: Part, dataAt: number): void {
+    const away = (dataAt - part.guess) % DIRECT_ALIGN_BYTES;
+    this.#skew = away < 0 ? away + DIRECT_ALIGN_BYTES : away;
+  }
+
+  /** Forgets what is still to come of a copy, the last part of which was given out, and reads all of it again later. */
+  again(index: number): void {
+    while (this.#ahead[0]?.index === index) {
+      const part = this.#ahead.shift();
+      if (part === undefined) break;
+      const dropped = part.bytes.then(
+        (bytes) => {
+          bytes.recycle();
+          this.#dropped.delete(dropped);
+        },
+        () => undefined, // it will be read again
+      );
+      this.#dropped.add(dropped);
+    }
+    if (this.#open?.index === index) this.#open = undefined;
+    this.#again.push(index);
   }
 
   #fill(): void {
-    while (this.#ahead.length < this.#depth && this.#next < this.#plan.packs.length) {
-      const index = this.#next++;
+    let bytes = this.#ahead.reduce((sum, p) => sum + p.roomBytes, 0);
+    for (;;) {
+      const index = this.#open?.index ?? this.#again[0] ?? this.#next;
       const planned = this.#plan.packs[index];
       if (planned === undefined) return;
-      const pack = this.#pool.build(
-        {
-          packId: planned.packId,
-          createdNs: this.#repo.env.clock.nowNs(),
-          salt: this.#repo.newSalt().toString('hex'),
-          sources: planned.sources,
-        },
-        planned.roomBytes,
-      );
-      const entry = { index, pack, ready: false };
-      pack.then(
-        () => {
-          entry.ready = true;
-        },
-        () => undefined, // seen when it is awaited
-      );
-      this.#ahead.push(entry);
+      const roomBytes = planned.copy?.roomBytes ?? planned.roomBytes;
+      if (this.#ahead.length >= LEAST_DEPTH && bytes + roomBytes > this.#aheadBytes) return;
+      if (this.#open === undefined && this.#again.shift() === undefined) this.#next++;
+      bytes += roomBytes;
+      this.#start(index, planned, roomBytes);
     }
+  }
+
+  #start(index: number, planned: PlannedPack, roomBytes: number): void {
+    const { packId, copy, sources } = planned;
+    const piece = copy === undefined ? undefined : (this.#open?.piece ?? 0);
+    const isLast = copy === undefined || piece === copy.pieces - 1;
+    const guess = this.#open?.guess ?? this.#guess + TAR_BLOCK_BYTES;
+    if (piece === undefined || piece === 0) {
+      const end = guess + tarPaddedBytes(copy?.sizeBytes ?? roomBytes);
+      this.#guess = end < this.#dataFileBytes ? end : FILE_HEAD_BYTES;
+    }
+    this.#open = piece === undefined || isLast ? undefined : { index, piece: piece + 1, guess };
+    const bytes =
+      copy === undefined || piece === undefined
+        ? this.#pool.build(
+            {
+              packId,
+              createdNs: this.#repo.env.clock.nowNs(),
+              salt: this.#repo.newSalt().toString('hex'),
+              sources,
+            },
+            roomBytes,
+          )
+        : this.#pool.copy({ ...copy, packId, piece, phase: guess + this.#skew });
+    const part: Part = { index, piece, isLast, bytes, roomBytes, guess, ready: false };
+    bytes.then(
+      () => {
+        part.ready = true;
+      },
+      () => undefined, // seen when it is awaited
+    );
+    this.#ahead.push(part);
   }
 
   /** True if {@link next} will give another one. */
   get hasMore(): boolean {
-    return this.#ahead.length > 0 || this.#next < this.#plan.packs.length;
+    return (
+      this.#ahead.length > 0 ||
+      this.#open !== undefined ||
+      this.#again.length > 0 ||
+      this.#next < this.#plan.packs.length
+    );
   }
 
   async settle(): Promise<void> {
-    await Promise.allSettled(this.#ahead.map((a) => a.pack));
+    await Promise.allSettled([...this.#ahead.map((a) => a.bytes), ...this.#dropped]);
   }
 }
 
@@ -285,24 +385,22 @@ class Export {
     let current = await this.#first();
     const ofSet = this.#known.filter((c) => c.tape.setId === current.tape.setId);
     const index = await SetIndex.load(repo, ofSet, this.#o.sinceLast, warn);
-    const plan = await ExportPlan.make(
-      repo,
-      this.#o.points,
-      this.#o.sinceLast ? index : undefined,
-      {
-        signal: this.#o.signal,
-        packBytes: this.#o.packBytes,
-      },
-    );
+    const { packBytes, bufferBytes, sinceLast, signal } = this.#o;
+    const plan = await ExportPlan.make(repo, this.#o.points, index, sinceLast, {
+      signal,
+      packBytes,
+      // Whole packs are in memory when they are read back, a few of them at a time; and those of a small cartridge must not be larger than was asked for.
+      copyBytes: Math.min(
+        MAX_COPY_BYTES,
+        packBytes === undefined ? bufferBytes / 3 : packBytes + packBytes / 4,
+      ),
+    });
     const { directory, points } = await this.#directory(plan, index, ofSet);
-    const roomBytes = plan.packs.reduce((most, p) => Math.max(most, p.roomBytes), 1);
-    const most = Math.max(2, Math.floor(this.#o.bufferBytes / roomBytes));
-    // Where nothing has to be kept streaming, memory that stays in the cache is worth more.
-    const depth = drive.streams ? most : Math.min(most, SHORT_DEPTH);
-    const queue = new PackQueue(plan, this.#pool, repo, depth, drive.streams);
+    const { dataFileBytes } = this.#o;
+    const queue = new PartQueue(plan, this.#pool, repo, bufferBytes, dataFileBytes, drive.streams);
     queue.begin();
     try {
-      let waiting: readonly ReadyPack[] = [];
+      let waiting: readonly MadePack[] = [];
       for (;;) {
         const done = await this.#cartridge(current, plan, directory, points, queue, waiting);
         if (done.last) break;
@@ -320,6 +418,8 @@ class Export {
       points,
       chunks: plan.chunks,
       packs: plan.packs.length,
+      copiedPacks: plan.copies,
+      copiedBytes: plan.packs.reduce((sum, p) => sum + (p.copy?.sizeBytes ?? 0), 0),
       bytes: this.#bytes,
       records: this.#records,
       underRuns: queue.underRuns,
@@ -375,11 +475,15 @@ class Export {
     label: TapeLabel,
     after: TapeLabel | undefined,
   ): Promise<Current> {
+    this.#warnUnfinished(label);
+    return this.#fresh(contents, label.setName, after);
+  }
+
+  #warnUnfinished(label: TapeLabel): void {
     this.#o.events({
       type: 'warning',
       message: `cartridge ${label.label} holds only what an interrupted export of this repository left: it is written from its beginning`,
     });
-    return this.#fresh(contents, label.setName, after);
   }
 
   async #append(remembered: TapeCartridge): Promise<Current> {
@@ -406,6 +510,7 @@ class Export {
         known = record;
         file = known.sessions.at(-1)?.endFile ?? file;
       }
+      if (known.sessions.length === 0) this.#warnUnfinished(known.tape);
       await this.#prepare(known.tape.recordBytes);
     }
     await toFile(drive, file);
@@ -429,7 +534,9 @@ class Export {
         label.repositoryId === repo.id
           ? points === undefined
             ? ' (this repository does not know what is on it)'
-            : `, with ${points} points that are still needed`
+            : points === 0
+              ? ' (an export to it was interrupted: nothing on it is needed)'
+              : `, with ${points} points that are still needed`
           : `, of another repository (${label.repositoryId})`
       }`;
     }
@@ -498,6 +605,8 @@ class Export {
       await writer.release();
     }
     if (writer.isFull) throw tooSmall(drive);
+    // Whoever finds the cartridge after this export was killed knows that nothing on it counts.
+    await putCartridge(repo, { tape, barcode, full: false, sessions: [] });
     return { before: undefined, tape, file: 1, barcode };
   }
 
@@ -525,8 +634,9 @@ class Export {
         return this.#fresh(contents, current.tape.setName, current.tape);
       if (ofSet && contents.label.repositoryId === this.#o.repo.id) {
         const { label } = contents;
-        if ((await this.#knownOrRead(label)) === 'unfinished')
-          return this.#anew(contents, label, current.tape);
+        const found = await this.#knownOrRead(label);
+        if (found === 'unfinished') return this.#anew(contents, label, current.tape);
+        if (found?.sessions.length === 0) return this.#append(found);
       }
       events({ type: 'warning', message: this.#refused(contents).message });
     }
@@ -565,6 +675,7 @@ class Export {
     const finished = new Set(
       ofSet.flatMap((c) => c.sessions.filter((s) => s.last).map((s) => s.id)),
     );
+    const written = new Set(plan.packs.map((p) => p.packId));
     const points: TapePoint[] = [];
     const sorted = this.#o.points.toSorted(
       (a, b) =>
@@ -586,7 +697,8 @@ class Export {
       const before = own ?? earlier;
       const needs = new Set<string>();
       const packId = await plan.putCommit(repo, store, point, before, host, (pack) => {
-        const label = index.packs.get(pack);
+        // A copy that an earlier cartridge has as well is written now, too.
+        const label = written.has(pack) ? undefined : index.packs.get(pack);
         if (label !== undefined) needs.add(label);
       });
       const nowNs = repo.env.clock.nowNs();
@@ -627,7 +739,8 @@ class Export {
         if (points.some((p) => p.volumeId === id && p.seq === s.seq && p.hash === s.hash))
           await copy(snapshotName(id, repo.keys.nameHash(s.name)));
     }
-    for (const c of ofSet) put(ObjectKind.tape, tapeName(c.tape.label), tapePayload(c));
+    for (const c of ofSet)
+      if (c.sessions.length > 0) put(ObjectKind.tape, tapeName(c.tape.label), tapePayload(c));
     return { directory: store.objects, points };
   }
 
@@ -637,9 +750,9 @@ class Export {
     plan: ExportPlan,
     directory: ReadonlyMap<string, Buffer>,
     points: readonly TapePoint[],
-    queue: PackQueue,
-    first: readonly ReadyPack[],
-  ): Promise<{ last: boolean; waiting: readonly ReadyPack[] }> {
+    queue: PartQueue,
+    first: readonly MadePack[],
+  ): Promise<{ last: boolean; waiting: readonly MadePack[] }> {
     const { repo, drive, clock, events, dataFileBytes } = this.#o;
     const { tape } = current;
     const startNs = clock.monotonicNs();
@@ -653,39 +766,66 @@ class Export {
     });
     /** To be written, before those of the queue. */
     const waiting = [...first];
-    /** In the open file, and not yet sure to stay there. */
-    let unsure: (ReadyPack & { readonly place: MemberPlace })[] = [];
+    /** In the open file, and not yet sure to stay there; `bytes`: of one that was made. */
+    let unsure: {
+      readonly index: number;
+      readonly bytes: ReadyBytes | undefined;
+      readonly place: MemberPlace;
+    }[] = [];
     let last = false;
     const settle = (keptBytes: number, ended: boolean): void => {
-      const back: ReadyPack[] = [];
       const still: typeof unsure = [];
       for (const u of unsure) {
+        const { index, bytes } = u;
         if (u.place.end <= keptBytes) {
           const { file, record } = u.place;
-          const packId = plan.packs[u.index]?.packId ?? '';
-          collector.add({ packId, file, record }, plan.placesOf(u.index));
-          progress.add(u.pack.length);
-          this.#pool.recycle(u.pack.buffer);
-        } else if (ended) back.push({ index: u.index, pack: u.pack });
-        else still.push(u);
+          const planned = plan.packs[index];
+          collector.add({ packId: planned?.packId ?? '', file, record }, plan.placesOf(index));
+          progress.add(bytes?.length ?? planned?.copy?.sizeBytes ?? 0);
+          bytes?.recycle();
+        } else if (!ended) still.push(u);
+        else if (bytes === undefined) queue.again(index);
+        else waiting.push({ index, bytes });
       }
       unsure = still;
-      waiting.unshift(...back);
+    };
+    /** Writes a pack that was made. */
+    const putMade = async (index: number, bytes: ReadyBytes): Promise<void> => {
+      const name = `${TAPE_ROOT}${packName(plan.packs[index]?.packId ?? '')}`;
+      const data = bytes.memory.subarray(bytes.at, bytes.at + bytes.length);
+      unsure.push({ index, bytes, place: await writer.addMember(name, data) });
+    };
+    /** Writes a copy, of which `part` is the first piece, as far as the cartridge takes it. */
+    const putCopy = async (part: Part): Promise<void> => {
+      const { index } = part;
+      const planned = plan.packs[index];
+      if (planned?.copy === undefined || part.piece !== 0) throw new Error('not the first piece');
+      const { packId, copy } = planned;
+      const place = await writer.beginMember(`${TAPE_ROOT}${packName(packId)}`, copy.sizeBytes);
+      queue.learn(part, place.end - tarPaddedBytes(copy.sizeBytes));
+      for (let piece: Part | undefined = part; ;) {
+        const { memory, at, length, recycle } = await piece.bytes;
+        await writer.addLent(memory, at, length, recycle);
+        if (piece.isLast || writer.isFull) break;
+        this.#throwIfAborted();
+        piece = await queue.next(() => writer.isIdle);
+        if (piece?.index !== index) throw new Error('a piece of another pack');
+      }
+      unsure.push({ index, bytes: undefined, place });
     };
     try {
       const begun = await this.#putDirectory(writer, directory);
       while (begun && !writer.nearEnd) {
         this.#throwIfAborted();
-        const ready = waiting.shift() ?? (await queue.next());
-        if (ready === undefined) break;
+        const made = waiting.shift();
+        const part = made === undefined ? await queue.next(() => writer.isIdle) : undefined;
+        if (made === undefined && part === undefined) break;
         if (!writer.isOpen) await writer.beginFile('data', this.#sessionId);
-        const { index, pack } = ready;
-        const place = await writer.addMember(
-          `${TAPE_ROOT}${packName(plan.packs[index]?.packId ?? '')}`,
-          Buffer.from(pack.buffer, 0, pack.length),
-        );
+        if (made !== undefined) await putMade(made.index, made.bytes);
+        else if (part?.piece === undefined && part !== undefined)
+          await putMade(part.index, await part.bytes);
+        else if (part !== undefined) await putCopy(part);
         await writer.settle();
-        unsure.push({ ...ready, place });
         settle(writer.safeBytes, false);
         if (writer.fileBytes >= dataFileBytes) settle(await writer.endFile(), true);
       }
@@ -782,7 +922,7 @@ class Export {
       objects.set(name, encodeObject(ObjectKind.tape, name, payload, repo.newSalt(), repo.keys));
     };
     for (const c of this.#known)
-      if (c.tape.setId === record.tape.setId && c.tape.label !== label)
+      if (c.tape.setId === record.tape.setId && c.tape.label !== label && c.sessions.length > 0)
         put(tapeName(c.tape.label), tapePayload(c));
     parts.forEach((part, i) => {
       put(tapePartName(label, record.sessions.length - 1, i), partPayload(part));

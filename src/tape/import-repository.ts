@@ -123,6 +123,12 @@ class Import {
   readonly #read: string[] = [];
   /** Packs that are in the store: true if whole. */
   readonly #packs = new Map<string, boolean>();
+  /** The copies of packs that count. */
+  readonly #copies = new Map<
+    string,
+    { readonly whole: boolean; readonly frames: number; readonly length: number }
+  >();
+  readonly #puts = new Map<string, Promise<void>>();
   /** Packs that points need. */
   readonly #needed = new Set<string>();
   #bytes = 0;
@@ -282,10 +288,18 @@ class Import {
         const { length } = data;
         const { buffer, ...checked } = await this.#pool.check(packId, data.buffer, length);
         const whole = checked.damaged.length === 0 && checked.sealed;
-        // A damaged copy is kept as long as there is no better one: most of it is good.
-        if (this.#packs.get(packId) !== true && (whole || !this.#packs.has(packId))) {
-          await store.put(packName(packId), Buffer.from(buffer, 0, length));
-          if (!this.#packs.has(packId)) this.#bytes += length;
+        const { frames } = checked;
+        // A damaged copy is kept as long as there is no better one: most of it is good. Of whole ones, which are alike, it should make no difference.
+        const there = this.#copies.get(packId);
+        const isBetter =
+          there === undefined ||
+          (whole && (!there.whole || (frames > there.frames && there.length !== length)));
+        if (isBetter) {
+          this.#copies.set(packId, { whole, frames, length });
+          await this.#putAfter(packId, () =>
+            store.put(packName(packId), Buffer.from(buffer, 0, length)),
+          );
+          this.#bytes += length - (there?.length ?? 0);
           this.#packs.set(packId, whole);
         }
         this.#pool.recycle(buffer);
@@ -302,6 +316,18 @@ class Import {
     for (const [name, bytes] of found.objects) {
       if (name === CONFIG_NAME || name === CONFIG_COPY_NAME) continue;
       if (await this.#isBetter(name, bytes)) await store.put(name, bytes);
+    }
+  }
+
+  /** Puts one copy of a pack after the other, so that the better one stays. */
+  async #putAfter(packId: string, put: () => Promise<void>): Promise<void> {
+    const before = this.#puts.get(packId) ?? Promise.resolve();
+    const mine = before.then(put, put);
+    this.#puts.set(packId, mine);
+    try {
+      await mine;
+    } finally {
+      if (this.#puts.get(packId) === mine) this.#puts.delete(packId);
     }
   }
 
@@ -348,7 +374,7 @@ class Import {
           const missing = commit.packIds.filter((id) => !this.#packs.has(id));
           const labels = new Set<string>();
           for (const id of missing) {
-            const at = this.#knowledge.packs.get(id)?.label;
+            const [at] = this.#knowledge.labelsOf(id);
             if (at !== undefined) labels.add(at);
           }
           // Which packs a cartridge holds only it knows; that the point needs the cartridge, others do.

@@ -116,11 +116,17 @@ function withRecord(survey: Survey, label: TapeLabel, repo: Repository): Survey 
   }
 }
 
+/** Where a pack is. */
+export interface PackPlace {
+  readonly label: string;
+  readonly file: number;
+}
+
 /** What is known of the cartridges of a set, gathered from the contents of those that were read. */
 export class SetKnowledge {
   readonly cartridges = new Map<string, TapeCartridge>();
-  /** Pack → label of the cartridge and file on it. */
-  readonly packs = new Map<string, { readonly label: string; readonly file: number }>();
+  /** Pack → where it is: label of the cartridge and file on it. A pack of the repository that was written as it is may be in several places. */
+  readonly packs = new Map<string, PackPlace[]>();
 
   /** Labels of the cartridges that a point needs, as far as that is known: those of its session, and those it names. */
   cartridgesOf(volumeId: string, seq: number): readonly string[] {
@@ -133,6 +139,18 @@ export class SetKnowledge {
           for (const label of p.needs) labels.add(label);
         }
     return [...labels].sort();
+  }
+
+  /** Labels of the cartridges that hold a pack, as far as that is known. */
+  labelsOf(packId: string): readonly string[] {
+    return [...new Set(this.packs.get(packId)?.map((at) => at.label))];
+  }
+
+  #learnPlace(packId: string, place: PackPlace): void {
+    const known = this.packs.get(packId);
+    if (known === undefined) this.packs.set(packId, [place]);
+    else if (!known.some((k) => k.label === place.label && k.file === place.file))
+      known.push(place);
   }
 
   /** Learns from objects of a directory or contents; what cannot be read is passed over. */
@@ -150,7 +168,7 @@ export class SetKnowledge {
             this.cartridges.set(label, found);
         } else {
           for (const p of partOfPayload(payload, name).packs)
-            this.packs.set(p.packId, { label: part?.[1] ?? '', file: p.file });
+            this.#learnPlace(p.packId, { label: part?.[1] ?? '', file: p.file });
         }
       } catch (error) {
         if (!isKind(error, 'damaged')) throw error;
@@ -163,6 +181,19 @@ export class SetKnowledge {
 interface WantedPack {
   /** Block, count, frame, sub, skip: five numbers each, ascending by block. */
   readonly extents: number[];
+}
+
+/** A pack of which a copy was damaged. */
+interface BrokenPack {
+  readonly wanted: WantedPack;
+  readonly damaged: readonly { readonly frame: number; readonly reason: string }[];
+}
+
+/** What a copy of a pack had. */
+interface PackTakenSoFar {
+  readonly frames: number;
+  readonly chunks: number;
+  readonly damaged: readonly { readonly frame: number; readonly reason: string }[];
 }
 
 export interface TapeRestoreOptions {
@@ -243,11 +274,15 @@ class TapeRestore {
   readonly #knowledge = new SetKnowledge();
   readonly #missing: { offset: number; length: number }[] = [];
   readonly #damaged: { packId: string; frame: number; reason: string }[] = [];
+  /** Packs of which a copy was damaged: what is still wanted of them, of another copy. */
+  readonly #broken = new Map<string, BrokenPack>();
+  /** Packs that are being taken. */
+  readonly #taking = new Map<string, Promise<unknown>>();
   /** Labels of the cartridges that were read. */
   readonly #read: string[] = [];
   /** Those of them that hold nothing more that is wanted. */
   readonly #done = new Set<string>();
-  /** Packs that are not where they should be. */
+  /** Packs that are not where they should be, each with the label of that cartridge. */
   readonly #lost = new Set<string>();
   readonly #staging: Buffer[] = [];
   /** Offset, length and crc32 of what was written, three numbers each. */
@@ -280,17 +315,22 @@ class TapeRestore {
     for (;;) {
       await this.#otherCopies(survey);
       await this.#cartridge(label, survey);
-      if (this.#wanted.size === 0) break;
+      if (this.#isDone()) break;
       const next = await this.#nextCartridge(label);
       if (next === undefined) break;
       ({ label, survey } = next);
     }
     progress.finish();
     const missingPacks = [...this.#wanted.keys()].map((packId) => {
-      const at = this.#knowledge.packs.get(packId)?.label;
-      return at === undefined ? { packId } : { packId, cartridge: at };
+      const labels = this.#knowledge.labelsOf(packId);
+      const cartridge = labels.find((label) => !this.#read.includes(label)) ?? labels[0];
+      return cartridge === undefined ? { packId } : { packId, cartridge };
     });
     for (const wanted of this.#wanted.values()) this.#miss(wanted);
+    for (const [packId, { wanted, damaged }] of this.#broken) {
+      this.#miss(wanted);
+      for (const d of damaged) this.#damaged.push({ packId, ...d });
+    }
     const missingRanges = joined(this.#missing);
     if (!this.#target.isBlank)
       for (const r of missingRanges) await this.#target.device.zero(r.offset, r.length);
@@ -341,10 +381,10 @@ class TapeRestore {
     const last = survey.files.at(-1)?.file ?? 0;
     const known = new Set<number>();
     let complete = true;
-    for (const packId of this.#wanted.keys()) {
-      const at = this.#knowledge.packs.get(packId);
-      if (at === undefined) complete = false;
-      else if (at.label === label.label) known.add(at.file);
+    for (const packId of [...this.#wanted.keys(), ...this.#broken.keys()]) {
+      const places = this.#knowledge.packs.get(packId);
+      if (places === undefined) complete = false;
+      for (const at of places ?? []) if (at.label === label.label) known.add(at.file);
     }
     const files = complete
       ? [...known].sort((a, b) => a - b)
@@ -362,7 +402,7 @@ class TapeRestore {
         toFile: after > last ? undefined : after,
         pool: this.#pool,
         signal,
-        isDone: () => this.#wanted.size === 0,
+        isDone: () => this.#wanted.size === 0 && this.#broken.size === 0,
         onPack: (packId, data) => this.#take(packId, data),
       });
       for (const d of found.damage)
@@ -374,7 +414,33 @@ class TapeRestore {
       i = to;
     }
     for (const packId of this.#wanted.keys())
-      if (this.#knowledge.packs.get(packId)?.label === label.label) this.#lost.add(packId);
+      if (this.#knowledge.labelsOf(packId).includes(label.label))
+        this.#lost.add(lostAt(packId, label.label));
+  }
+
+  /** Nothing is wanted any more that a cartridge might have. */
+  #isDone(): boolean {
+    return this.#wanted.size === 0 && !this.#isMendable();
+  }
+
+  /** Another copy of a pack of which one was damaged is, or may be, on a cartridge that was not read: one that holds the point as well. */
+  #isMendable(): boolean {
+    const { volumeId, commit } = this.#o;
+    if (this.#broken.size === 0) return false;
+    return (
+      [...this.#broken.keys()].some((id) => this.#unreadLabel(id) !== undefined) ||
+      this.#knowledge.cartridgesOf(volumeId, commit.seq).some((label) => !this.#done.has(label))
+    );
+  }
+
+  /** Label of a cartridge with a pack on it that was not read yet. */
+  #unreadLabel(packId: string): string | undefined {
+    return this.#knowledge.labelsOf(packId).find((label) => !this.#done.has(label));
+  }
+
+  /** True for a pack that is on no cartridge, as far as is known. */
+  #isLost(packId: string): boolean {
+    return this.#knowledge.labelsOf(packId).every((label) => this.#lost.has(lostAt(packId, label)));
   }
 
   /**
@@ -410,8 +476,8 @@ class TapeRestore {
           this.#wanted = other;
           // What was of no use before may be now.
           for (const id of other.keys()) {
-            const at = this.#knowledge.packs.get(id);
-            if (at !== undefined && !this.#lost.has(id)) this.#done.delete(at.label);
+            for (const label of this.#knowledge.labelsOf(id))
+              if (!this.#lost.has(lostAt(id, label))) this.#done.delete(label);
           }
         }
       }
@@ -453,7 +519,7 @@ class TapeRestore {
   #lostBlocks(wanted: ReadonlyMap<string, WantedPack>): number {
     let blocks = 0;
     for (const [packId, { extents }] of wanted) {
-      if (this.#knowledge.packs.has(packId) && !this.#lost.has(packId)) continue;
+      if (!this.#isLost(packId)) continue;
       for (let i = 1; i < extents.length; i += 5) blocks += extents[i] ?? 0;
     }
     return blocks;
@@ -464,9 +530,9 @@ class TapeRestore {
   ): Promise<{ label: TapeLabel; survey: Survey } | undefined> {
     const { drive, source, view, needs, events } = this.#o;
     const wishes = new Set<string>();
-    for (const packId of this.#wanted.keys()) {
-      const at = this.#knowledge.packs.get(packId)?.label;
-      if (at !== undefined && !this.#done.has(at)) wishes.add(at);
+    for (const packId of [...this.#wanted.keys(), ...this.#broken.keys()]) {
+      const at = this.#unreadLabel(packId);
+      if (at !== undefined) wishes.add(at);
     }
     const known = [...needs, ...this.#knowledge.cartridgesOf(this.#o.volumeId, this.#o.commit.seq)];
     for (const label of known) if (!this.#done.has(label)) wishes.add(label);
@@ -493,24 +559,32 @@ class TapeRestore {
     return undefined;
   }
 
-  async #take(
-    packId: string,
-    data: Buffer<SharedArrayBuffer>,
-  ): Promise<{
-    frames: number;
-    chunks: number;
-    damaged: readonly { frame: number; reason: string }[];
-  }> {
-    const wanted = this.#wanted.get(packId);
+  /** Takes what is wanted of a copy of a pack. */
+  async #take(packId: string, data: Buffer<SharedArrayBuffer>): Promise<PackTakenSoFar> {
+    // Of two copies one behind the other the second has what was damaged in the first.
+    await this.#taking.get(packId);
+    const taken = this.#takeCopy(packId, data);
+    this.#taking.set(packId, taken);
+    try {
+      return await taken;
+    } finally {
+      if (this.#taking.get(packId) === taken) this.#taking.delete(packId);
+    }
+  }
+
+  async #takeCopy(packId: string, data: Buffer<SharedArrayBuffer>): Promise<PackTakenSoFar> {
+    const wanted = this.#wanted.get(packId) ?? this.#broken.get(packId)?.wanted;
     if (wanted === undefined) {
       this.#pool.recycle(data.buffer);
       return { frames: 0, chunks: 0, damaged: [] };
     }
     this.#wanted.delete(packId);
+    this.#broken.delete(packId);
     const pieces = [...this.#pieces(wanted)];
     const keys = Uint32Array.from(new Set(pieces.map((p) => p.key))).sort();
     const got = await this.#pool.take(packId, data.buffer, data.length, keys);
     const places = new Map(got.taken.map((t) => [t.key, t]));
+    const rest: number[] = [];
     const staging =
       this.#staging.pop() ?? Buffer.from(alignedMemory(STAGING_BYTES).buffer, 0, STAGING_BYTES);
     let start = -1;
@@ -527,7 +601,13 @@ class TapeRestore {
     for (const piece of pieces) {
       const place = places.get(piece.key);
       if (place === undefined) {
-        this.#missing.push({ offset: piece.offset, length: piece.length });
+        rest.push(
+          piece.offset / BLOCK_BYTES,
+          Math.ceil(piece.length / BLOCK_BYTES),
+          Math.floor(piece.key / KEY_STEP),
+          piece.key % KEY_STEP,
+          piece.skipBytes / BLOCK_BYTES,
+        );
         continue;
       }
       if (fill > 0 && (start + fill !== piece.offset || fill + piece.length > STAGING_BYTES))
@@ -541,7 +621,8 @@ class TapeRestore {
     }
     await flush();
     this.#staging.push(staging);
-    for (const d of got.damaged) this.#damaged.push({ packId, ...d });
+    if (rest.length > 0)
+      this.#broken.set(packId, { wanted: { extents: rest }, damaged: got.damaged });
     return { frames: keys.length, chunks: keys.length, damaged: got.damaged };
   }
 
@@ -608,6 +689,11 @@ class TapeRestore {
     }
     progress.finish();
   }
+}
+
+/** Stands for a pack that is not on a cartridge on which it should be. */
+function lostAt(packId: string, label: string): string {
+  return `${packId} ${label}`;
 }
 
 function endOf(range: ByteRange | undefined): number {

@@ -22,6 +22,7 @@ import { READ_BYTES, piecesOf, readSlots, type WantedFrame } from '../restore/bu
 import { ChunkRoom, SingleChunks } from '../restore/single.js';
 import { salvagePack } from '../repair/salvage.js';
 import { MapStore } from './map-store.js';
+import { copyPiece, type CopiedPiece, type CopyJob } from './pack-copier.js';
 import { KEY_STEP, PackMaker, SourcePack, framesOf, type BuildJob } from './pack-maker.js';
 
 /** A chunk wanted of a pack: its key. */
@@ -59,8 +60,10 @@ export function frameBytesAtMost(frame: FooterFrame, wanted: number): number {
 /** Bytes of a pack besides its frames. */
 export const PACK_REST_BYTES = 1024;
 
-const PROBE_BYTES = 512 * 1024;
-/** Packs after which it is asked again whether the page cache has them. */
+/** Small enough for a read at once of what is in memory, which a busy machine interrupts seldom. */
+const PROBE_BYTES = 60 * 1024;
+const PROBES = 5;
+/** Packs, or pieces of them, after which it is asked again whether the page cache has them. */
 const GUESS_FOR_PACKS = 8;
 /** What comes faster comes from memory. */
 const CACHED_BYTES_PER_S = 1.4e9;
@@ -148,6 +151,24 @@ export class PackWork {
     return maker.finish();
   }
 
+  /**
+   * Reads a piece of a pack of the repository to `out` as it is, checked. Kind `damaged` if anything of it is not right, `failed` (retryable) if the pack is not
+   * what it was when the export was planned.
+   */
+  copy(job: CopyJob, out: Buffer): Promise<CopiedPiece> {
+    return this.#packs.useAgain(job.packId, async (pack) => {
+      const isCached = (await this.#slotsFor(pack, PACK_HEADER_BYTES)) === this.#cacheSlots;
+      return copyPiece(this.#ctx, pack, this.#sourceOf(job.packId), job, out, isCached);
+    });
+  }
+
+  /** Opens frames of a pack of the repository; valid until the next one is asked for. */
+  #sourceOf(packId: string): SourcePack {
+    if (this.#source?.packId !== packId)
+      this.#source = new SourcePack(this.#ctx, packId, this.#room);
+    return this.#source;
+  }
+
   /** Adds chunks of one pack of the repository. */
   async #addFrom(maker: PackMaker, pack: OpenPack, keys: Uint32Array): Promise<void> {
     const { packId } = pack;
@@ -160,10 +181,9 @@ export class PackWork {
         });
       wanted.push({ frame, tag: keys.subarray(from, to) });
     }
-    if (this.#source?.packId !== packId)
-      this.#source = new SourcePack(this.#ctx, packId, this.#room);
-    const source = this.#source;
-    for await (const piece of readAhead(pack, wanted, await this.#slotsFor(pack, wanted))) {
+    const source = this.#sourceOf(packId);
+    const slots = await this.#slotsFor(pack, wanted[0]?.frame.offset ?? 0);
+    for await (const piece of readAhead(pack, wanted, slots)) {
       for (const { frame, tag } of piece.frames) {
         const at = frame.offset - piece.offset;
         if (at + FRAME_HEADER_BYTES + frame.storedBytes > piece.bytes.length)
@@ -181,13 +201,10 @@ export class PackWork {
    * Packs that are in the page cache already (they were just read or made) are taken from there, which leaves the disk to the writing; others are read around
    * it, because nothing of them is needed again. Told by how long a read takes: a wrong guess costs time only.
    */
-  async #slotsFor(
-    pack: OpenPack,
-    wanted: readonly WantedFrame<Uint32Array>[],
-  ): Promise<readonly [Buffer, Buffer]> {
+  async #slotsFor(pack: OpenPack, offset: number): Promise<readonly [Buffer, Buffer]> {
     if (this.#guessed === undefined) {
       this.#guessFor = GUESS_FOR_PACKS;
-      this.#guessed = await this.#guessSlots(pack, wanted[0]?.frame.offset ?? 0);
+      this.#guessed = await this.#guessSlots(pack, offset);
     }
     const guessed = this.#guessed;
     if (--this.#guessFor <= 0) this.#guessed = undefined;
@@ -200,15 +217,20 @@ export class PackWork {
       Buffer.allocUnsafeSlow(READ_BYTES),
     ] as const;
     const probe = this.#cacheSlots[0].subarray(0, PROBE_BYTES);
+    const rates: number[] = [];
     try {
-      const startNs = systemClock.monotonicNs();
-      const bytes = await pack.readRaw(probe, offset);
-      const ns = Number(systemClock.monotonicNs() - startNs);
-      return bytes * 1e9 > CACHED_BYTES_PER_S * ns ? this.#cacheSlots : this.#slots;
+      for (let i = 0; i < PROBES; i++) {
+        const at = offset + Math.floor(((pack.sizeBytes - offset) * i) / PROBES);
+        const startNs = systemClock.monotonicNs();
+        const bytes = await pack.readRaw(probe, at);
+        rates.push((bytes * 1e9) / Number(systemClock.monotonicNs() - startNs + 1n));
+      }
     } catch (error) {
       if (!isKind(error, 'io')) throw error;
       return this.#slots; // the reading itself will say so
     }
+    const median = rates.sort((a, b) => a - b)[PROBES >> 1] ?? 0;
+    return median > CACHED_BYTES_PER_S ? this.#cacheSlots : this.#slots;
   }
 
   /** Closes the packs of the repository that are open. */

@@ -1,6 +1,7 @@
 /**
  * What an export writes: the chunks that its points need and that the set does not hold yet, in the order of the packs they are
- * read from; which of them go to which pack of the tape; and the commits of the points, which name them there.
+ * read from; which packs go to the tape as they are, and which of the other chunks to which pack made for it; and the commits of the points, which name
+ * them there.
  */
 import { B2Error } from '../errors.js';
 import {
@@ -11,11 +12,12 @@ import {
   type ExtentsRef,
 } from '../format/commit.js';
 import { HOLE, STRIPE_BLOCKS, clipExtent, encodeExtents, type Extent } from '../format/extent.js';
-import { MAX_PACK_FRAMES } from '../format/frame.js';
-import { PACK_HEADER_BYTES } from '../format/pack.js';
+import { FRAME_HEADER_BYTES, FrameType, MAX_PACK_FRAMES } from '../format/frame.js';
+import { PACK_HEADER_BYTES, type FooterFrame } from '../format/pack.js';
 import type { CommitRecord } from '../format/segment.js';
 import type { PlaceOnTape } from '../format/tape.js';
 import type { BlockMap } from '../repo/blockmap.js';
+import type { OpenPack } from '../repo/pack-reader.js';
 import { PackWriter } from '../repo/pack-writer.js';
 import type { Repository } from '../repo/repository.js';
 import type { VolumeMeta } from '../repo/volume.js';
@@ -23,6 +25,7 @@ import type { PlacedExtent } from '../repo/volume-writer.js';
 import { blocksOf } from '../units.js';
 import type { ChunkOnTape, SetIndex } from './catalogue.js';
 import type { MapStore } from './map-store.js';
+import { planCopy, type CopyPlan } from './pack-copier.js';
 import { KEY_STEP, framesOf, type WantedChunks } from './pack-maker.js';
 import { PACK_REST_BYTES, frameBytesAtMost } from './pack-work.js';
 
@@ -35,10 +38,22 @@ export interface ExportPoint {
 
 /** A pack of the tape, planned. */
 export interface PlannedPack {
+  /** Of a copy: that of the repository's pack. */
   readonly packId: string;
   readonly sources: readonly WantedChunks[];
   /** What it takes at most. */
   readonly roomBytes: number;
+  /** The only source goes to the tape as it is, in these pieces. Undefined: the pack is made. */
+  readonly copy: CopyPlan | undefined;
+}
+
+/** What decides how the packs of an export are made. */
+export interface PlanOptions {
+  readonly signal?: AbortSignal | undefined;
+  /** Size of the packs that are made; undefined: 16 MiB, and more for large exports. */
+  readonly packBytes?: number | undefined;
+  /** Packs of the repository up to this size go to the tape as they are, where nothing speaks against it. Default: none. */
+  readonly copyBytes?: number | undefined;
 }
 
 /** Packs are made smaller than the repository's, because whole ones are kept in memory; above this many they grow. */
@@ -53,8 +68,8 @@ interface Source {
   count: number;
   /** Where each key comes to lie: its key in the pack of the tape. */
   places: Uint32Array<ArrayBuffer>;
-  /** From key index `from` on the pack of the tape is `pack`. */
-  cuts: { readonly from: number; readonly pack: number }[];
+  /** From key index `from` on the pack of the tape is `pack`; `copy`: as it is. */
+  cuts: { readonly from: number; readonly pack: number; readonly copy: boolean }[];
 }
 
 /** See the file comment. */
@@ -62,6 +77,8 @@ export class ExportPlan {
   readonly packs: readonly PlannedPack[];
   /** Bytes that the packs take at most. */
   readonly bytesAtMost: number;
+  /** How many of the packs are copies; those come first. */
+  readonly copies: number;
   readonly chunks: number;
   readonly #sources: ReadonlyMap<string, Source>;
   readonly #onSet: SetIndex | undefined;
@@ -78,23 +95,24 @@ export class ExportPlan {
     this.#onSet = onSet;
     this.#chunkBlocks = chunkBlocks;
     this.bytesAtMost = packs.reduce((sum, p) => sum + p.roomBytes, 0);
+    this.copies = packs.filter((p) => p.copy !== undefined).length;
     let chunks = 0;
     for (const s of sources.values()) chunks += s.keys.length;
     this.chunks = chunks;
   }
 
   /**
-   * Reads the maps of all points and the footers of the packs they name. `onSet`: what need not be written again. `packBytes`: size of the packs. Memory: 12 bytes a chunk.
+   * Reads the maps of all points and the footers of the packs they name. `set`: what is on the set; `sinceLast`: that need not be written again. Memory: 12 bytes
+   * a chunk.
    */
   static async make(
     repo: Repository,
     points: readonly ExportPoint[],
-    onSet: SetIndex | undefined,
-    options: {
-      readonly signal?: AbortSignal | undefined;
-      readonly packBytes?: number | undefined;
-    } = {},
+    set: SetIndex,
+    sinceLast: boolean,
+    options: PlanOptions = {},
   ): Promise<ExportPlan> {
+    const onSet = sinceLast ? set : undefined;
     const chunkBlocks = blocksOf(repo.chunkBytes);
     const sources = new Map<string, Source>();
     for (const { map } of points) {
@@ -118,7 +136,7 @@ export class ExportPlan {
     let packBytes = options.packBytes ?? LEAST_PACK_BYTES;
     if (options.packBytes === undefined)
       while (packBytes < wanted && packBytes < MOST_PACK_BYTES) packBytes *= 2;
-    const packs = await cutPacks(repo, sources, packBytes, options.signal);
+    const packs = await cutPacks(repo, sources, set, packBytes, options);
     return new ExportPlan(sources, packs, onSet, chunkBlocks);
   }
 
@@ -361,14 +379,47 @@ function packOfIndex(source: Source, index: number): number {
   return source.cuts[low - 1]?.pack ?? -1;
 }
 
+/** A frame of a pack of the repository, and which of the wanted keys lie in it. */
+interface FrameWanted {
+  readonly frame: FooterFrame;
+  readonly from: number;
+  readonly to: number;
+}
+
+/**
+ * How a pack goes to the tape as it is (FORMAT.md 11.3); undefined for one that cannot. Its bytes are nothing but what its footer
+ * names, and of that everything is wanted. It was never compacted and has lost no frame, so that any two packs under its id are alike as far as both go: a
+ * commit among the frames would be one without its packs.
+ */
+export function copyOf(
+  pack: Pick<OpenPack, 'sealed' | 'header' | 'footer' | 'sizeBytes' | 'validBytes'>,
+  keys: Uint32Array,
+): CopyPlan | undefined {
+  const { footer, sizeBytes, validBytes } = pack;
+  const { frames, lengths } = footer;
+  if (!pack.sealed || pack.header.generation !== 0 || keys.length !== lengths.length)
+    return undefined;
+  let end = PACK_HEADER_BYTES;
+  let at = 0;
+  for (const [i, f] of frames.entries()) {
+    if (f.number !== i || f.type !== FrameType.chunks || f.offset !== end) return undefined;
+    for (let sub = 0; sub < f.count; sub++) if (keys[at++] !== i * KEY_STEP + sub) return undefined;
+    end += FRAME_HEADER_BYTES + f.storedBytes;
+  }
+  return frames.length > 0 && end === validBytes ? planCopy(frames, sizeBytes) : undefined;
+}
+
 /** Deals the chunks out to packs and fills in the places of the sources. */
 async function cutPacks(
   repo: Repository,
   sources: ReadonlyMap<string, Source>,
+  set: SetIndex,
   packBytes: number,
-  signal: AbortSignal | undefined,
+  options: PlanOptions,
 ): Promise<PlannedPack[]> {
-  const packs: PlannedPack[] = [];
+  const { signal, copyBytes = 0 } = options;
+  const copies: PlannedPack[] = [];
+  const made: PlannedPack[] = [];
   let list: WantedChunks[] = [];
   const empty = PACK_HEADER_BYTES + PACK_REST_BYTES;
   let stored = empty;
@@ -376,7 +427,7 @@ async function cutPacks(
   let frames = 0;
   const cut = (): void => {
     if (frames === 0) return;
-    packs.push({ packId: repo.newId(), sources: list, roomBytes: stored });
+    made.push({ packId: repo.newId(), sources: list, roomBytes: stored, copy: undefined });
     list = [];
     stored = empty;
     plain = 0;
@@ -384,24 +435,29 @@ async function cutPacks(
   };
   for (const source of sources.values()) {
     throwIfAborted(signal);
-    source.places = new Uint32Array(source.keys.length);
-    const wanted = await repo.packs.useAgain(source.packId, (pack) =>
-      Promise.resolve(
-        Array.from(framesOf(source.keys), ({ number, from, to }) => {
-          const frame = pack.frame(number);
-          if (frame === undefined)
-            throw new B2Error(
-              'damaged',
-              `pack ${source.packId} has no frame ${number}, which a point needs`,
-              { hint: 'Run "b2 verify" to see which points need it.' },
-            );
-          return { frame, from, to };
-        }),
-      ),
-    );
+    const { packId, keys } = source;
+    const found = await repo.packs.useAgain(packId, (pack) => {
+      const copy =
+        pack.sizeBytes <= copyBytes && set.allows(packId, keys.length)
+          ? copyOf(pack, keys)
+          : undefined;
+      return Promise.resolve({ copy, wanted: copy === undefined ? wantedOf(pack, keys) : [] });
+    });
+    if (found.copy !== undefined) {
+      source.places = keys;
+      source.cuts.push({ from: 0, copy: true, pack: copies.length });
+      copies.push({
+        packId,
+        sources: [{ packId, keys }],
+        roomBytes: found.copy.sizeBytes,
+        copy: found.copy,
+      });
+      continue;
+    }
+    source.places = new Uint32Array(keys.length);
     let begun = 0;
-    source.cuts.push({ from: 0, pack: packs.length });
-    for (const { frame, from, to } of wanted) {
+    source.cuts.push({ from: 0, copy: false, pack: made.length });
+    for (const { frame, from, to } of found.wanted) {
       const bytes = frameBytesAtMost(frame, to - from);
       if (
         frames > 0 &&
@@ -409,22 +465,38 @@ async function cutPacks(
           plain + frame.plainBytes > 2 * packBytes ||
           frames >= MAX_TAPE_FRAMES)
       ) {
-        if (from > begun)
-          list.push({ packId: source.packId, keys: source.keys.subarray(begun, from) });
+        if (from > begun) list.push({ packId, keys: keys.subarray(begun, from) });
         cut();
         begun = from;
         if (from === 0) source.cuts.length = 0;
-        source.cuts.push({ from, pack: packs.length });
+        source.cuts.push({ from, copy: false, pack: made.length });
       }
       for (let i = from; i < to; i++) source.places[i] = frames * KEY_STEP + i - from;
       stored += bytes;
       plain += frame.plainBytes;
       frames++;
     }
-    list.push({ packId: source.packId, keys: source.keys.subarray(begun) });
+    list.push({ packId, keys: keys.subarray(begun) });
   }
   cut();
-  return packs;
+  // Copies come first: they are the larger ones, and their memory serves those that are made.
+  for (const source of sources.values())
+    source.cuts = source.cuts.map((c) => (c.copy ? c : { ...c, pack: copies.length + c.pack }));
+  return [...copies, ...made];
+}
+
+/** The frames that the keys lie in. */
+function wantedOf(pack: OpenPack, keys: Uint32Array): FrameWanted[] {
+  return Array.from(framesOf(keys), ({ number, from, to }) => {
+    const frame = pack.frame(number);
+    if (frame === undefined)
+      throw new B2Error(
+        'damaged',
+        `pack ${pack.packId} has no frame ${number}, which a point needs`,
+        { hint: 'Run "b2 verify" to see which points need it.' },
+      );
+    return { frame, from, to };
+  });
 }
 
 function throwIfAborted(signal: AbortSignal | undefined): void {

@@ -2,9 +2,12 @@
 import { MessageChannel, type MessagePort } from 'node:worker_threads';
 
 import { B2Error } from '../errors.js';
+import { alignedMemory, isPageAligned } from '../memory.js';
 import { contextOf, type RepositoryHandle } from '../repo/handle.js';
 import type { Store } from '../repo/store.js';
 import { fromPortableError, runWorkers, warmWorkers } from '../workers.js';
+import { roundUp } from '../units.js';
+import type { CopyJob } from './pack-copier.js';
 import type { BuildJob } from './pack-maker.js';
 import { PackWork, type PackChecked, type TakenChunk } from './pack-work.js';
 import { doWork, type FromWork, type TapeJob, type ToWork, type WorkAnswer } from './worker.js';
@@ -23,10 +26,12 @@ export interface PoolOptions {
   readonly what: string;
 }
 
-/** A pack that was made: its bytes are the first `length` of `buffer`. Give the buffer back with {@link PackPool.recycle}. */
-export interface BuiltPack {
-  readonly buffer: SharedArrayBuffer;
+/** A pack that was made, or a piece of one: bytes `at` to `at + length` of `memory`. Call `recycle` once when they are not needed any more. */
+export interface ReadyBytes {
+  readonly memory: Buffer<SharedArrayBuffer>;
+  readonly at: number;
   readonly length: number;
+  readonly recycle: () => void;
 }
 
 const WORKER = new URL('./worker.js', import.meta.url);
@@ -37,6 +42,8 @@ export function warmPackPool(): void {
 }
 
 interface Waiting {
+  /** Of which a message from another thread has another view: page-aligned memory is known by this one. */
+  readonly buffer: SharedArrayBuffer;
   readonly resolve: (from: { answer: WorkAnswer; buffer: SharedArrayBuffer }) => void;
   readonly reject: (error: unknown) => void;
 }
@@ -44,6 +51,16 @@ interface Waiting {
 /** Buffers that wait to be used again. Fresh memory costs more than what is done with it: each page of it is a fault. */
 const KEEP_BUFFERS = 16;
 const LEAST_BUFFER_BYTES = 1024 * 1024;
+/** From here on sizes are close together: what is behind the end of a pack is memory all the same. */
+const FINE_BUFFER_BYTES = 4 * 1024 * 1024;
+/** So many buffers of a pool are page-aligned and in huge pages, which reserve much address space and are freed late. */
+const MAX_ALIGNED = 12;
+/**
+ * Pieces of packs share one piece of memory: by itself none of them would begin where huge pages do, and direct I/O takes a third longer
+ * then. Only the slots that are used take memory.
+ */
+const SLOT_BYTES = 4 * 1024 * 1024;
+const SLOTS = 40;
 
 /** Calls may run at the same time; they are spread over the threads. */
 export class PackPool {
@@ -55,6 +72,8 @@ export class PackPool {
   #inlineBefore: Promise<unknown> = Promise.resolve();
   #failure: { readonly error: unknown } | undefined;
   #next = 0;
+  #aligned = 0;
+  #slots: Buffer<SharedArrayBuffer>[] | undefined;
 
   private constructor(options: PoolOptions, workers: number) {
     this.#inline =
@@ -124,7 +143,20 @@ export class PackPool {
     if (found !== undefined) return found;
     // Of few sizes, so that they fit again.
     let size = LEAST_BUFFER_BYTES;
-    while (size < bytes) size *= 2;
+    while (size < bytes && size < FINE_BUFFER_BYTES) size *= 2;
+    if (size < bytes) size = roundUp(bytes, FINE_BUFFER_BYTES);
+    return this.#make(size);
+  }
+
+  #make(size: number): SharedArrayBuffer {
+    if (size >= FINE_BUFFER_BYTES && this.#aligned < MAX_ALIGNED) {
+      this.#aligned++;
+      try {
+        return alignedMemory(size, true).buffer;
+      } catch {
+        // no address space for it: ordinary memory does as well
+      }
+    }
     return new SharedArrayBuffer(size);
   }
 
@@ -133,7 +165,7 @@ export class PackPool {
   }
 
   /** Makes a pack of at most `roomBytes`. */
-  async build(job: BuildJob, roomBytes: number): Promise<BuiltPack> {
+  async build(job: BuildJob, roomBytes: number): Promise<ReadyBytes> {
     const { answer, buffer } = await this.#call(this.buffer(roomBytes), (id, b) => ({
       type: 'build',
       id,
@@ -141,7 +173,54 @@ export class PackPool {
       buffer: b,
     }));
     if (answer.type !== 'built') throw new Error('the answer to another question');
-    return { buffer, length: answer.length };
+    return {
+      memory: Buffer.from(buffer),
+      at: 0,
+      length: answer.length,
+      recycle: () => {
+        this.recycle(buffer);
+      },
+    };
+  }
+
+  /** Reads a piece of a pack of the repository as it is, checked. */
+  async copy(job: CopyJob): Promise<ReadyBytes> {
+    const { memory, recycle } = this.#room(job.roomBytes);
+    const { answer } = await this.#call(memory.buffer, (id, buffer) => ({
+      type: 'copy',
+      id,
+      job,
+      buffer,
+      offset: memory.byteOffset,
+      aligned: isPageAligned(memory),
+    }));
+    if (answer.type !== 'copied') throw new Error('the answer to another question');
+    return { memory, ...answer.piece, recycle };
+  }
+
+  /** Memory for a piece. */
+  #room(bytes: number): Pick<ReadyBytes, 'memory' | 'recycle'> {
+    this.#slots ??= this.#makeSlots();
+    const slot = bytes <= SLOT_BYTES ? this.#slots.pop() : undefined;
+    if (slot !== undefined) return { memory: slot, recycle: () => this.#slots?.push(slot) };
+    const buffer = this.buffer(bytes);
+    return {
+      memory: Buffer.from(buffer),
+      recycle: () => {
+        this.recycle(buffer);
+      },
+    };
+  }
+
+  #makeSlots(): Buffer<SharedArrayBuffer>[] {
+    try {
+      const { buffer } = alignedMemory(SLOTS * SLOT_BYTES, true);
+      return Array.from({ length: SLOTS }, (_, i) =>
+        Buffer.from(buffer, i * SLOT_BYTES, SLOT_BYTES),
+      ).reverse();
+    } catch {
+      return []; // no address space for it: other buffers do as well
+    }
   }
 
   /** Checks a pack. */
@@ -204,7 +283,7 @@ export class PackPool {
     const port = this.#load.indexOf(Math.min(...this.#load));
     this.#load[port] = (this.#load[port] ?? 0) + 1;
     return new Promise((resolve, reject) => {
-      this.#calls.set(id, { resolve, reject, port });
+      this.#calls.set(id, { buffer, resolve, reject, port });
       this.#ports[port]?.postMessage(message(id, buffer));
     });
   }
@@ -215,7 +294,7 @@ export class PackPool {
     this.#calls.delete(message.id);
     this.#load[call.port] = (this.#load[call.port] ?? 1) - 1;
     if (message.error !== undefined) call.reject(fromPortableError(message.error));
-    else call.resolve({ answer: message.answer, buffer: message.buffer });
+    else call.resolve({ answer: message.answer, buffer: call.buffer });
   }
 
   #fail(error: unknown): void {

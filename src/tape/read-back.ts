@@ -55,8 +55,9 @@ export interface ReadBackOptions {
     | undefined;
 }
 
-/** Packs at work at a time. */
+/** Packs at work at a time, and bytes of them: while a large one is read another two are being checked. */
 const AT_ONCE = 6;
+const AT_ONCE_BYTES = 96 * 1024 * 1024;
 
 /** See the file comment. Rejects where the drive does; damage is told, not thrown. */
 export async function readBack(options: ReadBackOptions): Promise<ReadBack> {
@@ -68,6 +69,7 @@ export async function readBack(options: ReadBackOptions): Promise<ReadBack> {
   const running = new Set<Promise<void>>();
   const failures: unknown[] = [];
   let bytes = 0;
+  let atWork = 0;
   let atEnd = false;
   const check: NonNullable<ReadBackOptions['onPack']> = async (packId, data) => {
     const { buffer, ...found } = await pool.check(packId, data.buffer, data.length);
@@ -79,6 +81,8 @@ export async function readBack(options: ReadBackOptions): Promise<ReadBack> {
     at: { file: number; record: number },
     data: Buffer<SharedArrayBuffer>,
   ): void => {
+    const { length } = data;
+    atWork += length;
     const work = (async () => {
       const found = await (options.onPack ?? check)(packId, data);
       packs.push({
@@ -92,7 +96,10 @@ export async function readBack(options: ReadBackOptions): Promise<ReadBack> {
       .catch((error: unknown) => {
         failures.push(error);
       })
-      .finally(() => running.delete(work));
+      .finally(() => {
+        atWork -= length;
+        running.delete(work);
+      });
     running.add(work);
   };
   try {
@@ -134,7 +141,11 @@ export async function readBack(options: ReadBackOptions): Promise<ReadBack> {
         const name = objectOfMember(item.name);
         const packId = name === undefined ? undefined : packIdOf(name);
         if (packId !== undefined) {
-          while (running.size >= AT_ONCE) await Promise.race(running);
+          while (
+            running.size >= AT_ONCE ||
+            (running.size > 0 && atWork + item.data.length > AT_ONCE_BYTES)
+          )
+            await Promise.race(running);
           start(packId, { file, record: item.record }, item.data);
         } else {
           if (name !== undefined && item.whole && isObject(name))

@@ -113,8 +113,9 @@ export async function verifyTape(options: TapeVerifyOptions): Promise<TapeVerify
     });
   }
   const met = new Set(found.packs.map((p) => p.packId));
-  for (const [packId, at] of knowledge.packs) {
-    if (at.label !== label.label || met.has(packId)) continue;
+  for (const [packId, places] of knowledge.packs) {
+    const at = places.find((place) => place.label === label.label);
+    if (at === undefined || met.has(packId)) continue;
     bad.add(packId);
     findings.push({
       kind: 'missing',

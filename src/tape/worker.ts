@@ -1,10 +1,12 @@
 /** The thread side of {@link PackPool}: does what src/tape/pool.ts asks of it. */
 import type { MessagePort } from 'node:worker_threads';
 
+import { adoptAligned } from '../memory.js';
 import { contextOf, loadNative, type RepositoryHandle } from '../repo/handle.js';
 import { openStore } from '../repo/store-url.js';
 import { serveWorker, toPortableError, type PortableError } from '../workers.js';
 import { MapStore } from './map-store.js';
+import type { CopiedPiece, CopyJob } from './pack-copier.js';
 import type { BuildJob } from './pack-maker.js';
 import { PackWork, type PackChecked, type TakenChunk } from './pack-work.js';
 
@@ -20,6 +22,16 @@ export type ToWork =
       readonly id: number;
       readonly job: BuildJob;
       readonly buffer: SharedArrayBuffer;
+    }
+  | {
+      readonly type: 'copy';
+      readonly id: number;
+      readonly job: CopyJob;
+      readonly buffer: SharedArrayBuffer;
+      /** Where the memory for the piece begins in it. */
+      readonly offset: number;
+      /** It is page-aligned memory. */
+      readonly aligned: boolean;
     }
   | {
       readonly type: 'check';
@@ -40,6 +52,7 @@ export type ToWork =
 
 export type WorkAnswer =
   | { readonly type: 'built'; readonly length: number }
+  | { readonly type: 'copied'; readonly piece: CopiedPiece }
   | { readonly type: 'checked'; readonly result: PackChecked }
   | {
       readonly type: 'taken';
@@ -48,7 +61,7 @@ export type WorkAnswer =
       readonly damaged: PackChecked['damaged'];
     };
 
-export type FromWork = { readonly id: number; readonly buffer: SharedArrayBuffer } & (
+export type FromWork = { readonly id: number } & (
   | { readonly answer: WorkAnswer; readonly error?: undefined }
   | { readonly answer?: undefined; readonly error: PortableError }
 );
@@ -61,6 +74,12 @@ export async function doWork(
   switch (message.type) {
     case 'build':
       return { type: 'built', length: await work.build(message.job, Buffer.from(message.buffer)) };
+    case 'copy': {
+      const { job, buffer, offset } = message;
+      if (message.aligned) adoptAligned(buffer);
+      const piece = await work.copy(job, Buffer.from(buffer, offset, job.roomBytes));
+      return { type: 'copied', piece };
+    }
     case 'check': {
       const bytes = Buffer.from(message.buffer, 0, message.length);
       return { type: 'checked', result: await work.check(message.packId, bytes) };
@@ -92,14 +111,14 @@ serveWorker<TapeJob, undefined>(async ({ handle, port }, context) => {
           end();
           return;
         }
-        const { id, buffer } = message;
+        const { id } = message;
         last = last.then(async () => {
           try {
             const answer = await doWork(work, message);
             const moved = answer.type === 'taken' ? [answer.bytes] : [];
-            port.postMessage({ id, buffer, answer } satisfies FromWork, moved);
+            port.postMessage({ id, answer } satisfies FromWork, moved);
           } catch (error) {
-            port.postMessage({ id, buffer, error: toPortableError(error) } satisfies FromWork);
+            port.postMessage({ id, error: toPortableError(error) } satisfies FromWork);
           }
         });
       });

@@ -7,7 +7,8 @@ import {
   tarPaddedBytes,
 } from '../format/tape-tar.js';
 import { tapeComment, type TapeFileId, type TapeFileKind } from '../format/tape.js';
-import { alignedMemory } from '../memory.js';
+import { copyBytes } from '../memory-copy.js';
+import { alignedMemory, isPageAligned } from '../memory.js';
 import { roundDown, roundUp } from '../units.js';
 
 /** Bytes handed to the drive at once, about. */
@@ -67,6 +68,10 @@ export class TapeWriter {
   #fileRecords = 0;
   #open = false;
   #borders: Border[] = [];
+  /** Of the member that was begun: bytes that are still to come, and those that fill up its last block. */
+  #memberBytes = 0;
+  #padBytes = 0;
+  #idle = true;
 
   /** `mtime`: seconds since 1970, for the archives. */
   constructor(
@@ -98,6 +103,11 @@ export class TapeWriter {
     return this.#file;
   }
 
+  /** The drive has nothing to do. */
+  get isIdle(): boolean {
+    return this.#idle;
+  }
+
   get isOpen(): boolean {
     return this.#open;
   }
@@ -124,24 +134,67 @@ export class TapeWriter {
     this.#fill = 0;
     this.#fileRecords = 0;
     this.#borders = [];
+    this.#memberBytes = 0;
     this.#open = true;
     await this.#put([encodeTarComment(tapeComment(id), this.#mtime)]);
   }
 
   /** Adds a member. If the cartridge becomes full, `isFull` says so, and {@link endFile} what of the file is on it. */
   async addMember(name: string, data: Buffer): Promise<MemberPlace> {
+    const place = await this.beginMember(name, data.length);
+    await this.addData(data);
+    return place;
+  }
+
+  /** Begins a member of `sizeBytes`, all of which come by {@link addData} before anything else does, unless the cartridge becomes full. */
+  async beginMember(name: string, sizeBytes: number): Promise<MemberPlace> {
+    if (this.#memberBytes > 0) throw new Error('a member is open');
     const start = this.fileBytes;
     this.#noteBorder(start);
-    const header = encodeTarHeader({
-      name,
-      sizeBytes: data.length,
-      type: 'file',
-      mtime: this.#mtime,
-    });
-    const padding = Buffer.alloc(tarPaddedBytes(data.length) - data.length);
-    await this.#put([header, data, padding]);
-    const end = start + header.length + data.length + padding.length;
+    const header = encodeTarHeader({ name, sizeBytes, type: 'file', mtime: this.#mtime });
+    await this.#put([header]);
+    this.#memberBytes = sizeBytes;
+    this.#padBytes = tarPaddedBytes(sizeBytes) - sizeBytes;
+    const end = start + header.length + sizeBytes + this.#padBytes;
     return { file: this.#file, record: Math.floor(start / this.#recordBytes), end };
+  }
+
+  /** Adds the next bytes of the member that was begun. */
+  async addData(data: Buffer): Promise<void> {
+    if (data.length > this.#memberBytes) throw new Error('more bytes than the member has');
+    this.#memberBytes -= data.length;
+    await this.#put([data]);
+    if (this.#memberBytes === 0) await this.#put([Buffer.alloc(this.#padBytes)]);
+  }
+
+  /**
+   * {@link addData} of bytes `at` to `at + length` of `memory`, which the drive may write from where they are: then those before them are overwritten. `release` is
+   * called when the memory is not needed any more.
+   */
+  async addLent(memory: Buffer, at: number, length: number, release: () => void): Promise<void> {
+    const recordBytes = this.#recordBytes;
+    const partial = this.#fill % recordBytes;
+    const begin = at - partial;
+    const bytes = roundDown(partial + length, recordBytes);
+    if (bytes === 0 || begin < 0 || !isPageAligned(memory.subarray(begin)) || this.isFull) {
+      await this.addData(memory.subarray(at, at + length));
+      release();
+      return;
+    }
+    if (length > this.#memberBytes) throw new Error('more bytes than the member has');
+    this.#memberBytes -= length;
+    await this.#send();
+    // The record that was begun is completed there, and the one that is begun at the end goes on here.
+    copyBytes(memory.subarray(begin), this.#batch.subarray(0, partial));
+    copyBytes(this.#batch, memory.subarray(begin + bytes, at + length));
+    this.#fill = partial + length - bytes;
+    await this.#acknowledged();
+    if (this.isFull) {
+      release();
+      return;
+    }
+    this.#start(memory.subarray(begin, begin + bytes), release);
+    if (this.#memberBytes === 0) await this.#put([Buffer.alloc(this.#padBytes)]);
   }
 
   /** Hands whole records to the drive, so that only a part of one waits here. */
@@ -154,6 +207,8 @@ export class TapeWriter {
    * the file is there, and it counts as not begun.
    */
   async endFile(marks = 1): Promise<number> {
+    if (this.#memberBytes > 0 && !this.isFull) throw new Error('a member is open');
+    this.#memberBytes = 0;
     let kept = this.fileBytes;
     if (!this.isFull) {
       this.#noteBorder(kept);
@@ -208,7 +263,8 @@ export class TapeWriter {
   async #put(parts: readonly Buffer[]): Promise<void> {
     for (const part of parts) {
       for (let at = 0; at < part.length && !this.isFull;) {
-        const n = part.copy(this.#batch, this.#fill, at);
+        const n = Math.min(part.length - at, this.#batch.length - this.#fill);
+        copyBytes(this.#batch.subarray(this.#fill), part.subarray(at, at + n));
         at += n;
         this.#fill += n;
         if (this.#fill === this.#batch.length) await this.#send();
@@ -221,12 +277,22 @@ export class TapeWriter {
     await this.#acknowledged();
     const bytes = roundDown(this.#fill, this.#recordBytes);
     if (bytes === 0 || this.isFull) return;
-    this.#pending = bytes / this.#recordBytes;
-    this.#inFlight = this.#drive
-      .write(this.#batch.subarray(0, bytes))
-      .catch((error: unknown) => ({ error }));
+    this.#start(this.#batch.subarray(0, bytes));
     this.#fill = this.#batch.copy(this.#other, 0, bytes, this.#fill);
     [this.#batch, this.#other] = [this.#other, this.#batch];
+  }
+
+  /** Gives the drive whole records; it has nothing else to do. */
+  #start(records: Buffer, release?: () => void): void {
+    this.#pending = records.length / this.#recordBytes;
+    this.#idle = false;
+    this.#inFlight = this.#drive
+      .write(records)
+      .catch((error: unknown) => ({ error }))
+      .finally(() => {
+        this.#idle = true;
+        release?.();
+      });
   }
 
   /** Waits for what the drive was given. */

@@ -88,6 +88,7 @@ describe('tape', () => {
       ['OFF-001', 'OFF-002', 'OFF-003'].slice(0, done.cartridges.length),
     );
     expect(done.cartridges.length).toBeGreaterThan(1);
+    expect(done.copiedPacks).toBe(0);
     const out = dir.join('out');
     mkdirSync(out);
     for (const [i] of done.cartridges.entries())
@@ -127,7 +128,9 @@ describe('tape', () => {
     const device = `file:${dir.join('usb')}`;
     const before = dir.join('before.img');
     copySparse(image, before);
-    await b2.json(['export-tape', device, '--label', 'USB']);
+    const once = await b2.json<ExportTapeAnswer>(['export-tape', device, '--label', 'USB']);
+    expect(once.copiedPacks).toBeGreaterThan(0);
+    expect(once.copiedPacks).toBe(once.packs);
     pokeWithDd(image, 9 * MIB, noise(8, MIB));
     await b2.json(['snapshot', image, '--volume', 'web1/sda']);
     const second = await b2.json<ExportTapeAnswer>(['export-tape', device, '--since-last']);

@@ -2,6 +2,7 @@
 import { mkdirSync, readdirSync, rmSync, symlinkSync, writeFileSync } from 'node:fs';
 import { systemClock, systemRandom } from '../../src/clock.js';
 import { takeSnapshot } from '../../src/capture/snapshot.js';
+import type { TapeDrive } from '../../src/devices/tape/drive.js';
 import { FileDrive } from '../../src/devices/tape/file-drive.js';
 import { ignoreEvents, type B2Event } from '../../src/events.js';
 import { currentIdentity } from '../../src/process-identity.js';
@@ -27,6 +28,8 @@ const CHEAP = { N: 16_384, r: 8, p: 1 };
 
 export interface BedOptions {
   readonly encryption?: 'aes256-gcm' | 'none';
+  /** Size of the repository's packs. */
+  readonly packBytes?: number;
 }
 
 /** See the file comment. `remove` it. */
@@ -46,7 +49,11 @@ export class TapeBed {
     mkdirSync(dir.join('repo'));
     const repo = await Repository.init(
       await openDirectoryStore(dir.join('repo')),
-      { encryption: options.encryption ?? 'aes256-gcm', chunkBytes: 65_536, packBytes: MIB },
+      {
+        encryption: options.encryption ?? 'aes256-gcm',
+        chunkBytes: 65_536,
+        packBytes: options.packBytes ?? MIB,
+      },
       PASSWORD,
       BED_ENVIRONMENT,
       CHEAP,
@@ -74,12 +81,12 @@ export class TapeBed {
     });
   }
 
-  async point(volume = 'v', at = 'latest'): Promise<ExportPoint> {
+  async point(volume = 'v', at = 'latest', repo = this.repo): Promise<ExportPoint> {
     const warn = (text: string): void => {
       throw new Error(text);
     };
-    const meta = findVolume(await listVolumes(this.repo, warn), volume);
-    const history = await VolumeHistory.open(this.repo, meta.id);
+    const meta = findVolume(await listVolumes(repo, warn), volume);
+    const history = await VolumeHistory.open(repo, meta.id);
     this.#histories.push(history);
     const { commit } = await choosePoint(history, meta, parseWhen(at, systemClock.nowNs()), warn);
     return { volume: meta, commit, map: await openBlockMap(history, commit.seq) };
@@ -122,7 +129,7 @@ export class TapeBed {
   }
 
   async export(
-    drive: FileDrive,
+    drive: TapeDrive,
     points: readonly ExportPoint[],
     more: Partial<ExportOptions> = {},
   ): Promise<ExportResult> {

@@ -47,6 +47,9 @@ export interface ExportTapeAnswer {
   readonly cartridges: readonly CartridgeWritten[];
   readonly chunks: number;
   readonly packs: number;
+  /** Packs of the repository among them that were written as they are, and their bytes. */
+  readonly copiedPacks: number;
+  readonly copiedBytes: number;
   readonly bytes: number;
   readonly records: number;
   readonly recordsPerSecond: number;
@@ -122,6 +125,8 @@ export async function run(
             cartridges: done.cartridges,
             chunks: done.chunks,
             packs: done.packs,
+            copiedPacks: done.copiedPacks,
+            copiedBytes: done.copiedBytes,
             bytes: done.bytes,
             records: done.records,
             recordsPerSecond:

@@ -18,7 +18,7 @@ export interface CartridgeRow {
   readonly number: number;
   readonly barcode: string;
   readonly created: string;
-  /** End of the last export to it. */
+  /** End of the last export to it; empty: none was finished. */
   readonly written: string;
   readonly bytes: number;
   readonly full: boolean;
@@ -119,7 +119,7 @@ function rowOf(c: TapeCartridge, finished: ReadonlySet<string>): CartridgeRow {
     number: c.tape.number,
     barcode: c.barcode,
     created: c.tape.created,
-    written: formatTimeNs(last?.finishedNs ?? 0n),
+    written: last === undefined ? '' : formatTimeNs(last.finishedNs),
     bytes: c.sessions.reduce((sum, s) => sum + s.bytes, 0),
     full: c.full,
     sessions: c.sessions.length,
@@ -143,7 +143,7 @@ export function text(data: TapeListAnswer, style: Style): string {
       { title: 'LABEL', cell: (c) => c.label },
       { title: 'SET', cell: (c) => c.set },
       { title: 'BAR CODE', cell: (c) => c.barcode },
-      { title: 'WRITTEN', cell: (c) => localTime(c.written) },
+      { title: 'WRITTEN', cell: (c) => (c.written === '' ? 'nothing yet' : localTime(c.written)) },
       { title: 'SIZE', align: 'right', cell: (c) => formatBytes(c.bytes) },
       { title: 'FULL', cell: (c) => (c.full ? 'full' : '') },
       {

@@ -21,6 +21,8 @@ export interface TapeStatus {
   readonly file: number | undefined;
   /** Record in that file, if the drive knows. */
   readonly record: number | undefined;
+  /** Length of the blocks in the fixed block mode; 0 in the variable one, in which a record has any length. */
+  readonly blockBytes: number;
 }
 
 /** What a read found. */

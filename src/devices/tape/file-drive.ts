@@ -193,6 +193,7 @@ export class FileDrive implements TapeDrive {
         atEnd: false,
         file: undefined,
         record: undefined,
+        blockBytes: 0,
       };
     const last = medium.files.at(-1);
     return {
@@ -203,6 +204,7 @@ export class FileDrive implements TapeDrive {
         this.#offset >= (medium.files[this.#file]?.bytes ?? 0),
       file: this.#file,
       record: Math.floor(this.#offset / this.#recordBytes),
+      blockBytes: 0,
     };
   }
 

@@ -72,13 +72,14 @@ export class StDrive implements TapeDrive {
 
   async status(): Promise<TapeStatus> {
     try {
-      const { flags, file, block } = await tapeDriveStatus(this.#handle.fd);
+      const { flags, file, block, blockBytes } = await tapeDriveStatus(this.#handle.fd);
       return {
         loaded: (flags & GMT_ONLINE) !== 0 && (flags & GMT_DR_OPEN) === 0,
         writeProtected: (flags & GMT_WR_PROT) !== 0 || this.#readOnly,
         atEnd: (flags & GMT_EOD) !== 0,
         file: file < 0 ? undefined : file,
         record: block < 0 ? undefined : block,
+        blockBytes,
       };
     } catch (error) {
       throw ioError('ask', this.path, error);

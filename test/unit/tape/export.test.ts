@@ -1,40 +1,16 @@
 import { execFileSync } from 'node:child_process';
-import {
-  copyFileSync,
-  mkdirSync,
-  readFileSync,
-  readdirSync,
-  renameSync,
-  rmSync,
-  statSync,
-  writeFileSync,
-} from 'node:fs';
+import { copyFileSync, readFileSync, renameSync, rmSync, statSync, writeFileSync } from 'node:fs';
 import { afterEach, describe, expect, it } from 'vitest';
 import { systemClock } from '../../../src/clock.js';
-import { ignoreEvents } from '../../../src/events.js';
 import { FileDrive } from '../../../src/devices/tape/file-drive.js';
-import { VolumeHistory } from '../../../src/repo/history.js';
-import { choosePoint, openBlockMap } from '../../../src/repo/point.js';
-import { listVolumes } from '../../../src/repo/volume.js';
-import {
-  openTapeView,
-  restoreFromTape,
-  type TapeRestoreOptions,
-  type TapeRestoreResult,
-} from '../../../src/tape/import.js';
-import { importRepository, type ImportResult } from '../../../src/tape/import-repository.js';
+import { openTapeView } from '../../../src/tape/import.js';
 import { decodeTarHeader } from '../../../src/format/tape-tar.js';
 import { listCartridges, putCartridge } from '../../../src/tape/catalogue.js';
 import { verifyTape } from '../../../src/tape/verify.js';
-import { openImage } from '../../../src/repo/point.js';
-import { Repository } from '../../../src/repo/repository.js';
-import { openDirectoryStore } from '../../../src/repo/store-directory.js';
-import { verify } from '../../../src/verify/verify.js';
-import type { CartridgeSource } from '../../../src/tape/media.js';
-import { parseWhen } from '../../../src/when.js';
 import { Repository as ForeignRepository, extract, list } from '../../extractor/extract.mjs';
 import { testImage } from '../../support/scan-bed.js';
 import { BED_ENVIRONMENT, PASSWORD, TapeBed, tapeFiles } from '../../support/tape-bed.js';
+import { bringBack, restore } from '../../support/tape-restore.js';
 
 const MIB = 1024 * 1024;
 const beds: TapeBed[] = [];
@@ -46,49 +22,6 @@ async function newBed(...args: Parameters<typeof TapeBed.make>): Promise<TapeBed
   const bed = await TapeBed.make(...args);
   beds.push(bed);
   return bed;
-}
-
-async function restore(
-  bed: TapeBed,
-  drive: FileDrive,
-  at = 'latest',
-  more: Partial<TapeRestoreOptions> = {},
-): Promise<{ result: TapeRestoreResult; bytes: Buffer }> {
-  const events: unknown[] = [];
-  const view = await openTapeView(drive, [PASSWORD], BED_ENVIRONMENT, (text) => events.push(text));
-  try {
-    const [volume] = await listVolumes(view.repo, () => undefined);
-    if (volume === undefined) throw new Error('no volume');
-    const history = await VolumeHistory.open(view.repo, volume.id);
-    const { commit } = await choosePoint(
-      history,
-      volume,
-      parseWhen(at, systemClock.nowNs()),
-      () => undefined,
-    );
-    const target = bed.dir.join(
-      `restored-${Math.trunc(performance.timeOrigin + performance.now())}`,
-    );
-    const result = await restoreFromTape({
-      drive,
-      view,
-      map: await openBlockMap(history, commit.seq),
-      volumeId: volume.id,
-      commit,
-      needs: [],
-      target,
-      force: true,
-      verify: true,
-      workers: 0,
-      clock: systemClock,
-      events: (e) => bed.events.push(e),
-      ...more,
-    });
-    await history.close();
-    return { result, bytes: readFileSync(target) };
-  } finally {
-    await view.repo.close();
-  }
 }
 
 describe('one cartridge', () => {
@@ -211,56 +144,6 @@ describe('incremental sets', () => {
     await drive.close();
   });
 });
-
-/** Brings the repository back into a new place, and checks every whole point of it bit for bit. */
-async function bringBack(
-  bed: TapeBed,
-  drive: FileDrive,
-  source: CartridgeSource | undefined,
-  images: ReadonlyMap<number, Buffer>,
-): Promise<ImportResult> {
-  const place = bed.dir.join(`back-${images.size}-${readdirSync(bed.dir.join('.')).length}`);
-  mkdirSync(place);
-  const result = await importRepository({
-    drive,
-    source,
-    store: await openDirectoryStore(place),
-    secrets: [PASSWORD],
-    env: BED_ENVIRONMENT,
-    workers: 0,
-    clock: systemClock,
-    events: (e) => bed.events.push(e),
-  });
-  const repo = await Repository.open(await openDirectoryStore(place), [PASSWORD], BED_ENVIRONMENT);
-  const [volume] = await listVolumes(repo, () => undefined);
-  if (volume === undefined) throw new Error('no volume');
-  const history = await VolumeHistory.open(repo, volume.id);
-  for (const point of result.points) {
-    const image = await openImage(history, volume, point.seq);
-    const bytes = Buffer.alloc(image.sizeBytes);
-    const read = image.read(bytes, 0);
-    if (!point.whole) {
-      await expect(read).rejects.toMatchObject({ kind: 'damaged' });
-      continue;
-    }
-    await read;
-    const expected = images.get(point.seq);
-    if (expected === undefined) throw new Error(`no image of point ${point.seq}`);
-    expect(bytes.equals(expected)).toBe(true);
-  }
-  if (result.isWhole) {
-    const report = await verify(repo, {
-      dataShare: 1,
-      storeUrl: undefined,
-      workers: 0,
-      events: ignoreEvents,
-    });
-    expect(report.findings.filter((f) => f.severity !== 'note')).toEqual([]);
-  }
-  await history.close();
-  await repo.close();
-  return result;
-}
 
 describe('a repository from tapes alone', () => {
   it('has every point of the set again; with a cartridge missing, those that do not need it', async () => {
@@ -631,6 +514,40 @@ describe('what is refused, and what goes on', () => {
     const drive = await FileDrive.open(`file:${cut('perhaps-full', files.length - 1, undefined)}`);
     await expect(bed.export(drive, points)).rejects.toMatchObject({ kind: 'refused' });
     await drive.close();
+  });
+
+  it('a cartridge that was labelled and of which nothing is recorded is written from its beginning, unless a session is whole', async () => {
+    const bed = await newBed();
+    const image = testImage(17, 3 * MIB);
+    await bed.capture(image);
+    const points = [await bed.point()];
+    const path = bed.cartridge('c1');
+    const drive = await FileDrive.open(`file:${path}`);
+    await bed.export(drive, points, { verify: false });
+    const [record] = await listCartridges(bed.repo, () => undefined);
+    if (record === undefined) throw new Error('no cartridge');
+    // Killed before it was recorded: what is whole on the cartridge counts.
+    await putCartridge(bed.repo, { ...record, sessions: [] });
+    const kept = await bed.export(drive, points, { sinceLast: true });
+    expect(kept).toMatchObject({ packs: 0, isWhole: true });
+    expect(kept.cartridges[0]?.firstFile).toBe(record.sessions[0]?.endFile);
+    await drive.close();
+    // Killed between two files, where every archive on it ends as it should.
+    const [first, second] = tapeFiles(path);
+    for (const file of tapeFiles(path))
+      if (file !== first && file !== second) rmSync(`${path}/${file}`);
+    await putCartridge(bed.repo, { ...record, sessions: [] });
+    const again = await FileDrive.open(`file:${path}`);
+    const other = bed.export(again, points, { setName: 'OTHER' });
+    await expect(other).rejects.toMatchObject({
+      kind: 'refused',
+      message: expect.stringContaining('nothing on it is needed') as string,
+    });
+    const done = await bed.export(again, points);
+    expect(done.cartridges).toMatchObject([{ label: 'SET-001', firstFile: 1, verified: true }]);
+    const { bytes } = await restore(bed, again);
+    expect(bytes.equals(image)).toBe(true);
+    await again.close();
   });
 
   it('a half-written session behind a whole one is overwritten by the next', async () => {

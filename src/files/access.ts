@@ -8,7 +8,7 @@ import type { Environment } from './environment.js';
 import { lastLine } from './environment.js';
 import { FIND_FORMAT, FindParser } from './find-output.js';
 import { kernelLacks, openKernelEnvironment } from './kernel.js';
-import { findAreas, type FoundArea } from './layout.js';
+import { findAreas, isForLvm, whatIsLeft, whyNotShown, type FoundArea } from './layout.js';
 import { volumePieces } from './lvm.js';
 import {
   baseName,
@@ -31,7 +31,8 @@ import type {
   Place,
   TreeExport,
 } from './types.js';
-import { openVmEnvironment, vmLacks } from './vm.js';
+import { openVmEnvironment, vmLacks, VM_HINT } from './vm.js';
+import { openVmVolumes } from './vm-volumes.js';
 
 export interface FileAccessOptions {
   /** Opens the image; once for each backend that is used. */
@@ -64,6 +65,8 @@ class Access implements FileAccess {
   #areas: readonly FoundArea[];
   readonly #environments = new Map<BackendName, Promise<Environment>>();
   readonly #backends = new Map<string, Promise<BackendName>>();
+  /** Where logical volumes are mounted that are read through a tiny virtual machine. */
+  #volumes: Environment | undefined;
   #containers: Promise<void> | undefined;
 
   constructor(options: FileAccessOptions, areas: readonly FoundArea[]) {
@@ -76,7 +79,8 @@ class Access implements FileAccess {
   }
 
   get used(): readonly BackendName[] {
-    return [...this.#environments.keys()];
+    const kernel: readonly BackendName[] = this.#volumes === undefined ? [] : ['kernel', 'vm'];
+    return [...new Set([...this.#environments.keys(), ...kernel])];
   }
 
   openContainers(): Promise<void> {
@@ -85,27 +89,26 @@ class Access implements FileAccess {
   }
 
   async #openContainers(): Promise<void> {
+    for (const area of this.#areas) {
+      const why = whyNotShown(area);
+      if (why !== undefined)
+        this.#options.events({ type: 'note', message: `${area.name}: ${why}` });
+    }
     const containers = this.#areas.filter(isForLvm);
     if (containers.length === 0) return;
     const names = containers.map((c) => c.name).join(', ');
-    const why = containers.flatMap((c) => c.left ?? []).join('; ');
+    const why = whatIsLeft(containers);
     const { backend, events } = this.#options;
-    if (backend === 'kernel') {
-      events({
-        type: 'warning',
-        message: `logical volumes in ${names} are left out, because only LVM itself, in a tiny virtual machine (--backend vm), can put them together: ${why}`,
-      });
-      return;
-    }
     try {
       events({
         type: 'note',
         message: `${names}: asking LVM in a tiny virtual machine (backend vm): ${why}`,
       });
-      const environment = await this.#environment('vm');
-      const inside = (await environment.openContainers()).filter(
-        (a) => !this.#areas.some((b) => b.name === a.name),
-      );
+      const found =
+        backend === 'kernel'
+          ? await this.#openVolumes()
+          : await (await this.#environment('vm')).openContainers();
+      const inside = found.filter((a) => !this.#areas.some((b) => b.name === a.name));
       this.#areas = [...this.#areas.filter((a) => !isForLvm(a)), ...inside];
     } catch (error) {
       if (!isKind(error, 'unsupported')) throw error;
@@ -114,6 +117,21 @@ class Access implements FileAccess {
         message: `the logical volumes in ${names} are left out: ${error.message}${error.hint === undefined ? '' : ` (${error.hint})`}`,
       });
     }
+  }
+
+  /** For this machine's kernel, with the volumes read through a tiny virtual machine: their file systems. */
+  async #openVolumes(): Promise<readonly FoundArea[]> {
+    const { openImage, clock, events, cacheDir } = this.#options;
+    if (process.geteuid?.() !== 0)
+      throw new B2Error('unsupported', 'only root can have this machine mount them', {
+        hint: '--backend vm needs no root.',
+      });
+    const image = await openImage();
+    const volumes = await openVmVolumes({ image, areas: this.#areas, clock, events, cacheDir });
+    for (const { reason } of volumes.left)
+      events({ type: 'warning', message: `left out: ${reason}` });
+    this.#volumes = await openKernelEnvironment(volumes, volumes.areas, clock, events);
+    return volumes.areas;
   }
 
   async place(text: string): Promise<Place | undefined> {
@@ -160,7 +178,8 @@ class Access implements FileAccess {
     const areas = this.#areas.filter(
       (a) => a.holds === 'files' || (isWanted && a.holds === 'container'),
     );
-    return openVmEnvironment({ image: await openImage(), areas, clock, events, cacheDir });
+    const image = await openImage();
+    return openVmEnvironment({ image, areas, clock, events, cacheDir, purpose: 'files' });
   }
 
   /** The environment with the file system mounted, and its directory there. */
@@ -181,18 +200,22 @@ class Access implements FileAccess {
       this.#backends.set(area.name, chosen);
       chosen.catch(() => this.#backends.delete(area.name));
     }
-    const environment = await this.#environment(await chosen);
+    const backend = await chosen;
+    const volumes = area.isInVm === true ? this.#volumes : undefined;
+    const environment = volumes ?? (await this.#environment(backend));
     return { environment, root: await environment.mount(area) };
   }
 
   async #choose(area: FoundArea): Promise<BackendName> {
     const { backend } = this.#options;
+    const isInVm = area.isInVm === true;
     const inContainer = area.sizeBytes === 0;
     const kernel =
       backend === 'vm' ? 'not asked for' : inContainer ? 'it lies in LVM' : await kernelLacks(area);
     const note = (message: string): void => this.#options.events({ type: 'note', message });
     if (kernel === undefined) {
-      note(`${area.name} (${area.type}): read by this machine's kernel (backend kernel)`);
+      const volume = isInVm ? ', the volume by LVM in a tiny virtual machine' : '';
+      note(`${area.name} (${area.type}): read by this machine's kernel (backend kernel)${volume}`);
       return 'kernel';
     }
     const vm = backend === 'kernel' ? 'not asked for' : await vmLacks();
@@ -376,7 +399,8 @@ class Access implements FileAccess {
 
   async extents(place: Place): Promise<readonly FileExtent[] | undefined> {
     const area = this.#area(place.fileSystem);
-    if (!/^(ext[234]|xfs)$/.test(area.type) || area.sizeBytes === 0) return undefined;
+    if (!/^(ext[234]|xfs)$/.test(area.type) || area.sizeBytes === 0 || area.isInVm === true)
+      return undefined;
     const entry = await this.#resolve(place, true);
     if (entry.kind !== 'file') return undefined;
     const { environment, root } = await this.#enter(place.fileSystem);
@@ -405,6 +429,8 @@ class Access implements FileAccess {
       );
     }
     this.#environments.clear();
+    await this.#volumes?.close();
+    this.#volumes = undefined;
   }
 }
 
@@ -424,13 +450,10 @@ export function parseExtents(text: string, offsetBytes: number): readonly FileEx
   return extents;
 }
 
-/** True for physical volumes with something on them that only LVM itself can read. */
-function isForLvm(area: FoundArea): boolean {
-  return area.holds === 'container' && (area.left ?? []).length > 0;
-}
-
-function publicPart({ name, type, label, uuid, volume, ...area }: FoundArea): FoundFileSystem {
-  const { offsetBytes, sizeBytes } = volume === undefined ? area : { offsetBytes: 0, sizeBytes: 0 };
+function publicPart(area: FoundArea): FoundFileSystem {
+  const { name, type, label, uuid, volume, isInVm } = area;
+  const isVolume = volume !== undefined || isInVm === true;
+  const { offsetBytes, sizeBytes } = isVolume ? { offsetBytes: 0, sizeBytes: 0 } : area;
   return {
     name,
     type,
@@ -440,9 +463,6 @@ function publicPart({ name, type, label, uuid, volume, ...area }: FoundArea): Fo
     sizeBytes,
   };
 }
-
-const VM_HINT =
-  'The tiny virtual machine needs QEMU, a static busybox and a Debian kernel: apt-get install qemu-system-x86 busybox-static linux-image-amd64.';
 
 function noVm(lacks: string): B2Error {
   return new B2Error('unsupported', `no tiny virtual machine can be started here: ${lacks}`, {

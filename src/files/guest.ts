@@ -201,6 +201,7 @@ export async function buildGuest(options: GuestOptions): Promise<Buffer> {
   put('/bin/busybox', 0o755, await readFile(busybox));
   put('/init', 0o755, Buffer.from(INIT));
   put('/t/.functions', 0o644, Buffer.from(FUNCTIONS));
+  put('/t/.blocks', 0o644, Buffer.from(BLOCKS));
   const lists = new Map<string, readonly string[]>([['base', tree.order(BASE_MODULES)]]);
   for (const driver of options.drivers) lists.set(driver, tree.ofDriver(driver));
   for (const [name, modules] of lists) {
@@ -245,8 +246,8 @@ const FUNCTIONS = ['find', 'tar'].map((name) => `${name}() { /t/${name} "$@"; }\
 
 /**
  * Process 1 of the VM. A line on the port is a script in base64. Its output goes back as frames: `D` length, newline, bytes; at
- * its end `X` status, blank, length, newline and so many bytes of what it said on stderr. `R` says that it is ready. When nobody
- * listens any more the machine switches itself off.
+ * its end `X` status, blank, length, newline and so many bytes of what it said on stderr. `R` says that it is ready. The line
+ * `blocks` hands the port over to {@link BLOCKS}. When nobody listens any more the machine switches itself off.
  */
 const INIT = `#!/bin/busybox sh
 export PATH=/t:/bin LC_ALL=C
@@ -268,6 +269,10 @@ done
 exec 3<>/dev/vport0p1
 printf 'R\\n' >&3
 while read -r line <&3; do
+  if [ "$line" = blocks ]; then
+    perl /t/.blocks <&3 >&3
+    break
+  fi
   { cat /t/.functions; printf '%s' "$line" | base64 -d; } >/tmp/script
   { sh /tmp/script </dev/null 2>/tmp/said 3>&-; echo $? >/tmp/status; } | {
     while :; do
@@ -286,4 +291,43 @@ while read -r line <&3; do
   cat /tmp/said >&3
 done
 poweroff -f
+`;
+
+/**
+ * Reads block devices for who is at the other end of the port. A request is a line: number, name in /dev, offset, length. The answer
+ * is `B` number, blank, error number of Linux (0: none), blank, length, newline and so many bytes: as many as were asked for, or none.
+ * In Perl because a process for each request costs more than the request; every Debian has it.
+ */
+const BLOCKS = `
+sub put {
+  my $at = 0;
+  while ($at < length $_[0]) {
+    my $done = syswrite(STDOUT, $_[0], length($_[0]) - $at, $at);
+    exit 1 unless defined $done;
+    $at += $done;
+  }
+}
+sub get {
+  my ($device, $offset, $length) = @_;
+  if (!$open{$device}) {
+    sysopen(my $handle, "/dev/$device", 0) or return;
+    $open{$device} = $handle;
+  }
+  sysseek($open{$device}, $offset, 0) or return;
+  my $bytes = '';
+  while (length $bytes < $length) {
+    my $got = sysread($open{$device}, $bytes, $length - length($bytes), length($bytes));
+    return unless defined $got;
+    if ($got == 0) { $! = 5; return }
+  }
+  return $bytes;
+}
+my $rest = '';
+while (sysread(STDIN, $rest, 65536, length($rest))) {
+  while ($rest =~ s/^(\\d+) (\\S+) (\\d+) (\\d+)\\n//) {
+    my ($id, $bytes) = ($1, get($2, $3, $4));
+    if (defined $bytes) { put("B$id 0 " . length($bytes) . "\\n"); put($bytes) }
+    else { put("B$id " . (0 + $!) . " 0\\n") }
+  }
+}
 `;

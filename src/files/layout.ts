@@ -5,7 +5,14 @@ import type { Signature } from '../devices/signatures.js';
 import type { Readable } from '../devices/table.js';
 import { B2Error, messageOf } from '../errors.js';
 import type { Image } from '../image.js';
-import { findLogicalVolumes, volumePieces, type FoundVolumes, type LogicalVolume } from './lvm.js';
+import {
+  findLogicalVolumes,
+  volumePieces,
+  type FoundVolumes,
+  type LeftVolume,
+  type LogicalVolume,
+  type VolumeGroupName,
+} from './lvm.js';
 import type { FoundFileSystem } from './types.js';
 import { placeVolumes, type PlacedVolume } from './volumes-image.js';
 
@@ -35,6 +42,11 @@ export function readableImage(image: Image, name: string): Readable {
   };
 }
 
+/** What of these areas only LVM itself can read, in words. */
+export function whatIsLeft(areas: readonly FoundArea[]): string {
+  return areas.flatMap(({ left }) => (left ?? []).map(({ reason }) => reason)).join('; ');
+}
+
 /** An area of an image. */
 export interface FoundArea extends FoundFileSystem {
   /** `container`: file systems lie in it (LVM); `none`: nothing that holds files (`why` says what it is). */
@@ -43,8 +55,29 @@ export interface FoundArea extends FoundFileSystem {
   readonly devices: number;
   /** Of a file system in a logical volume that needs no LVM: `offsetBytes` and `sizeBytes` are those that {@link placeVolumes} gave it. */
   readonly volume?: LogicalVolume;
+  /**
+   * Of a file system in a volume that a tiny virtual machine puts together (vm-volumes.ts): `offsetBytes` is of the image that
+   * this makes, not of the one that it lies in.
+   */
+  readonly isInVm?: true;
   /** Of a container: what of it only LVM itself can read, with the reason; empty where there is nothing. */
-  readonly left?: readonly string[];
+  readonly left?: readonly LeftVolume[];
+  /** Of a container: the volume groups whose metadata it is that counts. */
+  readonly groups?: readonly VolumeGroupName[];
+}
+
+/** Why nothing of an area can be shown although there are, or may be, files in it; undefined otherwise. LVM is another matter: {@link isForLvm}. */
+export function whyNotShown({ holds, type, devices }: FoundArea): string | undefined {
+  if (type === 'linux_raid_member')
+    return 'it is a member of a RAID of Linux (MD), which is not put together here; what is on it is not shown';
+  if (holds === 'files' && devices > 1)
+    return `the ${type} in it lies on ${devices} devices and is not shown: one of them alone cannot be read`;
+  return undefined;
+}
+
+/** True for containers of which a part is not among the areas, because only LVM itself can read it. */
+export function isForLvm({ holds, left }: FoundArea): boolean {
+  return holds === 'container' && (left ?? []).length > 0;
 }
 
 /** The volumes among the areas, as {@link withVolumes} wants them. */
@@ -65,20 +98,21 @@ export async function findAreas(image: Image, name: string): Promise<readonly Fo
   const areas = await areasOn(image, name);
   const containers = areas.filter((a) => a.holds === 'container');
   if (containers.length === 0) return areas;
-  const { volumes, left } = await logicalVolumes(image, containers);
+  const { volumes, left, groups } = await logicalVolumes(image, containers);
   const inside: FoundArea[] = [];
   for (const { volume, offsetBytes } of placeVolumes(image.sizeBytes, volumes)) {
     const { sizeBytes } = volume;
-    // A partition table in a logical volume is the disk of a virtual machine: another image.
-    const [area] = (await areasOn(volumeImage(image, volume), name)).filter(
-      (a) => a.name === 'disk' && a.holds === 'files',
-    );
+    const area = await wholeFileSystem(volumeImage(image, volume), name);
     if (area !== undefined)
       inside.push({ ...area, name: volume.name, offsetBytes, sizeBytes, volume });
   }
   const known = areas.map((area) =>
     area.holds === 'container'
-      ? { ...area, left: left.filter((l) => l.place === area.name).map((l) => l.reason) }
+      ? {
+          ...area,
+          left: left.filter((l) => l.place === area.name),
+          groups: groups.filter((g) => g.place === area.name),
+        }
       : area,
   );
   return [...known, ...inside];
@@ -89,17 +123,23 @@ async function logicalVolumes(
   containers: readonly FoundArea[],
 ): Promise<FoundVolumes> {
   try {
-    const { volumes, left } = await findLogicalVolumes(image, containers);
-    if (volumes.length <= MAX_VOLUMES) return { volumes, left };
+    const found = await findLogicalVolumes(image, containers);
+    const { volumes, left } = found;
+    if (volumes.length <= MAX_VOLUMES) return found;
     const place = containers[0]?.name ?? '';
     const reason = `only the first ${MAX_VOLUMES} of ${volumes.length} logical volumes are looked at`;
-    return { volumes: volumes.slice(0, MAX_VOLUMES), left: [...left, { place, reason }] };
+    return {
+      ...found,
+      volumes: volumes.slice(0, MAX_VOLUMES),
+      left: [...left, { place, reason }],
+    };
   } catch (error) {
     if (!(error instanceof B2Error)) throw error;
     // Damage there is none of the file systems beside it.
     return {
       volumes: [],
       left: containers.map(({ name }) => ({ place: name, reason: messageOf(error) })),
+      groups: [],
     };
   }
 }
@@ -119,6 +159,11 @@ function volumeImage(image: Image, volume: LogicalVolume): Image {
     extents: (offset, length) => Promise.resolve([{ offset, length, hole: false }]),
     close: () => Promise.resolve(),
   };
+}
+
+/** The file system that a volume as a whole is, if it is one. A partition table in it is the disk of a virtual machine: another image. */
+export async function wholeFileSystem(image: Image, name: string): Promise<FoundArea | undefined> {
+  return (await areasOn(image, name)).find((a) => a.name === 'disk' && a.holds === 'files');
 }
 
 async function areasOn(image: Image, name: string): Promise<readonly FoundArea[]> {

@@ -38,10 +38,28 @@ export interface LogicalVolume {
   readonly segments: readonly VolumeSegment[];
 }
 
+/** Something that only LVM itself can read. */
+export interface LeftVolume {
+  /** The name of a physical volume that it lies in, or that says so. */
+  readonly place: string;
+  /** In words. */
+  readonly reason: string;
+  /** `VG/LV` as {@link LogicalVolume.name}; absent where it is no single volume. */
+  readonly volume?: string;
+}
+
+/** A volume group: its UUID, and what its volumes' names begin with here, which is not its name where that names something else, too. */
+export interface VolumeGroupName {
+  readonly id: string;
+  readonly shown: string;
+  /** The physical volume whose metadata counts. */
+  readonly place: string;
+}
+
 export interface FoundVolumes {
   readonly volumes: readonly LogicalVolume[];
-  /** What only LVM itself can read, by the name of a physical volume that it lies in, with the reason in words. */
-  readonly left: readonly { readonly place: string; readonly reason: string }[];
+  readonly left: readonly LeftVolume[];
+  readonly groups: readonly VolumeGroupName[];
 }
 
 const SECTOR = 512;
@@ -320,7 +338,7 @@ function volumesOf(
   { name: group, section, place }: Group,
   shown: string,
   byUuid: ReadonlyMap<string, PhysicalVolumePlace>,
-): FoundVolumes {
+): Pick<FoundVolumes, 'volumes' | 'left'> {
   const extentBytes = numberOf(section, 'extent_size', 1) * SECTOR;
   const data = new Map<string, DataArea | undefined>();
   for (const [name, pv] of sectionsIn(sectionOf(section, 'physical_volumes'))) {
@@ -333,7 +351,7 @@ function volumesOf(
   const all = listed instanceof Map ? sectionsIn(listed as Section) : [];
   const special = specialVolumes(all);
   const volumes: LogicalVolume[] = [];
-  const left: { place: string; reason: string }[] = [];
+  const left: LeftVolume[] = [];
   for (const [name, lv] of all) {
     const status = listOf(lv, 'status');
     const types = sectionsIn(lv).map(([, segment]) => segment.get('type'));
@@ -351,7 +369,12 @@ function volumesOf(
       volumes.push({ name: `${shown}/${name}`, sizeBytes, segments });
     } catch (error) {
       if (!(error instanceof BadMetadata)) throw error;
-      left.push({ place, reason: `${group}/${NAME.test(name) ? name : '?'}: ${error.message}` });
+      const isName = NAME.test(name);
+      left.push({
+        place,
+        reason: `${group}/${isName ? name : '?'}: ${error.message}`,
+        ...(isName ? { volume: `${shown}/${name}` } : {}),
+      });
     }
   }
   return { volumes, left };
@@ -372,7 +395,7 @@ export async function findLogicalVolumes(
 ): Promise<FoundVolumes> {
   const byUuid = new Map<string, PhysicalVolumePlace>();
   const groups = new Map<string, Group>();
-  const left: { place: string; reason: string }[] = [];
+  const left: LeftVolume[] = [];
   const sense = <T>(place: PhysicalVolumePlace, error: unknown, fallback: T): T => {
     if (!(error instanceof BadMetadata)) throw error;
     left.push({ place: place.name, reason: error.message });
@@ -399,22 +422,25 @@ export async function findLogicalVolumes(
     }
   }
   const volumes: LogicalVolume[] = [];
+  const names: VolumeGroupName[] = [];
   for (const [id, group] of groups) {
     const isAmbiguous =
       TAKEN.test(group.name) ||
       [...groups.values()].some((g) => g !== group && g.name === group.name);
-    const shown = isAmbiguous ? `${group.name}-${id.slice(0, 6)}` : group.name;
+    const unique = isAmbiguous ? `${group.name}-${id.slice(0, 6)}` : group.name;
+    const shown = NAME.test(unique) ? unique : group.name;
     const place = places.find((p) => p.name === group.place);
     if (place === undefined) continue;
+    names.push({ id, shown, place: place.name });
     try {
-      const found = volumesOf(group, NAME.test(shown) ? shown : group.name, byUuid);
+      const found = volumesOf(group, shown, byUuid);
       volumes.push(...found.volumes);
       left.push(...found.left);
     } catch (error) {
       sense(place, error, undefined);
     }
   }
-  return { volumes, left };
+  return { volumes, left, groups: names };
 }
 
 /** A piece of a logical volume that lies in the image in one. */

@@ -40,8 +40,10 @@ import {
   type Running,
 } from './environment.js';
 import { FrameParser } from './frames.js';
+import { BlockClient } from './vm-blocks.js';
 import { buildGuest, findGuestKernel, findStaticBusybox, ModuleTree } from './guest.js';
-import { findAreas, volumesIn, type FoundArea } from './layout.js';
+import { volumesIn, wholeFileSystem, type FoundArea } from './layout.js';
+import type { LeftVolume } from './lvm.js';
 import { script } from './names.js';
 import { throwAwayOverlay } from './overlay.js';
 import { childEnd, collectText, findProgram, outputOf, TOOL_ENV } from './tools.js';
@@ -54,6 +56,10 @@ export interface VmOptions {
   readonly clock: Clock;
   readonly events: EventSink;
   readonly cacheDir: string;
+  /** `files`: it mounts file systems; `blocks`: it only reads volumes for {@link VmEnvironment.serveBlocks}. */
+  readonly purpose: 'files' | 'blocks';
+  /** Ends the guest while it is started. */
+  readonly signal?: AbortSignal | undefined;
 }
 
 /** Without KVM a loaded machine takes long; a guest that hangs takes for ever. */
@@ -62,8 +68,8 @@ const TCG_PATIENCE_MS = 240_000;
 const ENDING_MS = 10_000;
 /** Slots of the guest's bus. */
 const MAX_DISKS = 24;
-/** For the log of a large xfs or btrfs. */
-const MEMORY = '768M';
+/** For the log of a large xfs or btrfs; where nothing is mounted, for what the kernel keeps of volumes. */
+const MEMORY = { files: '768M', blocks: '384M' } as const;
 /** Leaves room for the names of sockets, which unix bounds. */
 const MAX_DIRECTORY_BYTES = 70;
 /** Bytes that wait for a slow reader. */
@@ -82,8 +88,20 @@ export async function vmLacks(): Promise<string | undefined> {
   return missing.length === 0 ? undefined : `missing: ${missing.join(', ')}`;
 }
 
+/** What to do where {@link vmLacks}. */
+export const VM_HINT =
+  'The tiny virtual machine needs QEMU, a static busybox and a Debian kernel: apt-get install qemu-system-x86 busybox-static linux-image-amd64.';
+
+/** Why no tiny VM can read volumes of LVM for others here, in words; undefined where one can. */
+export async function vmVolumesLack(): Promise<string | undefined> {
+  const lacks = await vmLacks();
+  const missing = ['lvm', 'perl'].filter((name) => findProgram(name) === undefined);
+  if (lacks === undefined && missing.length > 0) return `missing: ${missing.join(', ')}`;
+  return lacks;
+}
+
 /** Starts the guest. Kinds `unsupported`, `io`, `failed`. */
-export async function openVmEnvironment(options: VmOptions): Promise<Environment> {
+export async function openVmEnvironment(options: VmOptions): Promise<VmEnvironment> {
   const { image, failures } = await throwAwayOverlay(options.image, volumesIn(options.areas));
   let directory: string | undefined;
   let leftovers: Watcher | undefined;
@@ -100,7 +118,7 @@ export async function openVmEnvironment(options: VmOptions): Promise<Environment
     });
     const guest = await prepare(options);
     const line = await start(options, guest, directory);
-    return new VmEnvironment(line, server, guest, failures, options.events);
+    return new VmEnvironment(line, server, guest, failures, options);
   } catch (error) {
     await server?.close().catch(() => undefined);
     await image.close().catch(() => undefined);
@@ -118,7 +136,7 @@ interface Guest {
   readonly tree: ModuleTree;
 }
 
-async function prepare({ areas }: VmOptions): Promise<Guest> {
+async function prepare({ areas, purpose }: VmOptions): Promise<Guest> {
   const kernel = await findGuestKernel();
   if (kernel === undefined) throw new Error('vmLacks was not asked');
   const tree = await ModuleTree.read(kernel.modules);
@@ -128,8 +146,10 @@ async function prepare({ areas }: VmOptions): Promise<Guest> {
   const wanted = new Set(disks.flatMap((d) => driverOf(d.type) ?? []));
   // What may be in a logical volume is not known yet.
   if (lvm !== undefined)
-    for (const driver of ['lvm', 'ext4', 'xfs', 'btrfs', 'vfat']) wanted.add(driver);
-  const programs = [lvm, findProgram('filefrag')].filter((p) => p !== undefined);
+    for (const driver of purpose === 'blocks' ? ['lvm'] : ['lvm', 'ext4', 'xfs', 'btrfs', 'vfat'])
+      wanted.add(driver);
+  const helper = findProgram(purpose === 'blocks' ? 'perl' : 'filefrag');
+  const programs = [lvm, helper].filter((p) => p !== undefined);
   if (wanted.has('ntfs3') && !tree.has('ntfs3')) {
     wanted.add('fuse');
     for (const name of NTFS_PROGRAMS) {
@@ -195,7 +215,7 @@ function diskArguments(guest: Guest, socket: string): readonly string[] {
 
 /** Undefined where the guest did not come to life; an error where QEMU itself cannot be started. */
 async function startWith(
-  { clock }: VmOptions,
+  { clock, purpose, signal }: VmOptions,
   guest: Guest,
   directory: string,
   accelerator: Accelerator,
@@ -211,7 +231,7 @@ async function startWith(
     'none',
     '-no-reboot',
     '-m',
-    MEMORY,
+    MEMORY[purpose],
     '-smp',
     '1',
     ...acceleratorArguments(accelerator),
@@ -249,12 +269,16 @@ async function startWith(
   const said = collectText(child.stderr);
   const parser = new FrameParser();
   const late = new AbortController();
+  const end = (): void => void child.kill('SIGKILL');
+  if (signal?.aborted === true) end();
+  signal?.addEventListener('abort', end, { once: true });
   const patience = accelerator === 'kvm' ? KVM_PATIENCE_MS : TCG_PATIENCE_MS;
   const state = await Promise.race([
     firstFrame(child.stdout, parser),
     ended.then(() => 'ended' as const),
     clock.sleep(patience, late.signal).then(() => 'late' as const),
   ]);
+  signal?.removeEventListener('abort', end);
   if (state === 'ready') {
     late.abort();
     return { child, ended, parser };
@@ -303,14 +327,34 @@ interface Current {
   readonly reject: (error: Error) => void;
 }
 
-class VmEnvironment implements Environment {
+/** A logical volume that runs in the guest. */
+export interface StartedVolume {
+  /** `VG/LV`, as {@link FoundArea.name} has it. */
+  readonly name: string;
+  /** Below /dev in the guest. */
+  readonly device: string;
+  readonly sizeBytes: number;
+}
+
+/** The volumes of LVM in the guest. */
+export interface StartedVolumes {
+  readonly volumes: readonly StartedVolume[];
+  /** Those that LVM has not started, with the reason in words. */
+  readonly left: readonly LeftVolume[];
+}
+
+export class VmEnvironment implements Environment {
   readonly backend = 'vm';
   readonly failures: readonly unknown[];
   readonly #line: Line;
   readonly #server: NbdServer;
   readonly #guest: Guest;
-  readonly #events: EventSink;
+  readonly #options: VmOptions;
   readonly #mounted = new Map<string, Promise<string>>();
+  /** Of logical volumes: their nodes in the guest. */
+  readonly #devices = new Map<string, string>();
+  /** Once the line is theirs. */
+  #blocks: BlockClient | undefined;
   #current: Current | undefined;
   /** Ends with the script that was given last. */
   #turn: Promise<unknown> = Promise.resolve();
@@ -322,12 +366,12 @@ class VmEnvironment implements Environment {
     server: NbdServer,
     guest: Guest,
     failures: readonly unknown[],
-    events: EventSink,
+    options: VmOptions,
   ) {
     this.#line = line;
     this.#server = server;
     this.#guest = guest;
-    this.#events = events;
+    this.#options = options;
     this.failures = failures;
     const { child, ended } = line;
     child.stdout?.on('data', (piece: Buffer) => this.#take(piece));
@@ -339,6 +383,7 @@ class VmEnvironment implements Environment {
 
   #break(error: Error): void {
     this.#broken ??= error;
+    this.#blocks?.fail(this.#broken);
     const current = this.#current;
     this.#current = undefined;
     if (current === undefined) return;
@@ -348,6 +393,7 @@ class VmEnvironment implements Environment {
 
   #take(piece: Buffer): void {
     try {
+      if (this.#blocks !== undefined) return this.#blocks.take(piece);
       for (const frame of this.#line.parser.take(piece)) {
         const current = this.#current;
         if (current === undefined) continue;
@@ -362,8 +408,36 @@ class VmEnvironment implements Environment {
         }
       }
     } catch (error) {
-      this.#break(error instanceof Error ? error : new Error(String(error)));
+      this.abandon(error instanceof Error ? error : new Error(String(error)));
     }
+  }
+
+  /** Ends the guest at once: everything asked of it rejects with `error`. {@link close} must still follow. */
+  abandon(error: Error): void {
+    this.#break(error);
+    this.#line.child.kill('SIGKILL');
+  }
+
+  /** True when nothing can be asked any more. */
+  get isBroken(): boolean {
+    return this.#broken !== undefined;
+  }
+
+  /** From now on the guest reads block devices, and runs no scripts any more. A guest that hangs is abandoned. */
+  async serveBlocks(progress: () => number): Promise<BlockClient> {
+    await this.#turn;
+    if (this.#broken !== undefined) throw this.#broken;
+    const { child } = this.#line;
+    const blocks = new BlockClient({
+      clock: this.#options.clock,
+      progress,
+      send: (text) => void child.stdin?.write(text),
+      stalled: (error) => this.abandon(error),
+    });
+    this.#blocks = blocks;
+    child.stdin?.write('blocks\n');
+    child.stdout?.resume();
+    return blocks;
   }
 
   run(text: Buffer): Running {
@@ -423,7 +497,7 @@ class VmEnvironment implements Environment {
     const dir = `/fs/${area.name}`;
     const device =
       area.sizeBytes === 0
-        ? Buffer.from(`dev=/dev/${area.name}\n`)
+        ? Buffer.from(`dev=/dev/${this.#devices.get(area.name) ?? area.name}\n`)
         : script`for b in /sys/block/vd*; do [ "$(cat $b/serial)" = ${serialOf(disk)} ] && dev=/dev/\${b##*/}; done\n`;
     const asked = Buffer.concat([
       device,
@@ -439,7 +513,7 @@ exit $status
     ]);
     const { status, stderr } = await outputOf(this.run(asked));
     if (status === 0) {
-      tellNotes(stderr, area.name, this.#events);
+      tellNotes(stderr, area.name, this.#options.events);
       return dir;
     }
     const [first] = this.failures;
@@ -453,32 +527,44 @@ exit $status
   }
 
   async openContainers(): Promise<readonly FoundArea[]> {
+    const { volumes, left } = await this.startVolumes();
+    const areas: FoundArea[] = [];
+    const tell = (reason: string): void =>
+      this.#options.events({ type: 'warning', message: `left out: ${reason}` });
+    for (const { reason } of left) tell(reason);
+    for (const { name, device, sizeBytes } of volumes) {
+      const head = await outputOf(
+        this.run(script`dd ${`if=/dev/${device}`} bs=${`${SIGNATURE_BYTES}`} count=1\n`),
+      );
+      if (head.status !== 0) {
+        const [first] = this.failures;
+        if (first instanceof B2Error) throw first;
+        tell(unreadableVolume(name));
+        continue;
+      }
+      const area = await wholeFileSystem(imageOfHead(head.stdout, sizeBytes), name);
+      if (area !== undefined) areas.push({ ...area, name, sizeBytes: 0 });
+    }
+    return areas;
+  }
+
+  /** Has LVM start every logical volume. Kinds `unsupported`, `io`, `damaged`. */
+  async startVolumes(): Promise<StartedVolumes> {
     if (findProgram('lvm') === undefined) {
       throw new B2Error('unsupported', 'looking into LVM needs its tools', {
         hint: 'apt-get install lvm2',
       });
     }
     const { status, stdout, stderr } = await outputOf(this.run(Buffer.from(LVM_TEXT)));
-    if (status !== 0) {
+    const listed = parseVolumes(stdout.toString(), stderr, this.#options.areas);
+    // LVM also ends with an error where it has something to say about one of several groups.
+    if (status !== 0 && listed.volumes.length === 0) {
       const [first] = this.failures;
       if (first instanceof B2Error) throw first;
       throw new B2Error('io', `the logical volumes cannot be started: ${lastLine(stderr)}`);
     }
-    const areas: FoundArea[] = [];
-    for (const line of stdout.toString().split('\n')) {
-      const [, name, size] = /^\s*(\S+\/\S+)\/(\d+)$/.exec(line) ?? [];
-      if (name === undefined) continue;
-      const head = await outputOf(
-        this.run(script`dd ${`if=/dev/${name}`} bs=${`${SIGNATURE_BYTES}`} count=1\n`),
-      );
-      if (head.status !== 0) continue; // a pool of thin volumes is no device
-      const image = imageOfHead(head.stdout, Number(size));
-      for (const area of await findAreas(image, name)) {
-        // A partition table in a logical volume is the disk of a virtual machine: another image.
-        if (area.name === 'disk') areas.push({ ...area, name, sizeBytes: 0 });
-      }
-    }
-    return areas;
+    for (const { name, device } of listed.volumes) this.#devices.set(name, device);
+    return listed;
   }
 
   close(): Promise<void> {
@@ -498,14 +584,62 @@ function hasNtfs(): boolean {
   return NTFS_PROGRAMS.every((name) => findProgram(name) !== undefined);
 }
 
-/** Starts every logical volume and says `VG/LV/BYTES` of each. */
+/**
+ * Starts every logical volume, also those that are to be left alone (as LVM marks snapshots of thin volumes), and says of each
+ * `UUID of VG/VG/LV/MINOR/LAYOUT`, and of each device `/NAME/SECTORS`: for LVM the size of a snapshot is that of what it has changed. What it said meanwhile goes to stderr. RAID arrays that are out of step are not brought
+ * into step here: that would read and write all of them for nothing; reading chooses the sides that count.
+ */
 const LVM_TEXT = `while read -r module; do insmod "$module" 2>/dev/null; done </m/lvm
+for limit in min max; do echo 1 >/proc/sys/dev/raid/speed_limit_$limit; done 2>/dev/null
 mkdir -p /etc/lvm
 config='global{thin_check_executable="" cache_check_executable=""} activation{udev_sync=0 udev_rules=0 verify_udev_operations=1} devices{obtain_device_list_from_udev=0 external_device_info_source="none" use_devicesfile=0} backup{backup=0 archive=0}'
-lvm vgchange --config "$config" --activate y --sysinit >/tmp/lvm 2>&1
+lvm vgchange --config "$config" --activate y --ignoreactivationskip --sysinit >/tmp/lvm 2>&1
 lvm vgmknodes --config "$config" >>/tmp/lvm 2>&1
-lvm lvs --config "$config" --noheadings --nosuffix --units b --separator / -o vg_name,lv_name,lv_size
+cat /tmp/lvm >&2
+lvm lvs --config "$config" --noheadings --nosuffix --units b --separator / -o vg_uuid,vg_name,lv_name,lv_kernel_minor,lv_layout
+status=$?
+for device in /sys/block/dm-*; do echo "/\${device##*/}/$(cat $device/size)"; done
+exit $status
 `;
+
+/** What {@link LVM_TEXT} printed. Pools hold nothing by themselves. */
+export function parseVolumes(
+  stdout: string,
+  stderr: string,
+  areas: readonly FoundArea[],
+): StartedVolumes {
+  const shown = new Map(areas.flatMap((a) => a.groups ?? []).map((g) => [g.id, g.shown]));
+  const volumes: StartedVolume[] = [];
+  const left: LeftVolume[] = [];
+  const sizes = new Map(
+    [...stdout.matchAll(/^\/(dm-\d+)\/(\d+)$/gm)].map(([, name, n]) => [name, Number(n) * 512]),
+  );
+  const line = /^\s*([^/\s]+)\/([^/\s]+)\/([^/\s]+)\/(-?\d+)\/(\S*)\s*$/;
+  for (const text of stdout.split('\n')) {
+    const [, id, group, volume, minor, layout] = line.exec(text) ?? [];
+    if (id === undefined || layout === undefined || layout.split(',').includes('pool')) continue;
+    const name = `${shown.get(id) ?? group}/${volume}`;
+    const device = `dm-${minor}`;
+    const sizeBytes = sizes.get(device);
+    if (sizeBytes !== undefined && sizeBytes > 0) {
+      volumes.push({ name, device, sizeBytes });
+      continue;
+    }
+    const said = stderr.split('\n').findLast((l) => l.includes(`${group}/${volume}`));
+    const why = said?.trim() ?? lastLine(stderr);
+    left.push({
+      place: '',
+      volume: name,
+      reason: `${name}: LVM cannot start it${why === '' ? '' : ` (${why})`}`,
+    });
+  }
+  return { volumes, left };
+}
+
+/** Of a volume that runs and whose beginning cannot be read although all of the image can. */
+export function unreadableVolume(name: string): string {
+  return `${name}: LVM has started it, but nothing of it can be read (a snapshot whose space was used up is lost, for one)`;
+}
 
 /** As much of a volume's beginning as signatures lie in. */
 const SIGNATURE_BYTES = 1024 * 1024;

@@ -2,14 +2,19 @@
  * The file systems inside the points of a mount, as directories. A file system is mounted (by a {@link KernelEnvironment}, in a
  * namespace of its own) when somebody first looks into its directory, and unmounted when nobody has for a while; a process there
  * (files/agent.ts) answers for it, so that this one never waits for its own mount.
+ *
+ * Logical volumes that only LVM can put together are read by it in a tiny virtual machine (files/vm-volumes.ts), as an image of
+ * their own that is mounted in the same way. It is started when somebody looks into a directory that needs it.
  */
-import { B2Error, errnoOf } from '../errors.js';
+import { B2Error, errnoOf, messageOf } from '../errors.js';
 import type { Clock } from '../clock.js';
 import type { EventSink } from '../events.js';
 import { FilesAgent } from '../files/agent-client.js';
 import type { AgentAnswers, AgentQuestion, AgentStat } from '../files/agent-protocol.js';
 import { kernelLacks, openKernelEnvironment, type KernelEnvironment } from '../files/kernel.js';
-import { findAreas, type FoundArea } from '../files/layout.js';
+import { findAreas, isForLvm, whatIsLeft, whyNotShown, type FoundArea } from '../files/layout.js';
+import { vmVolumesLack, VM_HINT } from '../files/vm.js';
+import { openVmVolumes, type VmVolumes } from '../files/vm-volumes.js';
 import { decodeName, encodeName } from '../files/names.js';
 import type { Image } from '../image.js';
 import type { NodeKind } from './protocol.js';
@@ -25,8 +30,14 @@ import type {
 
 /** How long a mounted file system that nobody looks at stays. */
 const IDLE_MS = 60_000;
+/** The same of one with a virtual machine, which takes long to start. */
+const VM_IDLE_MS = 300_000;
+/** Virtual machines at most, as {@link OPEN_POINTS}. */
+const OPEN_VMS = 2;
 /** Points whose file systems are mounted at most; the one that is idle the longest goes first. */
 const OPEN_POINTS = 8;
+/** Until a virtual machine is ended although something is still being read through it. */
+const VM_END_MS = 5000;
 /** Points whose areas are remembered. */
 const REMEMBERED_POINTS = 256;
 
@@ -44,6 +55,20 @@ export interface FilesSource {
 interface Opened {
   readonly environment: KernelEnvironment;
   readonly agent: FilesAgent;
+  /** What can be mounted in it: a virtual machine that was started anew may have another order. */
+  readonly areas: readonly FoundArea[];
+  /** The virtual machine that it reads through. */
+  readonly volumes?: VmVolumes;
+}
+
+/** What is in a point. */
+interface Layout {
+  /** All of it. */
+  readonly all: readonly FoundArea[];
+  /** What this machine's kernel can mount. */
+  readonly shown: readonly FoundArea[];
+  /** Names of the volumes that are for the virtual machine; empty where none can be started. */
+  readonly forVm: readonly string[];
 }
 
 interface Shared {
@@ -56,7 +81,7 @@ interface Shared {
   isReplaced: boolean;
 }
 
-/** An area of a point, mounted when it is asked for. */
+/** An area of a point, mounted when it is asked for. With {@link FoundArea.isInVm} one of the virtual machine. */
 interface Root {
   readonly source: FilesSource;
   readonly area: FoundArea;
@@ -76,17 +101,22 @@ const TYPE_BITS = 0o170000;
 export interface FilesViewOptions {
   readonly clock: Clock;
   readonly events: EventSink;
+  readonly cacheDir: string;
 }
 
 export class FilesView {
   readonly #options: FilesViewOptions;
-  readonly #areas = new Map<string, Promise<readonly FoundArea[]>>();
+  readonly #areas = new Map<string, Promise<Layout>>();
+  /** File systems that were found in virtual machines. */
+  readonly #inVm = new Map<string, readonly FoundArea[]>();
   readonly #points = new Map<string, Shared>();
   readonly #replaced = new Set<Shared>();
   readonly #toldOf = new Set<string>();
   readonly #closing = new Set<Promise<void>>();
   /** Attributes of roots that have been mounted. */
   readonly #roots = new Map<string, AgentStat>();
+  /** Ends virtual machines that are being started. */
+  readonly #ending = new AbortController();
   #isClosed = false;
 
   constructor(options: FilesViewOptions) {
@@ -95,15 +125,19 @@ export class FilesView {
 
   /** Names of the directories of a point: `p1`, or `disk` without a partition table; of logical volumes, their volume groups. */
   async names(source: FilesSource): Promise<readonly string[]> {
-    const first = (await this.#areasOf(source)).map(({ name }) => name.split('/')[0] ?? name);
+    const { shown, forVm } = await this.#areasOf(source);
+    const first = [...shown.map((a) => a.name), ...forVm].map((name) => name.split('/')[0] ?? name);
     return [...new Set(first)];
   }
 
   /** The directory of that name; undefined where there is none. */
   async directory(source: FilesSource, name: string): Promise<TreeDirectory | undefined> {
-    const areas = await this.#areasOf(source);
-    const area = areas.find((a) => a.name === name);
-    if (area === undefined) return this.#group(source, name, areas);
+    const layout = await this.#areasOf(source);
+    const area = layout.shown.find((a) => a.name === name);
+    return area === undefined ? this.#group(source, name, layout) : this.#root({ source, area });
+  }
+
+  #root({ source, area }: Root): TreeDirectory {
     const root: Root = { source, area };
     const key = `${source.key}:${area.name}`;
     return this.#directory(root, Buffer.alloc(0), `root:${key}`, source.mtimeNs, async () => {
@@ -113,30 +147,58 @@ export class FilesView {
   }
 
   /** The directory of a volume group, in which its logical volumes are directories. */
-  #group(
-    source: FilesSource,
-    name: string,
-    areas: readonly FoundArea[],
-  ): TreeDirectory | undefined {
-    const inside = areas.flatMap((a) =>
-      a.name.startsWith(`${name}/`) ? [a.name.slice(name.length + 1)] : [],
-    );
-    if (inside.length === 0) return undefined;
+  #group(source: FilesSource, name: string, layout: Layout): TreeDirectory | undefined {
+    const inside = layout.shown.filter((a) => a.name.startsWith(`${name}/`));
+    const forVm = layout.forVm.filter((volume) => volume.startsWith(`${name}/`));
+    if (inside.length === 0 && forVm.length === 0) return undefined;
+    const last = (volume: string): string => volume.slice(name.length + 1);
     return {
       kind: 'directory',
       key: `group:${source.key}:${name}`,
       mtimeNs: source.mtimeNs,
       lookup: async (volume) => {
-        const node = inside.includes(volume)
-          ? await this.directory(source, `${name}/${volume}`)
-          : undefined;
-        return node === undefined ? undefined : { node, isVolatile: false };
+        const full = `${name}/${volume}`;
+        let area = inside.find((a) => a.name === full);
+        // Only for what may be there: programs ask for many names.
+        if (area === undefined && forVm.includes(full))
+          area = (await this.#vmAreas(source)).find((a) => a.name === full);
+        return area === undefined
+          ? undefined
+          : { node: this.#root({ source, area }), isVolatile: false };
       },
-      list: async function* () {
-        for (const volume of inside) yield { name: volume, kind: 'directory' } as const;
-        return Promise.resolve();
-      },
+      list: async function* (this: FilesView): AsyncGenerator<TreeListed> {
+        for (const area of inside) yield { name: last(area.name), kind: 'directory' };
+        for (const volume of await this.#vmNames(source, forVm))
+          yield { name: last(volume), kind: 'directory' };
+      }.bind(this),
     };
+  }
+
+  /** Those of the volumes that hold file systems; all of them where that cannot be told now: who looks into one gets an error. */
+  async #vmNames(source: FilesSource, forVm: readonly string[]): Promise<readonly string[]> {
+    if (forVm.length === 0) return [];
+    try {
+      const areas = await this.#vmAreas(source);
+      return forVm.filter((volume) => areas.some((a) => a.name === volume));
+    } catch (error) {
+      this.#options.events({
+        type: 'warning',
+        message: `${source.name}: what is in ${forVm.join(', ')} cannot be told now: ${messageOf(error)}`,
+      });
+      return forVm;
+    }
+  }
+
+  /** The file systems that only the virtual machine can get at; it is started where that is not known. */
+  async #vmAreas(source: FilesSource): Promise<readonly FoundArea[]> {
+    const known = this.#inVm.get(source.key);
+    if (known !== undefined) return known;
+    const shared = this.#take(source, true);
+    try {
+      return (await shared.opened).areas;
+    } finally {
+      this.#give(vmKey(source, true), shared);
+    }
   }
 
   /** Points whose file systems are mounted now. */
@@ -144,9 +206,29 @@ export class FilesView {
     return this.#points.size;
   }
 
+  /**
+   * The mount is to end now, in use or not: virtual machines are not started any more, and those that run end soon, so that no
+   * request waits for one. {@link close} follows when all requests have been answered.
+   */
+  hurry(): void {
+    this.#isClosed = true;
+    this.#ending.abort();
+    for (const [key, { opened }] of this.#points) {
+      if (!isVmKey(key)) continue;
+      const late = setTimeout(() => {
+        opened.then(
+          ({ volumes }) => volumes?.abandon(endedAnyway()),
+          () => undefined,
+        );
+      }, VM_END_MS);
+      late.unref();
+    }
+  }
+
   /** Unmounts everything, in use or not. */
   async close(): Promise<void> {
     this.#isClosed = true;
+    this.#ending.abort();
     for (const [key, shared] of this.#points) {
       clearTimeout(shared.idle);
       this.#points.delete(key);
@@ -157,7 +239,7 @@ export class FilesView {
     await Promise.all(this.#closing);
   }
 
-  #areasOf(source: FilesSource): Promise<readonly FoundArea[]> {
+  #areasOf(source: FilesSource): Promise<Layout> {
     const known = this.#areas.get(source.key);
     if (known !== undefined) return known;
     const found = this.#readAreas(source);
@@ -167,40 +249,67 @@ export class FilesView {
     for (const old of this.#areas.keys()) {
       if (this.#areas.size <= REMEMBERED_POINTS) break;
       this.#areas.delete(old);
+      this.#inVm.delete(old);
     }
     return found;
   }
 
-  async #readAreas(source: FilesSource): Promise<readonly FoundArea[]> {
+  async #readAreas(source: FilesSource): Promise<Layout> {
     const image = await source.openImage();
     try {
-      const areas = await findAreas(image, source.name);
-      for (const area of areas) {
-        const why = leftOut(area);
-        if (why === undefined) continue;
-        // Once for a volume, not for each of its points.
-        const what = `${source.volume}, ${area.name}: ${why}`;
-        if (this.#toldOf.has(what)) continue;
-        this.#toldOf.add(what);
-        this.#options.events({ type: 'warning', message: what });
+      const all = await findAreas(image, source.name);
+      const containers = all.filter(isForLvm);
+      const volumes = containers.flatMap((a) => (a.left ?? []).flatMap((l) => l.volume ?? []));
+      const lacks = containers.length === 0 ? undefined : await this.#cannotStartVm();
+      for (const area of all) {
+        const why = leftOut(area, lacks);
+        if (why !== undefined) this.#tellOnce(source, `${area.name}: ${why}`);
       }
-      return areas.filter((area) => area.holds === 'files' && area.devices === 1);
+      const shown = all.filter((area) => area.holds === 'files' && area.devices === 1);
+      return { all, shown, forVm: lacks === undefined ? volumes : [] };
     } finally {
       await image.close();
     }
   }
 
+  /** Once for a volume, not for each of its points. */
+  #tellOnce(source: FilesSource, text: string): void {
+    const what = `${source.volume}, ${text}`;
+    if (this.#toldOf.has(what)) return;
+    this.#toldOf.add(what);
+    this.#options.events({ type: 'warning', message: what });
+  }
+
+  async #cannotStartVm(): Promise<string | undefined> {
+    const lacks = await vmVolumesLack();
+    return lacks === undefined ? undefined : `${lacks}. ${VM_HINT}`;
+  }
+
   /** Runs `fn` with the area mounted at `directory`. The mount stays for as long as this takes, and a while. */
   async #use<T>(root: Root, fn: (opened: Opened, directory: string) => Promise<T>): Promise<T> {
-    const shared = this.#take(root);
+    const isInVm = root.area.isInVm === true;
+    const shared = this.#take(root.source, isInVm);
     try {
       const opened = await shared.opened;
-      const directory = await opened.environment.mount(root.area);
-      await this.#rememberRoot(root, opened, directory);
+      const directory = await this.#mount(root, opened);
       return await withReason(opened, () => fn(opened, directory));
     } finally {
-      this.#give(root.source.key, shared);
+      this.#give(vmKey(root.source, isInVm), shared);
     }
+  }
+
+  async #mount(root: Root, opened: Opened): Promise<string> {
+    const { source, area } = root;
+    const here = opened.areas.find((a) => a.name === area.name);
+    const lacks = here === undefined ? 'it is not there any more' : await kernelLacks(here);
+    if (here === undefined || lacks !== undefined) {
+      throw new B2Error('unsupported', `${source.name}, ${area.name} (${area.type}): ${lacks}`, {
+        hint: '"b2 ls", "b2 cat" and "b2 restore --path" can read it with --backend vm.',
+      });
+    }
+    const directory = await withReason(opened, () => opened.environment.mount(here));
+    await this.#rememberRoot(root, opened, directory);
+    return directory;
   }
 
   async #rememberRoot(root: Root, { agent }: Opened, directory: string): Promise<void> {
@@ -210,9 +319,9 @@ export class FilesView {
   }
 
   /** Counts a user; {@link #give} takes it back. */
-  #take(root: Root): Shared {
+  #take(source: FilesSource, isInVm: boolean): Shared {
     if (this.#isClosed) throw new B2Error('failed', 'the mount is being taken down');
-    const { key } = root.source;
+    const key = vmKey(source, isInVm);
     let shared = this.#points.get(key);
     if (shared?.isBroken() === true) {
       clearTimeout(shared.idle);
@@ -223,7 +332,7 @@ export class FilesView {
     }
     if (shared === undefined) {
       shared = {
-        opened: this.#open(root),
+        opened: isInVm ? this.#openVm(source) : this.#open(source),
         users: 0,
         idle: undefined,
         isBroken: () => false,
@@ -232,8 +341,8 @@ export class FilesView {
       this.#points.set(key, shared);
       const mine = shared;
       mine.opened.then(
-        ({ environment, agent }) => {
-          mine.isBroken = () => environment.isBroken || agent.isEnded;
+        ({ environment, agent, volumes }) => {
+          mine.isBroken = () => environment.isBroken || agent.isEnded || volumes?.isGone === true;
         },
         () => {
           if (this.#points.get(key) === mine) this.#points.delete(key);
@@ -255,14 +364,15 @@ export class FilesView {
     if (shared.isReplaced && this.#replaced.delete(shared)) this.#end(shared);
     if (this.#points.get(key) !== shared) return;
     clearTimeout(shared.idle);
-    shared.idle = setTimeout(() => this.#drop(key, shared), IDLE_MS);
+    shared.idle = setTimeout(() => this.#drop(key, shared), isVmKey(key) ? VM_IDLE_MS : IDLE_MS);
     shared.idle.unref();
   }
 
   #makeRoom(except: string): void {
     for (const [key, shared] of this.#points) {
-      if (this.#points.size <= OPEN_POINTS) return;
-      if (shared.users === 0 && key !== except) this.#drop(key, shared);
+      const vms = [...this.#points.keys()].filter(isVmKey).length;
+      const isTooMany = this.#points.size > OPEN_POINTS || (isVmKey(key) && vms > OPEN_VMS);
+      if (isTooMany && shared.users === 0 && key !== except) this.#drop(key, shared);
     }
   }
 
@@ -275,27 +385,52 @@ export class FilesView {
 
   #end(shared: Shared): void {
     const ending = shared.opened
-      .then(async ({ agent, environment }) => {
-        await agent.close();
-        await environment.close();
+      .then(async ({ agent, environment, volumes }) => {
+        // What waits for a machine that hangs cannot be ended before that is.
+        const late = setTimeout(() => volumes?.abandon(endedAnyway()), VM_END_MS);
+        try {
+          await agent.close();
+          await environment.close();
+        } finally {
+          clearTimeout(late);
+        }
       })
       .catch(() => undefined)
       .finally(() => this.#closing.delete(ending));
     this.#closing.add(ending);
   }
 
-  async #open({ source, area }: Root): Promise<Opened> {
-    const lacks = await kernelLacks(area);
-    if (lacks !== undefined) {
-      throw new B2Error('unsupported', `${source.name}, ${area.name} (${area.type}): ${lacks}`, {
-        hint: '"b2 ls", "b2 cat" and "b2 restore --path" can read it with --backend vm.',
-      });
-    }
+  async #open(source: FilesSource): Promise<Opened> {
     const { clock, events } = this.#options;
-    const areas = await this.#areasOf(source);
+    const { all } = await this.#areasOf(source);
     const image = await source.openImage();
-    const environment = await openKernelEnvironment(image, areas, clock, events);
-    return { environment, agent: new FilesAgent(environment) };
+    const environment = await openKernelEnvironment(image, all, clock, events);
+    return { environment, agent: new FilesAgent(environment), areas: all };
+  }
+
+  async #openVm(source: FilesSource): Promise<Opened> {
+    const { clock, events, cacheDir } = this.#options;
+    const { all } = await this.#areasOf(source);
+    events({
+      type: 'note',
+      message: `${source.name}: LVM in a tiny virtual machine puts volumes together, and this machine's kernel mounts them: ${whatIsLeft(all)}`,
+    });
+    const image = await source.openImage();
+    const volumes: VmVolumes = await openVmVolumes({
+      image,
+      areas: all,
+      clock,
+      events,
+      cacheDir,
+      signal: this.#ending.signal,
+    });
+    for (const { reason } of volumes.left) this.#tellOnce(source, `left out: ${reason}`);
+    const areas = volumes.areas.filter((a) => a.devices === 1);
+    const environment = await openKernelEnvironment(volumes, areas, clock, events);
+    if (this.#inVm.size >= REMEMBERED_POINTS) this.#inVm.clear();
+    this.#inVm.set(source.key, areas);
+    // A machine that has ended answers with errors for good: the next look starts another.
+    return { environment, agent: new FilesAgent(environment), areas, volumes };
   }
 
   /** `relative` is empty for the root, else begins with a slash. */
@@ -377,18 +512,18 @@ export class FilesView {
 
   async #openFile(root: Root, relative: Buffer, sizeBytes: number): Promise<OpenFile> {
     // An open file keeps its file system mounted, and its handle means something to this agent only.
-    const shared = this.#take(root);
+    const isInVm = root.area.isInVm === true;
+    const shared = this.#take(root.source, isInVm);
     let isClosed = false;
     const release = (): void => {
       if (isClosed) return;
       isClosed = true;
-      this.#give(root.source.key, shared);
+      this.#give(vmKey(root.source, isInVm), shared);
     };
     try {
       const opened = await shared.opened;
-      const { agent, environment } = opened;
-      const directory = await environment.mount(root.area);
-      await this.#rememberRoot(root, opened, directory);
+      const { agent } = opened;
+      const directory = await this.#mount(root, opened);
       const ask = <Q extends AgentQuestion>(question: Q): Promise<AgentAnswers[Q['op']]> =>
         withReason(opened, () => agent.ask(question));
       const path = Buffer.concat([Buffer.from(directory), relative]);
@@ -416,13 +551,36 @@ export class FilesView {
   }
 }
 
-/** Why an area with file systems in it is no directory, in words; undefined where it is one, or holds none. */
-function leftOut({ holds, devices, type, left = [] }: FoundArea): string | undefined {
-  if (holds === 'container' && left.length > 0)
-    return `logical volumes (LVM) in it are not shown here, because only LVM itself can put them together, and here they would mix with those of this machine (${left.join('; ')}); "b2 ls", "b2 cat" and "b2 restore --path" read them in a tiny virtual machine`;
-  if (holds === 'files' && devices > 1)
-    return `the ${type} in it lies on ${devices} devices and is not shown: one of them alone cannot be read`;
-  return undefined;
+/** What a point's mounts, or those of its virtual machine, are known by. */
+function vmKey(source: FilesSource, isInVm: boolean): string {
+  return isInVm ? `${source.key}${VM_KEY}` : source.key;
+}
+
+function endedAnyway(): B2Error {
+  return new B2Error('failed', 'the tiny virtual machine was ended with the mount');
+}
+
+const VM_KEY = ' vm';
+
+function isVmKey(key: string): boolean {
+  return key.endsWith(VM_KEY);
+}
+
+/**
+ * Why an area with file systems in it, or a part of it, is no directory, in words; undefined where it is one, or holds none.
+ * `noVm`: why no virtual machine can be started here.
+ */
+function leftOut(area: FoundArea, noVm: string | undefined): string | undefined {
+  const { left = [] } = area;
+  if (isForLvm(area)) {
+    const unnamed = noVm === undefined ? left.filter((l) => l.volume === undefined) : left;
+    if (unnamed.length === 0) return undefined;
+    const why = unnamed.map(({ reason }) => reason).join('; ');
+    return noVm === undefined
+      ? `logical volumes (LVM) in it are not shown here, because b2 cannot tell what there is (${why}); "b2 ls" asks LVM in a tiny virtual machine`
+      : `logical volumes (LVM) in it are not shown here, because only LVM itself, in a tiny virtual machine, can put them together (${why}), and none can be started here: ${noVm}`;
+  }
+  return whyNotShown(area);
 }
 
 /** What `fn` gives. What reading the image has failed with says more than the EIO that came of it. */

@@ -15,7 +15,7 @@ import { B2Error, isKind, messageOf } from '../errors.js';
 import { PointClass } from '../format/commit.js';
 import type { CommitRecord } from '../format/segment.js';
 import { readableImage } from '../files/layout.js';
-import type { Image, Loan } from '../image.js';
+import type { Image, Lending } from '../image.js';
 import { choosePoint } from '../repo/point.js';
 import type { Repository } from '../repo/repository.js';
 import { listVolumes, type VolumeMeta } from '../repo/volume.js';
@@ -102,7 +102,7 @@ export interface OpenFile {
   /** Fills `into`; the range lies within the file. Errors as {@link Image.read}. */
   read(into: Uint8Array, offset: number): Promise<void>;
   /** As {@link Image.lend}. */
-  lend?(offset: number, length: number): Promise<Loan | undefined>;
+  lend?(offset: number, length: number): Lending;
   /** The first data (or hole) at or after `offset`, which lies within the file; the end counts as a hole. */
   seek(offset: number, what: 'data' | 'hole'): Promise<number | undefined>;
   close(): Promise<void>;
@@ -118,7 +118,7 @@ export interface MountTreeOptions {
   readonly warn: (message: string) => void;
   /** Shows the file systems inside as directories. Closed with the tree. */
   readonly files?: FilesView | undefined;
-  /** How long {@link TreeFile.allocatedBytes} may take, in ms. Default: 100, and 5 of a device that takes long in any case. */
+  /** How long {@link TreeFile.allocatedBytes} may take, in ms. Default: 100, and 0 of a device that takes long in any case. */
   readonly patienceMs?: number;
 }
 
@@ -133,7 +133,8 @@ const VOLUMES_VALID_NS = 1_000_000_000n;
 const PATIENCE_MS = 100;
 /** Of larger devices nobody waits for the count of allocated bytes: who wants to read them would wait for nothing. */
 const COUNTED_AT_ONCE_BYTES = 64 * 1024 ** 3;
-const PATIENCE_LARGE_MS = 5;
+/** And it begins this much later: who looks at a file mostly goes on to read it. */
+const COUNT_LATER_MS = 100;
 /** Points whose partitions and allocated bytes are remembered. */
 const REMEMBERED_POINTS = 256;
 /** Counts of allocated bytes that may wait for their turn. */
@@ -186,6 +187,7 @@ export class MountTree {
   #counts: Promise<unknown> = Promise.resolve();
   #waitingCounts = 0;
   #lastReadNs = -READING_NS;
+  readonly #closing = new AbortController();
   #isClosed = false;
 
   constructor(options: MountTreeOptions) {
@@ -270,6 +272,7 @@ export class MountTree {
 
   async close(): Promise<void> {
     this.#isClosed = true;
+    this.#closing.abort();
     await this.#counts;
     await this.#options.files?.close();
     for (const view of this.#views.values()) await view.close();
@@ -604,7 +607,7 @@ export class MountTree {
             this.#lastReadNs = this.#options.clock.monotonicNs();
             return image.read(into, part.offset + offset);
           },
-          lend: async (offset, length) => {
+          lend: (offset, length) => {
             this.#lastReadNs = this.#options.clock.monotonicNs();
             return image.lend?.(part.offset + offset, length);
           },
@@ -643,15 +646,11 @@ export class MountTree {
       this.#counts = counting;
       remembered.counting.set(part.name, counting);
     }
+    const patienceMs = this.#options.patienceMs ?? (isLarge(part) ? 0 : PATIENCE_MS);
+    if (patienceMs === 0) return undefined;
     const stop = new AbortController();
     try {
-      const late = this.#options.clock
-        .sleep(
-          this.#options.patienceMs ??
-            (part.sizeBytes > COUNTED_AT_ONCE_BYTES ? PATIENCE_LARGE_MS : PATIENCE_MS),
-          stop.signal,
-        )
-        .then(() => undefined);
+      const late = this.#options.clock.sleep(patienceMs, stop.signal).then(() => undefined);
       return await Promise.race([counting, late]);
     } finally {
       stop.abort();
@@ -670,6 +669,7 @@ export class MountTree {
     try {
       let bytes = 0;
       const end = part.offset + part.sizeBytes;
+      if (isLarge(part)) await this.#options.clock.sleep(COUNT_LATER_MS, this.#closing.signal);
       for (let at = part.offset; at < end; at += COUNT_STEP_BYTES) {
         if (this.#isClosed) return undefined;
         const runs = await use.image.extents(at, Math.min(COUNT_STEP_BYTES, end - at));
@@ -681,6 +681,10 @@ export class MountTree {
       await use.close();
     }
   }
+}
+
+function isLarge(part: Part): boolean {
+  return part.sizeBytes > COUNTED_AT_ONCE_BYTES;
 }
 
 /** A volume's directory in which other volumes lie too. */

@@ -11,9 +11,10 @@ import type { TlsOptions, TLSSocket } from 'node:tls';
 
 import type { BufferPool } from '../buffer-pool.js';
 import { B2Error, isKind, messageOf } from '../errors.js';
-import type { Image, ImageExtent } from '../image.js';
+import { isZeroView, type Image, type ImageExtent, type Lending, type Loan } from '../image.js';
 import * as p from './protocol.js';
 import { EndOfStream, SocketReader } from './reader.js';
+import { enlargeSendBuffer } from './send-buffer.js';
 import { loadTls } from './tls.js';
 import { isWritable, type WritableImage } from './writable.js';
 
@@ -92,6 +93,8 @@ export class Connection {
   #inFlight = 0;
   #bytesInFlight = 0;
   #corked = false;
+  /** What the socket has not sent yet. */
+  readonly #loans = new Set<Loan>();
   /** Wakes whoever waits for room or for idleness. */
   #wakers: (() => void)[] = [];
 
@@ -148,7 +151,11 @@ export class Connection {
     // A reset is no news: whoever reads is told by the `close` that follows.
     socket.on('error', () => undefined);
     socket.on('drain', wake);
-    socket.on('close', wake);
+    socket.on('close', () => {
+      // Nothing is sent from that memory any more, whatever became of it.
+      for (const loan of this.#loans) this.#giveBack(loan);
+      wake();
+    });
     return new SocketReader(socket);
   }
 
@@ -351,6 +358,7 @@ export class Connection {
   // ---- transmission ---------------------------------------------------------------------------------------------
 
   async #transmit(session: Session): Promise<void> {
+    enlargeSendBuffer(this.#socket);
     for (;;) {
       const header =
         this.#reader.tryTake(p.REQUEST_HEADER_BYTES) ??
@@ -428,21 +436,55 @@ export class Connection {
   #start(session: Session, request: p.Request, payload: Buffer | undefined, cost: number): void {
     this.#inFlight++;
     this.#bytesInFlight += cost;
-    this.#perform(session, request, payload)
-      .then(
-        (reply) => this.#reply(reply, request.command === p.Command.read),
-        (error: unknown) => this.#performFailed(session, request, error),
-      )
-      .finally(() => {
-        this.#inFlight--;
-        this.#bytesInFlight -= cost;
-        this.#wake();
-      })
+    if (request.command === p.Command.read && request.length > 0) {
+      let lending: Lending;
+      try {
+        lending = session.image.lend?.(request.offset, request.length);
+        // Nearly all requests of who reads on and on: what they want is here.
+        if (lending !== undefined && !(lending instanceof Promise)) {
+          this.#replyLoan(request, lending);
+          this.#finished(cost);
+          return;
+        }
+      } catch (error) {
+        lending = Promise.reject(error);
+      }
+      if (lending !== undefined) {
+        this.#settle(session, request, cost, this.#readLate(session, request, lending));
+        return;
+      }
+    }
+    const reply = this.#perform(session, request, payload).then((bytes) =>
+      this.#reply(bytes, request.command === p.Command.read),
+    );
+    this.#settle(session, request, cost, reply);
+  }
+
+  async #readLate(
+    session: Session,
+    request: p.Request,
+    lending: Promise<Loan | undefined>,
+  ): Promise<void> {
+    const loan = await lending;
+    if (loan === undefined) this.#reply(await this.#read(session.image, request), true);
+    else this.#replyLoan(request, loan);
+  }
+
+  #settle(session: Session, request: p.Request, cost: number, replied: Promise<void>): void {
+    replied
+      .catch((error: unknown) => this.#performFailed(session, request, error))
+      .finally(() => this.#finished(cost))
       // Only a bug in the lines above can get here; the client must not wait for a reply for ever.
       .catch((error: unknown) => {
         this.#host.report(`client ${this.#peer}`, error);
         this.#socket.destroy();
       });
+  }
+
+  #finished(cost: number): void {
+    this.#inFlight--;
+    this.#bytesInFlight -= cost;
+    this.#wake();
   }
 
   async #perform(
@@ -574,6 +616,37 @@ export class Connection {
       });
   }
 
+  /** Answers a read with what the image has lent; it goes to the socket as it lies there. */
+  #replyLoan(request: p.Request, loan: Loan): void {
+    const socket = this.#socket;
+    if (socket.destroyed) {
+      loan.release();
+      return;
+    }
+    let parts: readonly Uint8Array[];
+    try {
+      parts = (this.#structured ? chunkedReply : simpleReply)(request, loan.views);
+    } catch (error) {
+      loan.release();
+      throw error;
+    }
+    this.#cork();
+    this.#loans.add(loan);
+    const last = parts.length - 1;
+    for (const [i, part] of parts.entries()) {
+      if (i < last) socket.write(part);
+      else
+        socket.write(part, (error) => {
+          // Taken by the kernel, or (TLS) encrypted. Where it is neither the end of the socket says that nobody needs it.
+          if ((error === undefined || error === null) && !socket.destroyed) this.#giveBack(loan);
+        });
+    }
+  }
+
+  #giveBack(loan: Loan): void {
+    if (this.#loans.delete(loan)) loan.release();
+  }
+
   #uncork(): void {
     if (!this.#corked) return;
     this.#corked = false;
@@ -643,6 +716,48 @@ function allowedFlags(command: number, structured: boolean): number {
 function preferredBlockBytes(image: Image): number {
   // An overlay works in blocks; an image is stored in chunks of about this size.
   return isWritable(image) ? 4096 : 65536;
+}
+
+function simpleReply(request: p.Request, views: readonly Uint8Array[]): readonly Uint8Array[] {
+  const header = Buffer.allocUnsafe(p.SIMPLE_REPLY_BYTES);
+  p.putSimpleReply(header, 0, request, 0);
+  return [header, ...views];
+}
+
+/** Headers and data of the chunks that answer a read; holes are left out of large ones, as in {@link chunksOf}. */
+function chunkedReply(request: p.Request, views: readonly Uint8Array[]): readonly Uint8Array[] {
+  const isSparse =
+    request.length >= SPARSE_READ_BYTES && (request.flags & p.CommandFlag.dontFragment) === 0;
+  const runs: { hole: boolean; length: number; readonly views: Uint8Array[] }[] = [];
+  for (const view of views) {
+    const hole =
+      isSparse &&
+      view.byteLength >= MIN_HOLE_BYTES &&
+      runs.length < SPARSE_READ_CHUNKS &&
+      isZeroView(view);
+    const last = runs.at(-1);
+    if (last !== undefined && last.hole === hole) {
+      last.length += view.byteLength;
+      last.views.push(view);
+    } else runs.push({ hole, length: view.byteLength, views: [view] });
+  }
+  const headers = Buffer.allocUnsafe(
+    runs.length * Math.max(p.HOLE_CHUNK_BYTES, p.DATA_CHUNK_HEADER_BYTES),
+  );
+  const parts: Uint8Array[] = [];
+  let { offset } = request;
+  let at = 0;
+  for (const [i, { hole, length, views: data }] of runs.entries()) {
+    const isLast = i === runs.length - 1;
+    const bytes = hole ? p.HOLE_CHUNK_BYTES : p.DATA_CHUNK_HEADER_BYTES;
+    if (hole) p.putHoleChunk(headers, at, request, offset, length, isLast);
+    else p.putDataChunkHeader(headers, at, request, offset, length, isLast);
+    parts.push(headers.subarray(at, at + bytes));
+    if (!hole) parts.push(...data);
+    at += bytes;
+    offset += length;
+  }
+  return parts;
 }
 
 /** The chunks that answer a read: the image's extents with short holes filled in. */

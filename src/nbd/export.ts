@@ -73,6 +73,14 @@ function watch(image: Image, failed: (error: unknown) => void): Image {
     sizeBytes: image.sizeBytes,
     logicalBlockBytes: image.logicalBlockBytes,
     read: (into, offset) => image.read(into, offset).catch(told),
+    lend: (offset, length) => {
+      try {
+        const lending = image.lend?.(offset, length);
+        return lending instanceof Promise ? lending.catch(told) : lending;
+      } catch (error) {
+        return told(error);
+      }
+    },
     extents: (offset, length, limit) => image.extents(offset, length, limit).catch(told),
     close: () => Promise.resolve(),
   };

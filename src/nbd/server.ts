@@ -82,7 +82,7 @@ export interface NbdServer {
 const DEFAULT_LIMITS: NbdLimits = {
   connections: 32,
   requestsInFlight: 128,
-  bytesInFlight: 32 * 1024 * 1024,
+  bytesInFlight: 4 * 1024 * 1024,
   handshakeMs: 60_000,
   graceMs: 5_000,
 };

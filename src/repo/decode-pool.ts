@@ -5,6 +5,7 @@ import { MessageChannel, type MessagePort } from 'node:worker_threads';
 import type { FooterFrame } from '../format/pack.js';
 import { alignedMemory } from '../memory.js';
 import { runWorkers } from '../workers.js';
+import { DecodeQueue, decodeQueueMemory } from './decode-queue.js';
 import type { DecodeStart, FromDecoder, ToDecoder } from './decode-worker.js';
 import type { RepositoryHandle } from './handle.js';
 
@@ -32,15 +33,12 @@ const DECODE_WORKER = new URL('./decode-worker.js', import.meta.url);
 const MAX_THREADS = 4;
 
 interface Waiting {
-  readonly count: number;
-  readonly thread: number;
+  readonly slots: readonly number[];
   readonly resolve: (good: readonly boolean[]) => void;
 }
 
 interface Thread {
   readonly port: MessagePort;
-  /** Frames that it has not answered for. */
-  under: number;
   isReady: boolean;
 }
 
@@ -48,6 +46,8 @@ export interface DecodePoolOptions {
   readonly handle: RepositoryHandle;
   readonly slabBytes: number;
   readonly threads?: number;
+  /** What the threads run: another module in tests. */
+  readonly module?: URL;
   /** Told once if the threads break down; all goes on without them. */
   readonly failed?: (error: unknown) => void;
 }
@@ -58,10 +58,12 @@ export class DecodePool implements FrameDecoder {
   readonly #slab: SharedArrayBuffer;
   readonly #slotBytes: number;
   readonly #stop = new AbortController();
-  readonly #waiting = new Map<number, Waiting>();
+  readonly #queueMemory: SharedArrayBuffer;
+  readonly #queue: DecodeQueue;
+  /** Groups that are not answered, the oldest first. */
+  #waiting: Waiting[] = [];
   #threads: Thread[] = [];
   #ended: Promise<void> | undefined;
-  #nextId = 1;
   #isBroken = false;
 
   constructor(options: DecodePoolOptions) {
@@ -72,6 +74,8 @@ export class DecodePool implements FrameDecoder {
     this.slots = Array.from({ length: count }, (_, i) =>
       Buffer.from(this.#slab, i * this.#slotBytes, this.#slotBytes),
     );
+    this.#queueMemory = decodeQueueMemory(count);
+    this.#queue = new DecodeQueue(this.#queueMemory, count);
   }
 
   isReady(): boolean {
@@ -84,19 +88,12 @@ export class DecodePool implements FrameDecoder {
     frames: readonly FooterFrame[],
     slots: readonly number[],
   ): Promise<readonly boolean[]> {
-    let best = -1;
-    this.#threads.forEach((t, i) => {
-      if (t.isReady && (best < 0 || t.under < (this.#threads[best]?.under ?? 0))) best = i;
-    });
-    const thread = this.#threads[best];
-    if (thread === undefined || this.#isBroken) return Promise.resolve(frames.map(() => false));
-    const id = this.#nextId++;
-    thread.under += frames.length;
-    return new Promise((resolve) => {
-      this.#waiting.set(id, { count: frames.length, thread: best, resolve });
-      const message: ToDecoder = { type: 'decode', id, packId, frames, slots };
-      thread.port.postMessage(message);
-    });
+    if (frames.length === 0 || this.#isBroken || !this.#threads.some((t) => t.isReady))
+      return Promise.resolve(frames.map(() => false));
+    this.#queue.give({ packId, frames, slots });
+    const sleeper = this.#threads.findIndex((t, i) => t.isReady && this.#queue.wake(i));
+    if (sleeper >= 0) this.#call(sleeper);
+    return new Promise((resolve) => this.#waiting.push({ slots, resolve }));
   }
 
   async close(): Promise<void> {
@@ -108,12 +105,13 @@ export class DecodePool implements FrameDecoder {
 
   #start(): void {
     const count = this.#options.threads ?? Math.min(MAX_THREADS, availableParallelism());
+    this.#queue.expectCall();
     const channels = Array.from({ length: count }, () => new MessageChannel());
     this.#threads = channels.map(({ port1 }) => {
-      const thread: Thread = { port: port1, under: 0, isReady: false };
+      const thread: Thread = { port: port1, isReady: false };
       port1.on('message', (message: FromDecoder) => {
-        if (message.type === 'ready') thread.isReady = true;
-        else this.#answer(message.id, message.good);
+        if (message === 'ready') thread.isReady = true;
+        else this.#collect();
       });
       return thread;
     });
@@ -121,9 +119,10 @@ export class DecodePool implements FrameDecoder {
       handle: this.#options.handle,
       slab: this.#slab,
       slotBytes: this.#slotBytes,
+      queue: this.#queueMemory,
       port: port2,
     }));
-    this.#ended = runWorkers<DecodeStart, undefined>(DECODE_WORKER, jobs, {
+    this.#ended = runWorkers<DecodeStart, undefined>(this.#options.module ?? DECODE_WORKER, jobs, {
       what: 'reading ahead',
       signal: this.#stop.signal,
       transfer: (index) => [jobs[index]?.port].filter((port) => port !== undefined),
@@ -133,13 +132,19 @@ export class DecodePool implements FrameDecoder {
     );
   }
 
-  #answer(id: number, good: readonly boolean[]): void {
-    const waiting = this.#waiting.get(id);
-    if (waiting === undefined) return;
-    this.#waiting.delete(id);
-    const thread = this.#threads[waiting.thread];
-    if (thread !== undefined) thread.under -= waiting.count;
-    waiting.resolve(good);
+  #call(thread: number): void {
+    const message: ToDecoder = 'work';
+    this.#threads[thread]?.port.postMessage(message);
+  }
+
+  /** Hands on what the threads have answered. */
+  #collect(): void {
+    this.#queue.expectCall();
+    this.#waiting = this.#waiting.filter(({ slots, resolve }) => {
+      const good = this.#queue.answerOf(slots);
+      if (good !== undefined) resolve(good);
+      return good === undefined;
+    });
   }
 
   /** Every thread has ended: what they had not answered is not there. */
@@ -147,11 +152,7 @@ export class DecodePool implements FrameDecoder {
     const wasClosed = this.#stop.signal.aborted;
     this.#isBroken = true;
     for (const { port } of this.#threads) port.close();
-    for (const [id, { count }] of this.#waiting)
-      this.#answer(
-        id,
-        Array.from({ length: count }, () => false),
-      );
+    for (const { slots, resolve } of this.#waiting.splice(0)) resolve(slots.map(() => false));
     if (!wasClosed) this.#options.failed?.(error);
   }
 }

@@ -6,6 +6,7 @@ import { packName } from '../format/names.js';
 import type { FooterFrame } from '../format/pack.js';
 import { adoptAligned } from '../memory.js';
 import { serveWorker } from '../workers.js';
+import { DecodeQueue } from './decode-queue.js';
 import { contextOf, loadNative, type RepositoryHandle } from './handle.js';
 import type { PackReadContext } from './pack-reader.js';
 import { ChunkRoom, SingleChunks } from './single-chunks.js';
@@ -16,25 +17,17 @@ export interface DecodeStart {
   readonly handle: RepositoryHandle;
   readonly slab: SharedArrayBuffer;
   readonly slotBytes: number;
-  /** Both directions of the conversation; the thread closes it when it is told `end`, or stopped. */
+  /** Memory of the {@link DecodeQueue}, for as many slots as the slab has. */
+  readonly queue: SharedArrayBuffer;
+  /** For calling who sleeps, in both directions; the thread closes it when it is stopped. */
   readonly port: MessagePort;
 }
 
-export type ToDecoder =
-  | {
-      readonly type: 'decode';
-      readonly id: number;
-      readonly packId: string;
-      /** By number; with the slot for its chunk each, in the same order. */
-      readonly frames: readonly FooterFrame[];
-      readonly slots: readonly number[];
-    }
-  | { readonly type: 'end' };
+/** There is something in the queue. */
+export type ToDecoder = 'work';
 
-export type FromDecoder =
-  | { readonly type: 'ready' }
-  /** For each frame: its chunk is whole and verified in its slot. */
-  | { readonly type: 'decoded'; readonly id: number; readonly good: readonly boolean[] };
+/** The thread has begun; there is an answer. */
+export type FromDecoder = 'ready' | 'answer';
 
 /** Packs that a thread keeps open. */
 const OPEN_PACKS = 16;
@@ -155,42 +148,57 @@ function endOf(frame: FooterFrame): number {
   return frame.offset + FRAME_HEADER_BYTES + frame.storedBytes;
 }
 
-serveWorker<DecodeStart, undefined>(async ({ handle, slab, slotBytes, port }, context) => {
+/** Chunks decoded before the event loop turns: so that a stop is seen, and reads from the page cache may go on ({@link readCached}). */
+const TURN_CHUNKS = 16;
+
+serveWorker<DecodeStart, undefined>(async ({ handle, slab, slotBytes, queue, port }, context) => {
   if (handle.storeUrl === undefined)
     throw new Error('this store cannot be opened in another thread');
   adoptAligned(slab);
   const store = await openStore(handle.storeUrl);
-  const frames = new FrameReader(contextOf(handle, store), slab, slotBytes);
+  const reader = new FrameReader(contextOf(handle, store), slab, slotBytes);
+  const orders = new DecodeQueue(queue, Math.floor(slab.byteLength / slotBytes));
+  const post = (message: FromDecoder): void => {
+    port.postMessage(message);
+  };
+  const work = async (): Promise<void> => {
+    for (let chunks = 0; ;) {
+      const group = context.isAborted() ? undefined : orders.take();
+      if (group === undefined) {
+        if (context.isAborted() || orders.sleep(context.index)) return;
+        continue;
+      }
+      const { packId, frames, slots } = group;
+      if (orders.answer(slots, await reader.decode(packId, frames, slots))) post('answer');
+      chunks += slots.length;
+      if (chunks < TURN_CHUNKS) continue;
+      chunks = 0;
+      await new Promise((resolve) => setImmediate(resolve));
+    }
+  };
   try {
-    await new Promise<void>((resolve) => {
-      const post = (message: FromDecoder): void => {
-        port.postMessage(message);
+    await new Promise<void>((resolve, reject) => {
+      let working: Promise<void> | undefined;
+      const begin = (): void => {
+        working ??= work()
+          .catch(reject)
+          .finally(() => {
+            working = undefined;
+          });
       };
-      let turn: Promise<unknown> = Promise.resolve();
       const finish = (): void => {
-        port.close();
-        void turn.then(() => resolve());
+        void Promise.resolve(working).then(() => resolve());
       };
       context.signal.addEventListener('abort', finish, { once: true });
-      port.on('message', (message: ToDecoder) => {
-        if (message.type === 'end') {
-          finish();
-          return;
-        }
-        const { id, packId, slots } = message;
-        turn = turn.then(async () => {
-          const good = context.isAborted()
-            ? message.frames.map(() => false)
-            : await frames.decode(packId, message.frames, slots);
-          post({ type: 'decoded', id, good });
-        });
-      });
+      port.on('message', begin);
       loadNative();
-      post({ type: 'ready' });
+      post('ready');
       if (context.isAborted()) finish();
+      else begin();
     });
   } finally {
-    await frames.close();
+    port.close(); // else it keeps a thread that has failed
+    await reader.close();
     await store.close();
   }
   return undefined;

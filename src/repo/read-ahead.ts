@@ -16,8 +16,10 @@ import { DecodePool, type FrameDecoder } from './decode-pool.js';
 import type { PackCache } from './pack-reader.js';
 import type { Repository } from './repository.js';
 
-/** A part of one chunk that a read wants: `length` bytes from `from` in it, to go to `at`. */
+/** A part of one chunk that a read wants: `length` bytes from `from` in it, which are at `at` of the image. */
 export interface ChunkPart {
+  /** Of pack and frame: the same for every part of a chunk, and of no other's. */
+  readonly key: string;
   readonly packId: string;
   readonly frame: number;
   readonly sub: number;
@@ -33,12 +35,24 @@ const GROUP_FRAMES = 8;
 
 interface Entry {
   readonly slot: number;
-  /** False: it could not be had; the entry is gone then. */
-  ready: Promise<boolean>;
+  /** Settles when it is no longer loading; never rejects. */
+  ready: Promise<unknown>;
   isLoading: boolean;
+  /** False while it loads, and where it could not be had: it is gone then. */
+  isGood: boolean;
   users: number;
   plainBytes: number;
 }
+
+/** A part whose chunk is in a slot; without an entry the slot is the reader's own. */
+interface HeldPart {
+  readonly part: ChunkPart;
+  readonly slot: number;
+  readonly plainBytes: number;
+  readonly entry?: Entry;
+}
+
+const NOTHING_TO_WAIT_FOR = Promise.resolve();
 
 /** Parts of neighbouring frames, each of another one. */
 interface Group {
@@ -89,26 +103,27 @@ export class ReadAhead {
 
   /** True if the chunk is here or on its way. */
   has(part: ChunkPart): boolean {
-    return this.#entries.size > 0 && part.sub === 0 && this.#entries.has(keyOf(part));
+    return this.#entries.size > 0 && part.sub === 0 && this.#entries.has(part.key);
   }
 
   /**
-   * Fills `into` with what `parts` (ascending) name; `slow` reads a part in the ordinary way. Rejects with what `slow` rejects with, and only
+   * Fills `into`, which begins at `offset` of the image, with what `parts` (ascending) name; `slow` reads a part in the ordinary way. Rejects with what `slow` rejects with, and only
    * when nothing is written to `into` any more.
    */
   async read(
     parts: readonly ChunkPart[],
     into: Uint8Array,
+    offset: number,
     slow: (part: ChunkPart) => Promise<void>,
   ): Promise<void> {
     const jobs: Promise<void>[] = [];
     const rest: ChunkPart[] = [];
     for (const part of parts) {
-      const entry = part.sub === 0 ? this.#entries.get(keyOf(part)) : undefined;
+      const entry = part.sub === 0 ? this.#entries.get(part.key) : undefined;
       if (entry === undefined) rest.push(part);
-      else jobs.push(this.#fromEntry(part, entry, into, slow));
+      else jobs.push(this.#fromEntry(part, entry, into, offset, slow));
     }
-    for (const group of groupsOf(rest)) jobs.push(this.#fromGroup(group, into, slow));
+    for (const group of groupsOf(rest)) jobs.push(this.#fromGroup(group, into, offset, slow));
     for (const result of await Promise.allSettled(jobs))
       if (result.status === 'rejected') throw result.reason;
   }
@@ -118,68 +133,91 @@ export class ReadAhead {
    * once or not of all of them: whoever waits must hold no slots meanwhile, and waits in {@link read}.
    */
   async lend(parts: readonly ChunkPart[]): Promise<Loan | undefined> {
-    if (this.#isClosed || parts.some((p) => p.sub !== 0)) return undefined;
-    // Who keeps it long, a client that takes its data slowly, must not keep it from all others.
-    if (this.#lent + parts.length > this.#decoder.slots.length / 4) return undefined;
+    if (this.#isClosed || parts.some((p) => p.sub !== 0) || !this.#mayLend(parts.length))
+      return undefined;
     this.#lent += parts.length;
-    const known = parts.map((part) => this.#entries.get(keyOf(part)));
+    const known = parts.map((part) => this.#entries.get(part.key));
     // Before room is made: these must stay.
     for (const entry of known) if (entry !== undefined) entry.users++;
     const rest = parts.filter((_, i) => known[i] === undefined);
     const slots = this.#acquireNow(rest.length);
-    const lent: { part: ChunkPart; slot: number; plainBytes: number; entry?: Entry }[] = [];
-    let isWhole = slots !== undefined;
-    if (slots !== undefined) {
-      let at = 0;
-      const jobs = groupsOf(rest).map((group) => {
-        const mine = slots.slice(at, at + group.parts.length);
-        at += mine.length;
-        return this.#decodeInto(group, mine);
-      });
-      const plain = (await Promise.all(jobs)).flat();
-      let next = 0;
-      for (const [i, part] of parts.entries()) {
-        const entry = known[i];
-        if (entry === undefined) {
-          const plainBytes = plain[next] ?? -1;
-          lent.push({ part, slot: slots[next++] ?? 0, plainBytes });
-        } else {
-          const { slot, plainBytes } = entry;
-          const isThere = await entry.ready;
-          lent.push({ part, slot, plainBytes: isThere ? plainBytes : -1, entry });
-        }
-      }
-      isWhole = lent.every((l) => l.part.from + l.part.length <= l.plainBytes);
-    } else {
+    if (slots === undefined) {
       for (const entry of known) if (entry !== undefined) entry.users--;
       this.#lent -= parts.length;
       this.#serveQueue();
-    }
-    let isReleased = slots === undefined;
-    const release = (): void => {
-      if (isReleased) return;
-      isReleased = true;
-      this.#lent -= parts.length;
-      const done: number[] = [];
-      for (const { part, slot, plainBytes, entry } of lent) {
-        if (entry !== undefined) this.#leave(part, entry);
-        else if (!this.#keep(part, slot, plainBytes)) done.push(slot);
-      }
-      this.#give(done);
-    };
-    if (!isWhole) {
-      release();
       return undefined;
     }
-    const views = lent.map(({ part, slot }) =>
-      this.#slot(slot).subarray(part.from, part.from + part.length),
-    );
-    return { views, release };
+    let at = 0;
+    const jobs = groupsOf(rest).map((group) => {
+      const mine = slots.slice(at, at + group.parts.length);
+      at += mine.length;
+      return this.#decodeInto(group, mine);
+    });
+    const plain = (await Promise.all(jobs)).flat();
+    const held: HeldPart[] = [];
+    let next = 0;
+    for (const [i, part] of parts.entries()) {
+      const entry = known[i];
+      if (entry === undefined) {
+        const plainBytes = plain[next] ?? -1;
+        held.push({ part, slot: slots[next++] ?? 0, plainBytes });
+      } else {
+        if (entry.isLoading) await entry.ready;
+        const plainBytes = entry.isGood ? entry.plainBytes : -1;
+        held.push({ part, slot: entry.slot, plainBytes, entry });
+      }
+    }
+    const loan = this.#loanOf(held);
+    if (held.every((h) => h.part.from + h.part.length <= h.plainBytes)) return loan;
+    loan.release();
+    return undefined;
+  }
+
+  /** {@link lend} where all of it is there already. */
+  lendAtOnce(parts: readonly ChunkPart[]): Loan | undefined {
+    if (this.#isClosed || !this.#mayLend(parts.length)) return undefined;
+    const held: HeldPart[] = [];
+    for (const part of parts) {
+      const entry = part.sub === 0 ? this.#entries.get(part.key) : undefined;
+      if (entry?.isGood !== true || part.from + part.length > entry.plainBytes) return undefined;
+      held.push({ part, slot: entry.slot, plainBytes: entry.plainBytes, entry });
+    }
+    for (const { entry } of held) if (entry !== undefined) entry.users++;
+    this.#lent += parts.length;
+    return this.#loanOf(held);
+  }
+
+  /** Who keeps it long, a client that takes its data slowly, must not keep it from all others. */
+  #mayLend(parts: number): boolean {
+    return this.#lent + parts <= this.#decoder.slots.length / 2;
+  }
+
+  /** Of parts that count as lent, and whose entries count their user. */
+  #loanOf(held: readonly HeldPart[]): Loan {
+    let isReleased = false;
+    const views = held.map(({ part, slot }) => {
+      const memory = this.#slot(slot);
+      const isAll = part.from === 0 && part.length === memory.length;
+      return isAll ? memory : memory.subarray(part.from, part.from + part.length);
+    });
+    return {
+      views,
+      release: () => {
+        if (isReleased) return;
+        isReleased = true;
+        this.#lent -= held.length;
+        for (const { part, slot, plainBytes, entry } of held) {
+          if (entry !== undefined) this.#drop(part, entry);
+          else if (!this.#keep(part, slot, plainBytes)) this.#free.push(slot);
+        }
+        this.#serveQueue();
+      },
+    };
   }
 
   /** Decodes the chunks of `parts` for a read to come, as far as there is room. Never rejects. */
   async prefetch(parts: readonly ChunkPart[]): Promise<void> {
-    const wanted = parts.filter((p) => p.sub === 0 && !this.#entries.has(keyOf(p)));
+    const wanted = parts.filter((p) => p.sub === 0 && !this.#entries.has(p.key));
     await Promise.all(groupsOf(wanted).map((group) => this.#prefetchGroup(group)));
   }
 
@@ -194,12 +232,14 @@ export class ReadAhead {
     part: ChunkPart,
     entry: Entry,
     into: Uint8Array,
+    offset: number,
     slow: (part: ChunkPart) => Promise<void>,
   ): Promise<void> {
     entry.users++;
     let isDone = false;
     try {
-      isDone = (await entry.ready) && this.#copy(part, entry.slot, entry.plainBytes, into);
+      if (entry.isLoading) await entry.ready;
+      isDone = entry.isGood && this.#copy(part, entry.slot, entry.plainBytes, into, offset);
     } finally {
       this.#leave(part, entry);
     }
@@ -208,25 +248,28 @@ export class ReadAhead {
 
   /** After a read of an entry. */
   #leave(part: ChunkPart, entry: Entry): void {
+    this.#drop(part, entry);
+    this.#serveQueue();
+  }
+
+  /** The same; whoever waits for slots is served later. */
+  #drop(part: ChunkPart, entry: Entry): void {
     entry.users--;
     // Who goes on does not come back to a chunk that was read to its end.
     const isUsedUp = part.from + part.length >= entry.plainBytes;
-    if (isUsedUp && entry.users === 0 && this.#entries.get(keyOf(part)) === entry) {
-      this.#entries.delete(keyOf(part));
-      this.#give([entry.slot]);
-    } else {
-      this.#serveQueue();
-    }
+    if (!isUsedUp || entry.users > 0 || this.#entries.get(part.key) !== entry) return;
+    this.#entries.delete(part.key);
+    this.#free.push(entry.slot);
   }
 
   /** After a read of a chunk in `slot`: keeps it where only a part was wanted, because the rest is what comes next if the reader goes on. */
   #keep(part: ChunkPart, slot: number, plainBytes: number): boolean {
-    const key = keyOf(part);
-    if (part.from + part.length >= plainBytes || this.#entries.has(key)) return false;
-    this.#entries.set(key, {
+    if (part.from + part.length >= plainBytes || this.#entries.has(part.key)) return false;
+    this.#entries.set(part.key, {
       slot,
-      ready: Promise.resolve(true),
+      ready: NOTHING_TO_WAIT_FOR,
       isLoading: false,
+      isGood: true,
       users: 0,
       plainBytes,
     });
@@ -256,6 +299,7 @@ export class ReadAhead {
   async #fromGroup(
     group: Group,
     into: Uint8Array,
+    offset: number,
     slow: (part: ChunkPart) => Promise<void>,
   ): Promise<void> {
     const frames = await this.#framesOf(group);
@@ -274,7 +318,7 @@ export class ReadAhead {
       parts.forEach((part, i) => {
         const slot = slots[i] ?? 0;
         const plainBytes = list[i]?.plainBytes ?? 0;
-        const isDone = good[i] === true && this.#copy(part, slot, plainBytes, into);
+        const isDone = good[i] === true && this.#copy(part, slot, plainBytes, into, offset);
         if (!isDone) missed.push(part);
         if (!isDone || !this.#keep(part, slot, plainBytes)) done.push(slot);
       });
@@ -285,47 +329,45 @@ export class ReadAhead {
 
   async #prefetchGroup(group: Group): Promise<void> {
     const frames = await this.#framesOf(group);
-    const list: { readonly key: string; readonly frame: FooterFrame; readonly slot: number }[] = [];
+    const entries: { readonly key: string; readonly entry: Entry }[] = [];
+    const wanted: FooterFrame[] = [];
     for (const [i, frame] of frames.entries()) {
-      const part = group.parts[i];
-      if (frame === undefined || part === undefined) continue;
-      const key = keyOf(part);
+      const key = group.parts[i]?.key;
+      if (frame === undefined || key === undefined) continue;
       if (this.#isClosed || this.#entries.has(key)) continue;
       const slot = this.#spareSlot();
       if (slot === undefined) break;
-      list.push({ key, frame, slot });
-      // So that it is found from now on; what it waits for is said below, before anybody can look.
-      this.#entries.set(key, {
+      wanted.push(frame);
+      const entry: Entry = {
         slot,
-        ready: Promise.resolve(false),
+        ready: NOTHING_TO_WAIT_FOR, // said below, before anybody can look
         isLoading: true,
+        isGood: false,
         users: 0,
         plainBytes: frame.plainBytes,
-      });
+      };
+      this.#entries.set(key, entry);
+      entries.push({ key, entry });
     }
-    if (list.length === 0) return;
-    const decoded = this.#decoder.decode(
-      group.packId,
-      list.map((l) => l.frame),
-      list.map((l) => l.slot),
-    );
-    await Promise.all(
-      list.map(({ key, slot }, i) => {
-        const entry = this.#entries.get(key);
-        if (entry === undefined) return undefined;
-        entry.ready = decoded.then((good) => {
+    if (entries.length === 0) return;
+    const ready = this.#decoder
+      .decode(
+        group.packId,
+        wanted,
+        entries.map(({ entry }) => entry.slot),
+      )
+      .then((good) => {
+        for (const [i, { key, entry }] of entries.entries()) {
           entry.isLoading = false;
-          if (good[i] === true) {
-            this.#serveQueue();
-            return true;
-          }
+          entry.isGood = good[i] === true;
+          if (entry.isGood) continue;
           this.#entries.delete(key);
-          this.#give([slot]);
-          return false;
-        });
-        return entry.ready;
-      }),
-    );
+          this.#free.push(entry.slot);
+        }
+        this.#serveQueue();
+      });
+    for (const { entry } of entries) entry.ready = ready;
+    await ready;
   }
 
   /** The frames of a group as the pack's footer has them; undefined where the threads cannot open one. */
@@ -352,12 +394,18 @@ export class ReadAhead {
   }
 
   /** Copies a part, and zeros where the chunk that ends the device is short; false if the chunk is shorter than that. */
-  #copy(part: ChunkPart, slot: number, plainBytes: number, into: Uint8Array): boolean {
+  #copy(
+    part: ChunkPart,
+    slot: number,
+    plainBytes: number,
+    into: Uint8Array,
+    offset: number,
+  ): boolean {
     const have = Math.max(0, Math.min(part.length, plainBytes - part.from));
     // The ordinary way knows how much may be missing.
     if (have < part.length) return false;
     copyBytes(
-      into.subarray(part.at, part.at + part.length),
+      into.subarray(part.at - offset, part.at - offset + part.length),
       this.#slot(slot).subarray(part.from, part.from + part.length),
     );
     return true;
@@ -424,10 +472,6 @@ export class ReadAhead {
     }
     return this.#entries.size >= half ? undefined : this.#free.pop();
   }
-}
-
-function keyOf(part: ChunkPart): string {
-  return `${part.packId}/${part.frame}`;
 }
 
 /** Parts of one pack with ascending frames, as they follow each other, at most {@link GROUP_FRAMES}. */

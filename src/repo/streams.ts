@@ -4,7 +4,7 @@
 const STREAM_BYTES = 256 * 1024;
 /** The first window, and the largest one: each is twice the one before. */
 const FIRST_WINDOW_BYTES = 512 * 1024;
-export const MAX_WINDOW_BYTES = 4 * 1024 * 1024;
+export const MAX_WINDOW_BYTES = 8 * 1024 * 1024;
 /** Requests of one stream come out of order by no more than this. */
 const SLACK_BYTES = 1024 * 1024;
 /** Streams that are followed at a time. */
@@ -33,6 +33,11 @@ export class Streams {
 
   constructor(sizeBytes: number) {
     this.#sizeBytes = sizeBytes;
+  }
+
+  /** True if the read noted last belongs to a stream. */
+  get isStream(): boolean {
+    return (this.#streams.at(-1)?.run ?? 0) >= STREAM_BYTES;
   }
 
   /** A read; what should be read ahead because of it, which is always beyond everything that was read ahead of that stream before. */

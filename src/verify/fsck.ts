@@ -1,14 +1,16 @@
 /**
  * Restore test without a restore: every file system of an image is mounted, its journal replayed, unmounted and checked by its own
  * checker, on a throw-away overlay. Nothing in the repository changes, and nothing of this machine is touched (a mount namespace of
- * its own; see files/kernel.ts). Root only: a checker needs a block device.
+ * its own; see files/kernel.ts). Root only: a checker needs a block device. Logical volumes that only LVM can put together are read
+ * through a tiny virtual machine (files/vm-volumes.ts), which is slow where that is emulated, so it is given a time limit.
  */
 import type { Clock } from '../clock.js';
-import { B2Error, messageOf } from '../errors.js';
+import { B2Error, isKind, messageOf } from '../errors.js';
 import type { EventSink } from '../events.js';
 import { kernelLacks, openKernelEnvironment, type KernelEnvironment } from '../files/kernel.js';
-import { findAreas, type FoundArea } from '../files/layout.js';
+import { findAreas, isForLvm, whatIsLeft, whyNotShown, type FoundArea } from '../files/layout.js';
 import { findProgram, outputOf } from '../files/tools.js';
+import { openVmVolumes, VolumeReadError, type VmVolumes } from '../files/vm-volumes.js';
 import type { Image } from '../image.js';
 
 /**
@@ -34,6 +36,10 @@ export interface FsckOptions {
   readonly name: string;
   readonly clock: Clock;
   readonly events: EventSink;
+  /** What is remembered of this machine. */
+  readonly cacheDir: string;
+  /** Ends the start of a virtual machine. */
+  readonly signal?: AbortSignal | undefined;
 }
 
 interface Checker {
@@ -115,24 +121,104 @@ export async function checkFileSystems(
   image: Image,
   options: FsckOptions,
 ): Promise<readonly FileSystemCheck[]> {
-  let areas: readonly FoundArea[];
   try {
     if (process.geteuid?.() !== 0)
       throw new B2Error('unsupported', 'only root can have the file systems of an image checked', {
         hint: '"b2 verify --boot" needs no privilege.',
       });
-    areas = (await findAreas(image, options.name)).filter(isChecked);
-  } catch (error) {
-    await image.close();
-    throw error;
-  }
-  const environment = await openKernelEnvironment(image, areas, options.clock, options.events);
-  try {
+    const areas = await findAreas(image, options.name);
+    const { clock, events } = options;
+    const environment = await openKernelEnvironment(kept(image), areas, clock, events);
     const checks: FileSystemCheck[] = [];
-    for (const area of areas) {
-      const check = await checkOne(environment, area);
-      if (check.state !== 'sound' && environment.failures.length > 0) throw environment.failures[0];
-      checks.push({ name: area.name, type: area.type, ...check });
+    try {
+      for (const area of areas) {
+        const why = whyNotShown(area);
+        if (why !== undefined)
+          checks.push({ name: area.name, type: area.type, state: 'unchecked', message: why });
+        if (why !== undefined || area.holds !== 'files') continue;
+        const check = await checkOne(environment, area);
+        if (check.state !== 'sound' && environment.failures.length > 0)
+          throw environment.failures[0];
+        checks.push({ name: area.name, type: area.type, ...check });
+      }
+    } finally {
+      await environment.close();
+    }
+    if (areas.some(isForLvm)) checks.push(...(await checkVmVolumes(image, areas, options)));
+    return checks;
+  } finally {
+    await image.close();
+  }
+}
+
+/** The image for something that closes it, while it is still needed. */
+function kept(image: Image): Image {
+  return {
+    sizeBytes: image.sizeBytes,
+    logicalBlockBytes: image.logicalBlockBytes,
+    read: (into, offset) => image.read(into, offset),
+    extents: (offset, length, limit) => image.extents(offset, length, limit),
+    close: () => Promise.resolve(),
+  };
+}
+
+/** For one file system in a volume that is read through the virtual machine. */
+const VM_CHECK_MS = 30 * 60_000;
+const BY_VM = 'the volume read by LVM in a tiny virtual machine';
+
+/** Checks what lies in volumes that only LVM can put together. */
+async function checkVmVolumes(
+  image: Image,
+  areas: readonly FoundArea[],
+  options: FsckOptions,
+): Promise<readonly FileSystemCheck[]> {
+  const { clock, events } = options;
+  const containers = areas.filter(isForLvm);
+  let volumes: VmVolumes;
+  try {
+    volumes = await openVmVolumes({ ...options, image: kept(image), areas });
+  } catch (error) {
+    // What the image cannot be read for is for the caller; here is what this machine cannot do.
+    if (!isKind(error, 'unsupported', 'failed')) throw error;
+    return containers.map((area) => ({
+      name: area.name,
+      type: area.type,
+      state: 'unchecked',
+      message: `${whatIsLeft([area])}: ${messageOf(error)}`,
+    }));
+  }
+  const checks = volumes.left.map(({ volume, reason }): FileSystemCheck => ({
+    name: volume ?? containers[0]?.name ?? '',
+    type: 'LVM2_member',
+    state: 'unchecked',
+    message: reason,
+  }));
+  const environment = await openKernelEnvironment(volumes, volumes.areas, clock, events);
+  try {
+    for (const area of volumes.areas) {
+      const why = whyNotShown(area);
+      if (why !== undefined) {
+        checks.push({ name: area.name, type: area.type, state: 'unchecked', message: why });
+        continue;
+      }
+      const done = new AbortController();
+      const limit = clock.sleep(VM_CHECK_MS, done.signal).then(() => {
+        if (done.signal.aborted) return;
+        const text = `${area.name} was not checked within ${VM_CHECK_MS / 60_000} minutes, ${BY_VM}`;
+        volumes.abandon(new B2Error('failed', text));
+      });
+      let check = await checkOne(environment, area);
+      done.abort();
+      await limit;
+      const [failure] = environment.failures;
+      if (check.state !== 'sound' && failure !== undefined) {
+        // Of the machine between, not of the image.
+        const isOfImage = failure instanceof B2Error && failure.kind !== 'failed';
+        if (isOfImage && !(failure instanceof VolumeReadError)) throw failure;
+        check = { state: 'unchecked', message: messageOf(failure) };
+      }
+      const how = check.how === undefined ? {} : { how: `${check.how}; ${BY_VM}` };
+      checks.push({ name: area.name, type: area.type, ...check, ...how });
     }
     return checks;
   } finally {
@@ -140,19 +226,10 @@ export async function checkFileSystems(
   }
 }
 
-/** What holds files, and containers of which a part is not among the areas. */
-function isChecked({ holds, left }: FoundArea): boolean {
-  return holds === 'files' || (holds === 'container' && (left ?? []).length > 0);
-}
-
 async function checkOne(
   environment: KernelEnvironment,
   area: FoundArea,
 ): Promise<Omit<FileSystemCheck, 'name' | 'type'>> {
-  if (area.holds === 'container')
-    return { state: 'unchecked', message: (area.left ?? []).join('; ') };
-  if (area.devices > 1)
-    return { state: 'unchecked', message: `it spreads over ${area.devices} devices` };
   const checker = CHECKERS[area.type];
   const lack = await kernelLacks(area);
   if (checker === undefined && lack !== undefined) return { state: 'unchecked', message: lack };

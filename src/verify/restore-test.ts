@@ -16,6 +16,7 @@ export interface TestedPoint {
 export interface RestoreTestOptions {
   readonly clock: Clock;
   readonly events: EventSink;
+  readonly cacheDir: string;
   readonly signal?: AbortSignal | undefined;
 }
 
@@ -73,7 +74,6 @@ export async function testBoot(
   image: Image,
   point: TestedPoint,
   options: RestoreTestOptions & {
-    readonly cacheDir: string;
     readonly console: string;
     readonly timeoutMs: number;
     readonly memoryBytes?: number | undefined;

@@ -1,4 +1,4 @@
-import { B2Error, ExitCode } from '../../errors.js';
+import { B2Error, ExitCode, messageOf } from '../../errors.js';
 import {
   bootImage,
   type BootChecks,
@@ -9,7 +9,7 @@ import {
 import { formatBytes, formatTimeLocal, printable } from '../../human.js';
 import { openOverlay } from '../../nbd/index.js';
 import { VolumeHistory } from '../../repo/history.js';
-import { choosePoint, openImage } from '../../repo/point.js';
+import { allowReadAhead, choosePoint, openImage } from '../../repo/point.js';
 import type { Style } from '../../ui/style.js';
 import { parseWhen } from '../../when.js';
 import type { BootInput } from '../boot.js';
@@ -57,6 +57,9 @@ export function run(context: CommandContext, input: BootInput): Promise<Outcome<
     throw new B2Error('usage', '--port needs a network, and --no-network takes it away');
   return withRepository(context, async (repo) => {
     const warn = (message: string): void => context.events({ type: 'warning', message });
+    allowReadAhead(repo, repo.store.url, (error) =>
+      warn(`reading ahead has ended: ${messageOf(error)}`),
+    );
     const volume = await volumeNamed(context, repo, input.arguments.volume);
     const history = await VolumeHistory.open(repo, volume.id);
     try {

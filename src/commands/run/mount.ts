@@ -5,7 +5,6 @@ import { dirname, join } from 'node:path';
 import { B2Error, ioError, messageOf } from '../../errors.js';
 import type { B2Event, EventSink } from '../../events.js';
 import { formatTimeLocal } from '../../human.js';
-import { warmChannel } from '../../mount/channel.js';
 import { openMountTree } from '../../mount/tree.js';
 import { serveMount } from '../../mount/server.js';
 import { allowReadAhead } from '../../repo/point.js';
@@ -78,7 +77,6 @@ function serve(
     });
   }
   const at = options.at === undefined ? undefined : parseWhen(options.at, clock.nowNs());
-  warmChannel();
   return withRepository(context, async (repo) => {
     const warn = (message: string): void => events({ type: 'warning', message });
     allowReadAhead(repo, repo.store.url, (error) =>
@@ -88,7 +86,9 @@ function serve(
       options.volume === undefined ? undefined : await volumeNamed(context, repo, options.volume);
     // Much code that only --files needs: it is not loaded without.
     const inside = options.files ? await import('../../mount/files-view.js') : undefined;
-    const files = inside === undefined ? undefined : new inside.FilesView({ clock, events });
+    const { cacheDir } = context.settings;
+    const files =
+      inside === undefined ? undefined : new inside.FilesView({ clock, events, cacheDir });
     const tree = await openMountTree({ repo, clock, volume, at, warn, files });
     try {
       tree.prepare();
@@ -99,6 +99,7 @@ function serve(
         clock,
       });
       const stop = (): void => {
+        files?.hurry();
         mounted.close().catch(() => undefined); // `ended` tells
       };
       try {

@@ -1,4 +1,4 @@
-import { B2Error, ExitCode } from '../../errors.js';
+import { B2Error, ExitCode, messageOf } from '../../errors.js';
 import { showName } from '../../files/names.js';
 import { describeFileSystems } from '../../files/places.js';
 import type { RestoredTree } from '../../files/restore-tree.js';
@@ -10,7 +10,7 @@ import {
   formatTimeLocal,
 } from '../../human.js';
 import { VolumeHistory } from '../../repo/history.js';
-import { choosePoint, openBlockMap, openImage } from '../../repo/point.js';
+import { allowReadAhead, choosePoint, openBlockMap, openImage } from '../../repo/point.js';
 import { parseRepositoryUrl } from '../../repo/store-url.js';
 import {
   planRestore,
@@ -63,7 +63,13 @@ export function run(context: CommandContext, input: RestoreInput): Promise<Outco
         sizeBytes: commit.sizeBytes,
         extents: () => map.scan(),
         repositoryPath: url.scheme === 'directory' ? url.path : undefined,
-        image: () => openImage(history, volume, commit.seq),
+        image: () => {
+          // qemu-img reads from its start to its end, twice.
+          allowReadAhead(repo, repo.store.url, (error) =>
+            warn(`reading ahead has ended: ${messageOf(error)}`),
+          );
+          return openImage(history, volume, commit.seq);
+        },
       };
       const restoreOptions: RestoreOptions = {
         target: input.arguments.target,

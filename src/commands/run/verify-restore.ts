@@ -1,8 +1,8 @@
 /** `b2 verify --fsck` and `--boot`: restore tests of one point of each volume. */
-import { B2Error } from '../../errors.js';
+import { B2Error, messageOf } from '../../errors.js';
 import { PointClass } from '../../format/commit.js';
 import { VolumeHistory } from '../../repo/history.js';
-import { choosePoint, openImage } from '../../repo/point.js';
+import { allowReadAhead, choosePoint, openImage } from '../../repo/point.js';
 import type { Repository } from '../../repo/repository.js';
 import { Timeline } from '../../repo/timeline.js';
 import type { VolumeMeta } from '../../repo/volume.js';
@@ -36,6 +36,9 @@ export async function restoreTests(
   const { options } = input;
   const tests: RestoreTest[] = [];
   const findings: Finding[] = [];
+  allowReadAhead(repo, repo.store.url, (error) =>
+    context.events({ type: 'warning', message: `reading ahead has ended: ${messageOf(error)}` }),
+  );
   for (const volume of volumes) {
     const history = await VolumeHistory.open(repo, volume.id);
     try {
@@ -47,11 +50,12 @@ export async function restoreTests(
       );
       const point = { volumeId: volume.id, volume: volume.name, seq: commit.seq };
       const { clock, events, signal } = context;
+      const { cacheDir } = context.settings;
       let fileSystems: readonly FileSystemCheck[] | undefined;
       let boot: RestoreTest['boot'];
       if (options.fsck) {
         const image = await openImage(history, volume, commit.seq);
-        const tested = await testFileSystems(image, point, { clock, events, signal });
+        const tested = await testFileSystems(image, point, { clock, events, signal, cacheDir });
         fileSystems = tested.checks;
         findings.push(...tested.findings);
       }
@@ -61,7 +65,7 @@ export async function restoreTests(
           clock,
           events,
           signal,
-          cacheDir: context.settings.cacheDir,
+          cacheDir,
           console: options['boot-check'],
           timeoutMs: options['boot-timeout'],
         });

@@ -64,7 +64,11 @@ requires(needs).describe('file systems inside a point', () => {
     writeFileSync(dir.join('disk'), '');
     truncateSync(dir.join('disk'), 32 * MIB);
     tool('mke2fs', ['-q', '-F', '-t', 'ext4', '-d', dir.join('tree'), dir.join('disk')]);
-    view = new FilesView({ clock: systemClock, events: (event) => events.push(event) });
+    view = new FilesView({
+      clock: systemClock,
+      events: (event) => events.push(event),
+      cacheDir: dir.join('cache'),
+    });
     source = {
       key: 'point',
       volume: 'web/sda',

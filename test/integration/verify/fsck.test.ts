@@ -19,7 +19,12 @@ import { requires } from '../../support/requires.js';
 import { tempDir } from '../../support/tmp.js';
 
 const MiB = 1024 * 1024;
-const options = { name: 'host/disk', clock: systemClock, events: () => undefined };
+const options = {
+  name: 'host/disk',
+  clock: systemClock,
+  events: () => undefined,
+  cacheDir: '/nonexistent',
+};
 
 class FileImage implements Image {
   readonly logicalBlockBytes = 512;

@@ -238,6 +238,7 @@ describe('logical volumes', () => {
           },
         ],
         left: [],
+        groups: [{ id: 'vgvgvg-id', shown: 'vg', place: 'p1' }],
       });
     }
   });
@@ -302,7 +303,9 @@ describe('logical volumes', () => {
     const image = imageOf({ text: groupText([linear, cow, joined('cow_store'), hidden, pool]) });
     const found = await findLogicalVolumes(image, PLACES);
     expect(found.volumes.map((v) => v.name)).toEqual(['vg/root']);
-    expect(found.left).toEqual([{ place: 'p1', reason: 'vg/old: it is a snapshot' }]);
+    expect(found.left).toEqual([
+      { place: 'p1', volume: 'vg/old', reason: 'vg/old: it is a snapshot' },
+    ]);
     expect(await reasonFor([linear, cow, joined('merging_store')])).toEqual([
       'vg/root: a snapshot is being merged into it',
       'vg/old: it is a snapshot',
@@ -420,7 +423,7 @@ describe('logical volumes', () => {
     image.content.copy(whole.content, 0, MIB, 3 * MIB);
     const areas = await findAreas(whole, 'test');
     // The second physical volume is missing: what lies on both is left to LVM, which says so.
-    expect(areas.map((a) => [a.name, a.holds, a.left])).toEqual([
+    expect(areas.map((a) => [a.name, a.holds, a.left?.map((l) => l.reason)])).toEqual([
       [
         'disk',
         'container',

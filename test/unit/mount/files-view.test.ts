@@ -6,7 +6,11 @@ import { FilesView, type FilesSource } from '../../../src/mount/files-view.js';
 import { MemoryImage } from '../../support/image-memory.js';
 
 const events: B2Event[] = [];
-const view = new FilesView({ clock: systemClock, events: (event) => events.push(event) });
+const view = new FilesView({
+  clock: systemClock,
+  events: (event) => events.push(event),
+  cacheDir: '/nonexistent',
+});
 afterEach(() => view.close());
 
 const source = (volume: string, point: number, write: (disk: Buffer) => void): FilesSource => ({

@@ -27,8 +27,9 @@ function hasDependencies(root) {
   return fs.existsSync(path.join(root, 'node_modules', '.package-lock.json'));
 }
 
+/** The bundle; or what somebody who works on b2 has compiled. */
 function hasProgram(root) {
-  return fs.existsSync(path.join(root, 'dist', 'cli.js'));
+  return ['bundle', 'dist'].some((name) => fs.existsSync(path.join(root, name, 'cli.js')));
 }
 
 /** True for a package that npm installed (it has no lock file) and for a clone that has been set up. */

@@ -2,7 +2,6 @@
  * The command line: builds commander's tree from the registry of commands, runs one of them, and is the
  * only place where errors become exit codes.
  */
-import { createRequire } from 'node:module';
 import { homedir } from 'node:os';
 import { Argument, Command, Option, type CommanderError } from 'commander';
 import { systemClock, systemRandom, type Clock, type Random } from './clock.js';
@@ -132,13 +131,23 @@ function helpTail(spec: CommandSpec): string {
   return lines.join('\n');
 }
 
+/** Where the parser writes help. */
+interface Output {
+  readonly stdout: { readonly write: (text: string) => unknown };
+  readonly stderr: { readonly write: (text: string) => unknown };
+}
+
 type Chosen = {
   readonly spec: CommandSpec;
   readonly input: Input<{}, {}>;
   readonly globals: GlobalInput;
 };
 
-function buildProgram(world: World, choose: (chosen: Chosen) => void): Command {
+function buildProgram(
+  out: Output,
+  commands: readonly CommandSpec[],
+  choose: (chosen: Chosen) => void,
+): Command {
   const ended = (path: string) => (error: CommanderError) => {
     throw new ParseEnd(error, path);
   };
@@ -150,8 +159,8 @@ function buildProgram(world: World, choose: (chosen: Chosen) => void): Command {
     .helpCommand('help [command]', 'show the help of a command')
     .configureHelp({ showGlobalOptions: true })
     .configureOutput({
-      writeOut: (text) => world.stdout.write(text),
-      writeErr: (text) => world.stderr.write(text),
+      writeOut: (text) => out.stdout.write(text),
+      writeErr: (text) => out.stderr.write(text),
       // Errors are shown by the renderer, as every other error is.
       outputError: () => undefined,
     })
@@ -159,7 +168,7 @@ function buildProgram(world: World, choose: (chosen: Chosen) => void): Command {
   addOptions(program, GLOBAL_OPTIONS);
 
   const groups = new Map<string, Command>();
-  for (const spec of world.commands) {
+  for (const spec of commands) {
     const words = spec.name.split(' ');
     const last = words.at(-1) ?? spec.name;
     const first = words[0] ?? spec.name;
@@ -316,15 +325,42 @@ function asksForJson(args: readonly string[]): boolean {
   return (end < 0 ? args : args.slice(0, end)).includes('--json');
 }
 
+/** The command line, understood; throws {@link ParseEnd} and usage errors, and has written the help where that was asked for. */
+function parse(args: readonly string[], world: World): Chosen | undefined {
+  // Which command it is, only words of the command line can say: with those of them that are commands the parser comes to the same
+  // choice as with all, in a fraction of the time. For everything else (help, wrong usage) it has to know all.
+  const named = world.commands.filter(({ name }) => args.includes(name.split(' ')[0] ?? name));
+  if (named.length > 0 && named.length < world.commands.length) {
+    const silent = { write: () => true };
+    try {
+      const chosen = parseWith(args, { stdout: silent, stderr: silent }, named);
+      if (chosen !== undefined) return chosen;
+    } catch {
+      // The same again with all commands, aloud.
+    }
+  }
+  return parseWith(args, world, world.commands);
+}
+
+function parseWith(
+  args: readonly string[],
+  out: Output,
+  commands: readonly CommandSpec[],
+): Chosen | undefined {
+  let chosen: Chosen | undefined;
+  buildProgram(out, commands, (choice) => {
+    chosen = choice;
+  }).parse([...args], { from: 'user' });
+  return chosen;
+}
+
 /** Runs one command line (without node and script) and resolves to its exit code; never rejects. */
 export async function main(args: readonly string[], world: World): Promise<number> {
   const { stdout, stderr, env, clock, abort } = world;
   let chosen: Chosen | undefined;
   let parseError: unknown;
   try {
-    buildProgram(world, (choice) => {
-      chosen = choice;
-    }).parse([...args], { from: 'user' });
+    chosen = parse(args, world);
   } catch (error) {
     parseError = error;
   }
@@ -365,17 +401,19 @@ export async function main(args: readonly string[], world: World): Promise<numbe
   return code === ExitCode.ok || code === ExitCode.interrupted ? ExitCode.partial : code;
 }
 
-/**
- * Loads the module of a command, and all that it imports, in one go where this Node.js can: `import()` reads each file through the
- * thread pool, which takes half as long again. Whatever goes wrong here goes wrong again, and is told, when it is imported.
- */
-function loadAtOnce(name: string): void {
-  if (!process.features.require_module) return;
-  try {
-    createRequire(import.meta.url)(`./commands/run/${name.replace(' ', '-')}.js`);
-  } catch {
-    // A module with an await at its top can only be imported.
-  }
+/** The world of this process. */
+export function processWorld(abort: AbortController): World {
+  return {
+    stdout: process.stdout,
+    stderr: process.stderr,
+    env: process.env,
+    homeDir: process.env['HOME'] ?? homedir(),
+    isRoot: process.geteuid?.() === 0,
+    clock: systemClock,
+    random: systemRandom,
+    abort,
+    commands: COMMANDS,
+  };
 }
 
 /** Called by bin/b2: runs this process's command line and ends the process. */
@@ -388,23 +426,7 @@ export async function runProcess(): Promise<never> {
       abort.abort(name);
     });
   }
-  const code = await main(process.argv.slice(2), {
-    stdout: process.stdout,
-    stderr: process.stderr,
-    env: process.env,
-    homeDir: process.env['HOME'] ?? homedir(),
-    isRoot: process.geteuid?.() === 0,
-    clock: systemClock,
-    random: systemRandom,
-    abort,
-    commands: COMMANDS.map((spec) => ({
-      ...spec,
-      load: () => {
-        loadAtOnce(spec.name);
-        return spec.load();
-      },
-    })),
-  });
+  const code = await main(process.argv.slice(2), processWorld(abort));
   await threadsLoaded();
   // A handle that is still open must not keep a finished command alive.
   process.exit(code);

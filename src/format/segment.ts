@@ -2,7 +2,7 @@
 import { crc32 } from 'node:zlib';
 import { lz4 } from '../lz4.js';
 import { checkZero, damaged, readU64, writeU64 } from './bytes.js';
-import { CommitFlag, coverageOf, pointClassOf, PointClass, type Coverage } from './commit.js';
+import { CommitFlag, Coverage, coverageOf, pointClassOf, PointClass } from './commit.js';
 import { EXTENT_RECORD_BYTES, HOLE, STRIPE_BLOCKS } from './extent.js';
 import type { SegmentName } from './names.js';
 import { newerVersion } from './pack.js';
@@ -383,6 +383,13 @@ const EXTENT_ENTRY_BYTES = 40;
 const COMMIT_ENTRY_BYTES = 48;
 const PACK_ENTRY_BYTES = 24;
 
+/** The high half of a u64 at most, for those that are numbers here. */
+const MAX_HIGH = 0x1f_ffff;
+
+function viewOf(bytes: Buffer): DataView {
+  return new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
+}
+
 /** The plain body of the index page. */
 export function encodeSegmentIndex(x: SegmentIndex): Buffer {
   const a = x.extents.length;
@@ -462,43 +469,51 @@ export function decodeSegmentIndex(
   };
   let nextOffset = SEGMENT_HEADER_BYTES;
   let nextNumber = 0;
+  // Thousands of entries, read by a program that has just started: calls count.
+  const view = viewOf(plain);
+  const u64 = (from: number): number => {
+    const high = view.getUint32(from + 4, true);
+    return high <= MAX_HIGH
+      ? view.getUint32(from, true) + high * 0x1_0000_0000
+      : readU64(plain, from, what);
+  };
   const common = (t: PageTable, i: number, at: number, storedAt: number, most: number): void => {
-    t.offset[i] = readU64(plain, at, what);
-    t.number[i] = plain.readUInt32LE(at + 8);
-    t.records[i] = plain.readUInt32LE(at + 12);
-    t.stored[i] = plain.readUInt32LE(storedAt);
-    if (
-      t.offset[i] !== nextOffset ||
-      t.number[i] !== nextNumber ||
-      column(t.stored, i) < SEAL_BYTES
-    ) {
-      throw bad(at, `page ${t.number[i]} is not where it belongs`);
-    }
-    if (column(t.records, i) < 1 || column(t.records, i) > most)
-      throw bad(at + 12, 'a page with too many records, or none');
+    const offset = u64(at);
+    const number = view.getUint32(at + 8, true);
+    const records = view.getUint32(at + 12, true);
+    const stored = view.getUint32(storedAt, true);
+    if (offset !== nextOffset || number !== nextNumber || stored < SEAL_BYTES)
+      throw bad(at, `page ${number} is not where it belongs`);
+    if (records < 1 || records > most) throw bad(at + 12, 'a page with too many records, or none');
+    t.offset[i] = offset;
+    t.number[i] = number;
+    t.records[i] = records;
+    t.stored[i] = stored;
     nextNumber++;
-    nextOffset += PAGE_HEADER_BYTES + column(t.stored, i);
+    nextOffset += PAGE_HEADER_BYTES + stored;
   };
   let at = INDEX_FIXED_BYTES;
+  let beforeBlock = 0;
   for (let i = 0; i < a; i++, at += EXTENT_ENTRY_BYTES) {
     const t = index.extents;
     common(t, i, at, at + 32, EXTENTS_PER_PAGE);
-    checkZero(plain, at + 36, at + 40, what);
-    t.firstBlock[i] = readU64(plain, at + 16, what);
-    t.endBlock[i] = readU64(plain, at + 24, what);
-    if (column(t.endBlock, i) <= column(t.firstBlock, i))
-      throw bad(at + 16, 'a page that ends before it starts');
-    if (i > 0 && column(t.firstBlock, i) < column(t.firstBlock, i - 1))
-      throw bad(at + 16, 'pages out of order');
+    if (view.getUint32(at + 36, true) !== 0) checkZero(plain, at + 36, at + 40, what);
+    const firstBlock = u64(at + 16);
+    const endBlock = u64(at + 24);
+    if (endBlock <= firstBlock) throw bad(at + 16, 'a page that ends before it starts');
+    if (firstBlock < beforeBlock) throw bad(at + 16, 'pages out of order');
+    t.firstBlock[i] = firstBlock;
+    t.endBlock[i] = endBlock;
+    beforeBlock = firstBlock;
   }
   for (let i = 0; i < b; i++, at += COMMIT_ENTRY_BYTES) {
     const t = index.commits;
     common(t, i, at, at + 40, COMMITS_PER_PAGE);
-    t.firstSeq[i] = readU64(plain, at + 16, what);
-    t.leastInstantNs[i] = plain.readBigUInt64LE(at + 24);
-    t.greatestInstantNs[i] = plain.readBigUInt64LE(at + 32);
-    t.points[i] = plain.readUInt32LE(at + 44);
-    const first = column(t.firstSeq, i);
+    const first = u64(at + 16);
+    t.firstSeq[i] = first;
+    t.leastInstantNs[i] = view.getBigUint64(at + 24, true);
+    t.greatestInstantNs[i] = view.getBigUint64(at + 32, true);
+    t.points[i] = view.getUint32(at + 44, true);
     if (
       first < header.firstSeq ||
       first > header.lastSeq ||
@@ -623,17 +638,14 @@ export function decodeExtentPage(
   let beforeSeq = 0;
   let beforeEnd = 0;
   let end = 0;
-  for (let r = 0; r < page.length; r++) {
-    const block = page.block(r);
-    const count = page.count(r);
-    const seq = page.seq(r);
-    const pack = page.pack(r);
-    const at = r * EXTENT_RECORD_BYTES;
-    if (
-      !Number.isSafeInteger(block) ||
-      count < 1 ||
-      (block % STRIPE_BLOCKS) + count > STRIPE_BLOCKS
-    ) {
+  const view = viewOf(plain);
+  for (let r = 0, at = 0; r < page.length; r++, at += EXTENT_RECORD_BYTES) {
+    const high = view.getUint32(at + 4, true);
+    const block = view.getUint32(at, true) + high * 0x1_0000_0000;
+    const count = view.getUint32(at + 8, true);
+    const seq = view.getUint32(at + 12, true);
+    const pack = view.getUint32(at + 16, true);
+    if (high > MAX_HIGH || count < 1 || (block % STRIPE_BLOCKS) + count > STRIPE_BLOCKS) {
       throw damaged(
         what,
         at,
@@ -702,6 +714,28 @@ export class CommitPage {
   }
 }
 
+/** True if {@link decodeCommitRecord} finds nothing wrong with the record. */
+function isCommitRecord(view: DataView, at: number): boolean {
+  const seqHigh = view.getUint32(at + 4, true);
+  const firstHigh = view.getUint32(at + 12, true);
+  const seq = view.getUint32(at, true) + seqHigh * 0x1_0000_0000;
+  const first = view.getUint32(at + 8, true) + firstHigh * 0x1_0000_0000;
+  const flags = view.getUint16(at + 18, true);
+  return (
+    seqHigh <= MAX_HIGH &&
+    firstHigh <= MAX_HIGH &&
+    view.getUint8(at + 16) <= PointClass.app &&
+    view.getUint8(at + 17) <= Coverage.unknown &&
+    view.getUint32(at + 52, true) <= MAX_HIGH &&
+    view.getUint32(at + 100, true) <= MAX_HIGH &&
+    view.getUint32(at + 108, true) <= MAX_HIGH &&
+    first >= 1 &&
+    first <= seq &&
+    (flags & ~(CommitFlag.full | CommitFlag.merged)) === 0 &&
+    (first === seq || (flags & CommitFlag.merged) !== 0)
+  );
+}
+
 /** Validates commits page `i` of a segment against its index and wraps it. */
 export function decodeCommitPage(
   plain: Buffer,
@@ -720,18 +754,23 @@ export function decodeCommitPage(
   let greatest = 0n;
   let firstSeq = 0;
   let lastSeq = 0;
+  const view = viewOf(plain);
   for (let pos = 0; pos < plain.length; pos += COMMIT_RECORD_BYTES) {
-    const c = decodeCommitRecord(plain, pos, what);
-    if (c.firstSeq < from || c.seq > header.lastSeq || c.firstSeq <= lastSeq) {
-      throw damaged(what, pos, `commit ${c.seq} out of order`);
-    }
-    if (c.pack >= index.packCount)
-      throw damaged(what, pos, `commit in pack ${c.pack} of ${index.packCount}`);
-    if (c.pointClass >= PointClass.crash) points++;
-    if (c.instantNs < least) least = c.instantNs;
-    if (c.instantNs > greatest) greatest = c.instantNs;
-    if (pos === 0) firstSeq = c.seq;
-    lastSeq = c.seq;
+    // Whoever wants one commit waits for the thousand of its page: no object is made of each that is right.
+    if (!isCommitRecord(view, pos)) decodeCommitRecord(plain, pos, what);
+    const seq = view.getUint32(pos, true) + view.getUint32(pos + 4, true) * 0x1_0000_0000;
+    const first = view.getUint32(pos + 8, true) + view.getUint32(pos + 12, true) * 0x1_0000_0000;
+    if (first < from || seq > header.lastSeq || first <= lastSeq)
+      throw damaged(what, pos, `commit ${seq} out of order`);
+    const pack = view.getUint32(pos + 88, true);
+    if (pack >= index.packCount)
+      throw damaged(what, pos, `commit in pack ${pack} of ${index.packCount}`);
+    const instantNs = view.getBigUint64(pos + 24, true);
+    if (view.getUint8(pos + 16) >= PointClass.crash) points++;
+    if (instantNs < least) least = instantNs;
+    if (instantNs > greatest) greatest = instantNs;
+    if (pos === 0) firstSeq = seq;
+    lastSeq = seq;
   }
   const isLast = i + 1 === t.length;
   if (

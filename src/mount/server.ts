@@ -115,6 +115,7 @@ class MountServer implements Mounted {
       handle: (bytes) => this.session.handle(bytes),
       events: options.events,
       maxPending: MAX_PENDING,
+      startsHere: true,
     });
     this.ended = this.#serve();
     // Who is interested awaits it; a failure before that is not unhandled.

@@ -82,6 +82,11 @@ describe('parsing', () => {
     });
   });
 
+  it('takes the names of commands as arguments', async () => {
+    const result = await b2(['--json', 'watch', 'restore', 'key']);
+    expect(JSON.parse(result.stdout)).toEqual({ name: 'watch', device: ['restore', 'key'] });
+  });
+
   it('takes many arguments, and dashes after --', async () => {
     const result = await b2(['--json', 'key', 'add', 'a', '--', '-b', '--json']);
     expect(JSON.parse(result.stdout)).toEqual({ name: 'key add', device: ['a', '-b', '--json'] });
@@ -95,6 +100,8 @@ describe('parsing', () => {
     [['restore', 'v', 't', '--format', 'zip'], /--format: "zip" is none of raw, qcow2/, /^/],
     [['restore', 'v', 't', '--chunk-size', '12Q'], /--chunk-size: "12Q" is not a size/, /^/],
     [['restor', 'v', 't'], /unknown command 'restor'/, /Did you mean restore\?/],
+    // A later word that is a command makes no difference.
+    [['restor', 'watch'], /unknown command 'restor'/, /Did you mean restore\?/],
     [['key', 'ad'], /unknown command 'ad'/, /b2 key --help/],
     [['watch'], /missing required argument 'DEVICE'/, /b2 watch --help/],
   ])('refuses %j with code 2, in words and as JSON', async (args, message, hint) => {
@@ -133,6 +140,8 @@ describe('parsing', () => {
     expect(help.stdout).toContain('b2 restore web1/sda /dev/sdb --at "5m ago"');
     expect(help.stdout).toContain('4 no such point');
     expect(help.stdout).toContain('raw, qcow2; default raw');
+    expect(await b2(['help', 'restore'])).toEqual(help);
+    expect((await b2(['help', 'key'])).stdout).toContain('add');
     expect((await b2(['--version'])).stdout).toMatch(/^\d+\.\d+\.\d+\n$/);
   });
 });

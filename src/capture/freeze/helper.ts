@@ -172,34 +172,28 @@ try {
 } catch {
   // Not root.
 }
-await writeFile('/proc/self/oom_score_adj', '-1000').catch(() => undefined);
-// Loads the system calls and the threads they run on, so that no later call has to.
-{
-  const root = await open('/proc/self', fsConstants.O_RDONLY);
-  await thawFs(root.fd).catch(() => undefined);
-  await syncFs(root.fd).catch(() => undefined);
-  await root.close();
-}
-// A thaw that is due must not wait for a processor: on a machine with much to do the bound would be over by then. This
-// process sleeps but for these moments. All threads are there now.
-for (const tid of await readdir('/proc/self/task').catch((): string[] => [])) {
-  try {
-    makeRealTime(Number(tid));
-  } catch {
-    // Not root, or a container without real-time.
+/** What has to be done before it may be asked to freeze anything. */
+async function prepare(): Promise<void> {
+  await writeFile('/proc/self/oom_score_adj', '-1000').catch(() => undefined);
+  // Loads the system calls and the threads they run on, so that no later call has to.
+  {
+    const root = await open('/proc/self', fsConstants.O_RDONLY);
+    await thawFs(root.fd).catch(() => undefined);
+    await syncFs(root.fd).catch(() => undefined);
+    await root.close();
+  }
+  // A thaw that is due must not wait for a processor: on a machine with much to do the bound would be over by then. This
+  // process sleeps but for these moments. All threads are there now.
+  for (const tid of await readdir('/proc/self/task').catch((): string[] => [])) {
+    try {
+      makeRealTime(Number(tid));
+    } catch {
+      // Not root, or a container without real-time.
+    }
   }
 }
 
 let queue: Promise<void> = Promise.resolve();
-process.stdin.setEncoding('utf8');
-process.stdin.on(
-  'data',
-  lineReader((line) => {
-    const request = JSON.parse(line) as Request;
-    if (request.op === 'ping') answer({ type: 'alive' });
-    else queue = queue.then(async () => answer(await serve(request)));
-  }),
-);
 const end = (): void => {
   if (isOver) return;
   isOver = true;
@@ -209,6 +203,17 @@ const end = (): void => {
     await closeAll();
   });
 };
-process.stdin.on('end', end);
-process.stdin.on('error', end);
-answer({ type: 'ready' });
+void prepare().then(() => {
+  process.stdin.setEncoding('utf8');
+  process.stdin.on(
+    'data',
+    lineReader((line) => {
+      const request = JSON.parse(line) as Request;
+      if (request.op === 'ping') answer({ type: 'alive' });
+      else queue = queue.then(async () => answer(await serve(request)));
+    }),
+  );
+  process.stdin.on('end', end);
+  process.stdin.on('error', end);
+  answer({ type: 'ready' });
+});

@@ -13,6 +13,8 @@ import { roundDown, roundUp } from '../units.js';
 
 /** Bytes handed to the drive at once, about. */
 const BATCH_BYTES = 8 * 1024 * 1024;
+/** Pieces of lent memory that wait for the drive at most; it is given all that wait at once, because it does nothing between two calls. */
+const MAX_WAITING = 4;
 
 // Memory of this kind is freed late: one pair serves all cartridges of a process, one after the other.
 let kept: readonly [Buffer, Buffer] | undefined;
@@ -32,6 +34,13 @@ export interface MemberPlace {
   readonly record: number;
   /** Offset in the file behind it. */
   readonly end: number;
+}
+
+/** Whole records for the drive. */
+interface Handed {
+  readonly records: Buffer;
+  /** Called when the memory is not needed any more. */
+  readonly release?: (() => void) | undefined;
 }
 
 /** A border between members at which the archive could be ended. */
@@ -62,7 +71,12 @@ export class TapeWriter {
   #fill = 0;
   /** Records that the drive was given and has not acknowledged. */
   #pending = 0;
-  #inFlight: Promise<TapeWritten | { readonly error: unknown }> | undefined;
+  readonly #waiting: Handed[] = [];
+  /** Settles when the drive has done with all that it was given. */
+  #inFlight: Promise<void> | undefined;
+  /** The same for what it is writing now. */
+  #writing: Promise<void> | undefined;
+  #failure: { readonly error: unknown } | undefined;
   #file: number;
   /** Records of this file that are on the cartridge. */
   #fileRecords = 0;
@@ -94,7 +108,6 @@ export class TapeWriter {
   /** Waits until the drive has done with what it was given, whatever comes of it. The writer is of no more use. */
   async release(): Promise<void> {
     await this.#inFlight;
-    this.#inFlight = undefined;
     kept = [this.#batch, this.#other];
   }
 
@@ -183,17 +196,18 @@ export class TapeWriter {
     }
     if (length > this.#memberBytes) throw new Error('more bytes than the member has');
     this.#memberBytes -= length;
-    await this.#send();
+    if (this.#fill > partial) await this.#send();
     // The record that was begun is completed there, and the one that is begun at the end goes on here.
     copyBytes(memory.subarray(begin), this.#batch.subarray(0, partial));
     copyBytes(this.#batch, memory.subarray(begin + bytes, at + length));
     this.#fill = partial + length - bytes;
-    await this.#acknowledged();
+    while (this.#waiting.length >= MAX_WAITING) await this.#writing;
+    this.#throwFailure();
     if (this.isFull) {
       release();
       return;
     }
-    this.#start(memory.subarray(begin, begin + bytes), release);
+    this.#give({ records: memory.subarray(begin, begin + bytes), release });
     if (this.#memberBytes === 0) await this.#put([Buffer.alloc(this.#padBytes)]);
   }
 
@@ -277,35 +291,59 @@ export class TapeWriter {
     await this.#acknowledged();
     const bytes = roundDown(this.#fill, this.#recordBytes);
     if (bytes === 0 || this.isFull) return;
-    this.#start(this.#batch.subarray(0, bytes));
+    this.#give({ records: this.#batch.subarray(0, bytes) });
     this.#fill = this.#batch.copy(this.#other, 0, bytes, this.#fill);
     [this.#batch, this.#other] = [this.#other, this.#batch];
   }
 
-  /** Gives the drive whole records; it has nothing else to do. */
-  #start(records: Buffer, release?: () => void): void {
-    this.#pending = records.length / this.#recordBytes;
-    this.#idle = false;
-    this.#inFlight = this.#drive
-      .write(records)
-      .catch((error: unknown) => ({ error }))
-      .finally(() => {
-        this.#idle = true;
-        release?.();
-      });
+  #give(handed: Handed): void {
+    this.#waiting.push(handed);
+    this.#pending += handed.records.length / this.#recordBytes;
+    if (this.#idle) this.#inFlight = this.#work();
   }
 
-  /** Waits for what the drive was given. */
-  async #acknowledged(): Promise<void> {
-    const done = await this.#inFlight;
-    this.#inFlight = undefined;
+  /** Has the drive write what waits, until nothing does. Never rejects. */
+  async #work(): Promise<void> {
+    this.#idle = false;
+    while (this.#waiting.length > 0 && !this.isFull && this.#failure === undefined) {
+      this.#writing = this.#write(this.#waiting.splice(0));
+      await this.#writing;
+    }
+    // What the cartridge does not take is written again elsewhere.
+    for (const { release } of this.#waiting.splice(0)) release?.();
     this.#pending = 0;
-    if (done === undefined) return;
-    if ('error' in done) throw done.error;
-    const { records, earlyWarning, full } = done;
+    this.#idle = true;
+  }
+
+  async #write(handed: readonly Handed[]): Promise<void> {
+    try {
+      const written = await this.#drive.write(...handed.map((h) => h.records));
+      this.#account(handed, written);
+    } catch (error) {
+      this.#failure = { error };
+    } finally {
+      for (const { release } of handed) release?.();
+    }
+  }
+
+  #account(handed: readonly Handed[], { records, earlyWarning, full }: TapeWritten): void {
+    for (const h of handed) this.#pending -= h.records.length / this.#recordBytes;
     this.#fileRecords += records;
     this.records += records;
     if (earlyWarning || full) this.nearEnd = true;
     this.isFull = full;
+  }
+
+  /** Waits for what the drive was given. */
+  async #acknowledged(): Promise<void> {
+    await this.#inFlight;
+    this.#throwFailure();
+  }
+
+  #throwFailure(): void {
+    const { error } = this.#failure ?? {};
+    if (this.#failure === undefined) return;
+    this.#failure = undefined;
+    throw error;
   }
 }

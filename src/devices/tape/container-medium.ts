@@ -19,7 +19,7 @@ import {
 } from '../../format/tape-container.js';
 import { fsyncDirectory, systemFileCalls } from '../../fs.js';
 import { roundDown, roundUp } from '../../units.js';
-import { StandInFile, type FileOnTape, type Medium } from './medium.js';
+import { StandInFile, lengthOf, type FileOnTape, type Medium } from './medium.js';
 
 const SCAN_BYTES = 4 * 1024 * 1024;
 
@@ -87,7 +87,7 @@ export class ContainerMedium implements Medium {
       const header = { id: Buffer.from(systemRandom(16)).toString('hex'), recordBytes };
       await this.#shorten(0);
       const handle = await this.#open(true);
-      await handle.write(encodeContainerHeader(header), 0);
+      await handle.write([encodeContainerHeader(header)], 0);
       await handle.sync();
       await fsyncDirectory(dirname(this.#path));
       this.#header = header;
@@ -105,11 +105,11 @@ export class ContainerMedium implements Medium {
     this.#files.push({ from, bytes, closed: false });
   }
 
-  async append(data: Buffer): Promise<void> {
+  async append(parts: readonly Buffer[]): Promise<void> {
     this.#requireOwn();
     const { at, part } = this.#last();
-    await (await this.#open(true)).write(data, part.from + part.bytes);
-    this.#files[at] = { ...part, bytes: part.bytes + data.length };
+    await (await this.#open(true)).write(parts, part.from + part.bytes);
+    this.#files[at] = { ...part, bytes: part.bytes + lengthOf(parts) };
   }
 
   async mark(): Promise<void> {
@@ -119,7 +119,7 @@ export class ContainerMedium implements Medium {
     const end = part.from + part.bytes;
     // Records first: a mark says that they are there.
     await handle.sync();
-    await handle.write(encodeContainerMark({ ...header, file: at, from: part.from }, end), end);
+    await handle.write([encodeContainerMark({ ...header, file: at, from: part.from }, end)], end);
     await handle.sync();
     this.#files[at] = { ...part, closed: true };
   }

@@ -10,7 +10,7 @@ import { join } from 'node:path';
 import { errnoOf } from '../../errors.js';
 import { DEFAULT_RECORD_BYTES, MAX_RECORD_BYTES, RECORD_STEP_BYTES } from '../../format/tape.js';
 import { fsyncDirectory, writeFileDurable } from '../../fs.js';
-import { StandInFile, type FileOnTape, type Medium } from './medium.js';
+import { StandInFile, lengthOf, type FileOnTape, type Medium } from './medium.js';
 
 const STATE_FILE = 'cartridge.json';
 const PROTECT_FILE = 'write-protected';
@@ -88,11 +88,11 @@ export class DirectoryMedium implements Medium {
     await writeFileDurable(join(this.#directory, STATE_FILE), state);
   }
 
-  async append(data: Buffer): Promise<void> {
+  async append(parts: readonly Buffer[]): Promise<void> {
     const file = this.#files.length - 1;
     const bytes = this.#files[file]?.bytes ?? 0;
-    await (await this.#handleOf(file, true)).write(data, bytes);
-    this.#files[file] = { bytes: bytes + data.length, closed: false };
+    await (await this.#handleOf(file, true)).write(parts, bytes);
+    this.#files[file] = { bytes: bytes + lengthOf(parts), closed: false };
   }
 
   async mark(): Promise<void> {

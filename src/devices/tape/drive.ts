@@ -70,8 +70,8 @@ export interface TapeDrive {
   toEndOfData(): Promise<void>;
   /** Reads the next record, which must fit into `into`. An unreadable record rejects with `io`; the head may be before or behind it. */
   read(into: Buffer): Promise<TapeRead>;
-  /** Writes `data`, a whole number of records. */
-  write(data: Buffer): Promise<TapeWritten>;
+  /** Writes `parts`, each of a whole number of records, one behind the other. */
+  write(...parts: readonly Buffer[]): Promise<TapeWritten>;
   /** Writes file marks; everything written before is on the medium when this resolves. */
   writeMarks(count: number): Promise<{ readonly earlyWarning: boolean }>;
   /** Ejects the cartridge, or takes the drive offline where it cannot. */

@@ -17,7 +17,7 @@ import { parseSize } from '../../human.js';
 import { ContainerMedium } from './container-medium.js';
 import { DirectoryMedium } from './directory-medium.js';
 import type { TapeDrive, TapeRead, TapeStatus, TapeWritten } from './drive.js';
-import type { FileOnTape, Medium } from './medium.js';
+import { lengthOf, type FileOnTape, type Medium } from './medium.js';
 
 export interface FileDriveFaults {
   /** Records moved (read or written, counted from 1) with which the cartridge is gone. */
@@ -281,10 +281,11 @@ export class FileDrive implements TapeDrive {
     return { kind: 'record', bytes };
   }
 
-  async write(data: Buffer): Promise<TapeWritten> {
+  async write(...parts: readonly Buffer[]): Promise<TapeWritten> {
     const medium = await this.#beginWriting();
-    const wanted = data.length / this.#recordBytes;
-    const room = await this.#room(data.length);
+    const wantedBytes = lengthOf(parts);
+    const wanted = wantedBytes / this.#recordBytes;
+    const room = await this.#room(wantedBytes);
     let records = 0;
     let full = false;
     while (records < wanted) {
@@ -300,7 +301,7 @@ export class FileDrive implements TapeDrive {
     const bytes = records * this.#recordBytes;
     if (bytes > 0) {
       try {
-        await medium.append(data.subarray(0, bytes));
+        await medium.append(firstBytes(parts, bytes));
         this.#offset += bytes;
         this.#freeBytes -= bytes;
       } catch (error) {
@@ -438,4 +439,17 @@ export function writeProtected(path: string): B2Error {
   return new B2Error('refused', `the cartridge in ${path} is write protected`, {
     hint: 'Take it out and move its tab, or put in another cartridge.',
   });
+}
+
+/** The first `bytes` of what is in `parts`. */
+function firstBytes(parts: readonly Buffer[], bytes: number): readonly Buffer[] {
+  const out: Buffer[] = [];
+  let left = bytes;
+  for (const part of parts) {
+    if (left === 0) break;
+    const taken = part.subarray(0, left);
+    out.push(taken);
+    left -= taken.length;
+  }
+  return out;
 }

@@ -1,5 +1,5 @@
 /** What a stand-in keeps the records and marks of its cartridge in: a directory, or one file. */
-import { constants } from 'node:fs';
+import { constants, writev } from 'node:fs';
 
 import { errnoOf } from '../../errors.js';
 import { readFully, systemFileCalls, writeFully } from '../../fs.js';
@@ -30,13 +30,18 @@ export interface Medium {
    * `recordBytes` from now on.
    */
   cut(file: number, offset: number, recordBytes: number): Promise<void>;
-  /** Adds to the open file. Rejects with ENOSPC where there is no room; how much was added is then not known until {@link cut} says so. */
-  append(data: Buffer): Promise<void>;
+  /** Adds `parts` to the open file. Rejects with ENOSPC where there is no room; how much was added is then not known until {@link cut} says so. */
+  append(parts: readonly Buffer[]): Promise<void>;
   /** Closes the open file with a mark, and makes everything durable. */
   mark(): Promise<void>;
   /** Removes file `file` and those behind it, durably. */
   drop(file: number): Promise<void>;
   close(): Promise<void>;
+}
+
+/** Bytes of all parts together. */
+export function lengthOf(parts: readonly Buffer[]): number {
+  return parts.reduce((sum, part) => sum + part.length, 0);
 }
 
 /** Parts are no smaller: each is a system call and a wake-up. */
@@ -52,6 +57,28 @@ async function writeInParts(fd: number, data: Buffer, position: number): Promise
     parts.push(writeFully(systemFileCalls, fd, data.subarray(at, at + bytes), position + at));
   for (const done of await Promise.allSettled(parts))
     if (done.status === 'rejected') throw done.reason;
+}
+
+/** Writes all of `parts`, one behind the other. System errors. */
+async function writeTogether(
+  fd: number,
+  parts: readonly Buffer[],
+  position: number,
+): Promise<void> {
+  const bytes = await new Promise<number>((resolve, reject) => {
+    writev(fd, parts, position, (error, written) =>
+      error === null ? resolve(written) : reject(error),
+    );
+  });
+  let at = 0;
+  for (const part of parts) {
+    const missing = Math.min(part.length, at + part.length - bytes);
+    if (missing > 0) {
+      const from = part.length - missing;
+      await writeFully(systemFileCalls, fd, part.subarray(from), position + at + from);
+    }
+    at += part.length;
+  }
 }
 
 const MAX_SPARE = 2;
@@ -208,15 +235,19 @@ export class StandInFile {
     this.#ahead = undefined;
   }
 
-  async write(data: Buffer, position: number): Promise<void> {
+  /** Writes `parts`, one behind the other. System errors; what of it has arrived is then not known. */
+  async write(parts: readonly Buffer[], position: number): Promise<void> {
     if (this.#readTo !== undefined) await this.#stopReading();
+    const [first] = parts;
+    if (first === undefined) return;
     if (
       this.#directFd !== undefined &&
-      isPageAligned(data) &&
-      (data.length | position) % DIRECT_ALIGN_BYTES === 0
+      position % DIRECT_ALIGN_BYTES === 0 &&
+      parts.every((part) => isPageAligned(part) && part.length % DIRECT_ALIGN_BYTES === 0)
     ) {
       try {
-        await writeInParts(this.#directFd, data, position);
+        if (parts.length === 1) await writeInParts(this.#directFd, first, position);
+        else await writeTogether(this.#directFd, parts, position);
         return;
       } catch (error) {
         if (errnoOf(error) !== 'EINVAL') throw error;
@@ -225,7 +256,11 @@ export class StandInFile {
         this.#directFd = undefined;
       }
     }
-    await writeFully(systemFileCalls, this.fd, data, position);
+    let at = position;
+    for (const part of parts) {
+      await writeFully(systemFileCalls, this.fd, part, at);
+      at += part.length;
+    }
   }
 
   async sync(): Promise<void> {

@@ -153,13 +153,16 @@ export class StDrive implements TapeDrive {
     }
   }
 
-  async write(data: Buffer): Promise<TapeWritten> {
-    const wanted = data.length / this.#recordBytes;
-    for (let i = 0; i < wanted; i++) {
-      const record = data.subarray(i * this.#recordBytes, (i + 1) * this.#recordBytes);
-      if (!(await this.#writeRecord(record))) return { records: i, earlyWarning: true, full: true };
+  async write(...parts: readonly Buffer[]): Promise<TapeWritten> {
+    let records = 0;
+    for (const part of parts) {
+      for (let at = 0; at < part.length; at += this.#recordBytes) {
+        const record = part.subarray(at, at + this.#recordBytes);
+        if (!(await this.#writeRecord(record))) return { records, earlyWarning: true, full: true };
+        records++;
+      }
     }
-    return { records: wanted, earlyWarning: this.#warned, full: false };
+    return { records, earlyWarning: this.#warned, full: false };
   }
 
   /** False if the cartridge takes no more. */

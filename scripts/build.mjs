@@ -1,6 +1,9 @@
 #!/usr/bin/env node
 // Compiles src/ into dist/ and bundles that into bundle/, which is what bin/b2 runs. Either appears whole or not at all: a b2 that
 // starts meanwhile must never see half of it.
+//
+//   usage: build.mjs [--no-code | --code]    --no-code: without what V8 compiles in advance, for which all packages must be in place;
+//                                            --code: only that, for the bundle that is there
 import { spawnSync } from 'node:child_process';
 import { existsSync, renameSync, rmSync, readdirSync } from 'node:fs';
 import nodeModule, { createRequire } from 'node:module';
@@ -46,6 +49,18 @@ const run = (args, timeout) =>
 /** Compiling in advance takes two seconds, and nothing is lost without. */
 const CODE_CACHE_MS = 120_000;
 
+/** Leaves compiled code beside a bundle. Only for speed, and only for a Node.js that does not do that itself. */
+function compileAhead(bundled) {
+  if (nodeModule.enableCompileCache !== undefined) return;
+  if (run([join(root, 'scripts', 'code-cache.mjs'), bundled], CODE_CACHE_MS) === 0) return;
+  console.error('build: the code could not be compiled in advance; b2 will start slower');
+  rmSync(join(bundled, 'code'), { recursive: true, force: true });
+}
+
+if (process.argv.includes('--code')) {
+  compileAhead(join(root, 'bundle'));
+  process.exit(0);
+}
 const compiled = run([tsc, '-p', root, '--outDir', fresh('dist')]);
 if (compiled !== 0) give(compiled);
 try {
@@ -54,12 +69,6 @@ try {
   console.error(error.message);
   give(1);
 }
-// Only for speed, and only for a Node.js that does not do that itself.
-if (nodeModule.enableCompileCache === undefined) {
-  if (run([join(root, 'scripts', 'code-cache.mjs'), fresh('bundle')], CODE_CACHE_MS) !== 0) {
-    console.error('build: the code could not be compiled in advance; b2 will start slower');
-    rmSync(join(fresh('bundle'), 'code'), { recursive: true, force: true });
-  }
-}
+if (!process.argv.includes('--no-code')) compileAhead(fresh('bundle'));
 replace('dist');
 replace('bundle');

@@ -185,13 +185,15 @@ await Promise.all([
   install ? unpack() : undefined,
 ]);
 const compiled = install ? compile() : undefined;
-await must('building', process.execPath, [join(root, 'scripts', 'build.mjs')]);
+const builder = join(root, 'scripts', 'build.mjs');
+await must('building', process.execPath, install ? [builder, '--no-code'] : [builder]);
 if (steps.includes('lint')) {
   say('lint');
   const { lint } = await import('./lint.mjs');
   add(lint());
 }
 await compiled;
+if (install) await must('compiling in advance', process.execPath, [builder, '--code']);
 const projects = steps.filter((step) => PROJECTS.includes(step));
 if (projects.length > 0) await runProjects(projects);
 say('done');

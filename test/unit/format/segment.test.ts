@@ -376,6 +376,12 @@ describe('damage', () => {
       [17, 3],
       [18, 4],
       [18, 0],
+      // Beyond 2^53.
+      [7, 0xff],
+      [15, 0xff],
+      [55, 0xff],
+      [103, 0xff],
+      [111, 0xff],
     ] as const) {
       const bytes = page({});
       bytes[at] = value;

@@ -317,7 +317,7 @@ export class TapeWriter {
 
   async #write(handed: readonly Handed[]): Promise<void> {
     try {
-      const written = await this.#drive.write(...handed.map((h) => h.records));
+      const written = await this.#drive.write(handed.map((h) => h.records));
       this.#account(handed, written);
     } catch (error) {
       this.#failure = { error };

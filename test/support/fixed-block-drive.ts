@@ -38,8 +38,8 @@ export class FixedBlockDrive implements TapeDrive {
     return found;
   }
 
-  async write(data: Buffer): Promise<TapeWritten> {
-    return this.#inner.write(data);
+  write(parts: readonly Buffer[]): Promise<TapeWritten> {
+    return this.#inner.write(parts);
   }
 
   setCompression(): Promise<boolean> {

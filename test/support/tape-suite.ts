@@ -31,9 +31,9 @@ export function tapeDriveSuite(make: () => Promise<TapeDrive>): void {
 
   it('reads what was written: records, marks, and a double mark or the end of data at the end', async () => {
     const drive = await blank();
-    expect(await drive.write(records(1, 3))).toMatchObject({ records: 3, full: false });
+    expect(await drive.write([records(1, 3)])).toMatchObject({ records: 3, full: false });
     await drive.writeMarks(1);
-    await drive.write(records(11, 1));
+    await drive.write([records(11, 1)]);
     await drive.writeMarks(2);
     await drive.rewind();
     expect(await fileAt(drive)).toEqual([[1, 2, 3], 'mark']);
@@ -46,7 +46,7 @@ export function tapeDriveSuite(make: () => Promise<TapeDrive>): void {
   it('goes to files and back over records', async () => {
     const drive = await blank();
     for (const first of [1, 11, 21]) {
-      await drive.write(records(first, 3));
+      await drive.write([records(first, 3)]);
       await drive.writeMarks(1);
     }
     await drive.rewind();
@@ -67,14 +67,14 @@ export function tapeDriveSuite(make: () => Promise<TapeDrive>): void {
   it('writing anywhere ends what lay behind', async () => {
     const drive = await blank();
     for (const first of [1, 11, 21]) {
-      await drive.write(records(first, 3));
+      await drive.write([records(first, 3)]);
       await drive.writeMarks(1);
     }
     await drive.rewind();
     await drive.spaceFiles(1);
     const into = Buffer.alloc(1024 * 1024);
     await drive.read(into);
-    await drive.write(records(99, 1));
+    await drive.write([records(99, 1)]);
     await drive.writeMarks(1);
     await drive.rewind();
     expect(await fileAt(drive)).toEqual([[1, 2, 3], 'mark']);
@@ -85,10 +85,10 @@ export function tapeDriveSuite(make: () => Promise<TapeDrive>): void {
 
   it('adds behind the end of data', async () => {
     const drive = await blank();
-    await drive.write(records(1, 2));
+    await drive.write([records(1, 2)]);
     await drive.writeMarks(1);
     await drive.toEndOfData();
-    await drive.write(records(5, 1));
+    await drive.write([records(5, 1)]);
     await drive.writeMarks(1);
     await drive.rewind();
     expect(await fileAt(drive)).toEqual([[1, 2], 'mark']);
@@ -99,11 +99,11 @@ export function tapeDriveSuite(make: () => Promise<TapeDrive>): void {
 
   it('goes back in a file that is being written, and writes it anew from there', async () => {
     const drive = await blank();
-    await drive.write(records(1, 1));
+    await drive.write([records(1, 1)]);
     await drive.writeMarks(1);
-    await drive.write(records(10, 5));
+    await drive.write([records(10, 5)]);
     await drive.backRecords(3);
-    await drive.write(records(50, 1));
+    await drive.write([records(50, 1)]);
     await drive.writeMarks(1);
     await drive.rewind();
     await drive.spaceFiles(1);

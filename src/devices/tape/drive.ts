@@ -71,7 +71,7 @@ export interface TapeDrive {
   /** Reads the next record, which must fit into `into`. An unreadable record rejects with `io`; the head may be before or behind it. */
   read(into: Buffer): Promise<TapeRead>;
   /** Writes `parts`, each of a whole number of records, one behind the other. */
-  write(...parts: readonly Buffer[]): Promise<TapeWritten>;
+  write(parts: readonly Buffer[]): Promise<TapeWritten>;
   /** Writes file marks; everything written before is on the medium when this resolves. */
   writeMarks(count: number): Promise<{ readonly earlyWarning: boolean }>;
   /** Ejects the cartridge, or takes the drive offline where it cannot. */

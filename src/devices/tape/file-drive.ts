@@ -281,7 +281,7 @@ export class FileDrive implements TapeDrive {
     return { kind: 'record', bytes };
   }
 
-  async write(...parts: readonly Buffer[]): Promise<TapeWritten> {
+  async write(parts: readonly Buffer[]): Promise<TapeWritten> {
     const medium = await this.#beginWriting();
     const wantedBytes = lengthOf(parts);
     const wanted = wantedBytes / this.#recordBytes;

@@ -153,7 +153,7 @@ export class StDrive implements TapeDrive {
     }
   }
 
-  async write(...parts: readonly Buffer[]): Promise<TapeWritten> {
+  async write(parts: readonly Buffer[]): Promise<TapeWritten> {
     let records = 0;
     for (const part of parts) {
       for (let at = 0; at < part.length; at += this.#recordBytes) {

@@ -1,19 +1,13 @@
 /** Cartridges on file systems that are really full, without a size given: the end of the disk is the end of the tape. */
 import { execFileSync } from 'node:child_process';
-import { mkdirSync, readFileSync, rmSync, symlinkSync, writeFileSync } from 'node:fs';
+import { mkdirSync, rmSync, symlinkSync, writeFileSync } from 'node:fs';
 import { afterEach, expect } from 'vitest';
-import { systemClock } from '../../../src/clock.js';
 import { FileDrive } from '../../../src/devices/tape/file-drive.js';
-import type { TapeDrive } from '../../../src/devices/tape/drive.js';
-import { VolumeHistory } from '../../../src/repo/history.js';
-import { choosePoint, openBlockMap } from '../../../src/repo/point.js';
-import { listVolumes } from '../../../src/repo/volume.js';
-import { openTapeView, restoreFromTape } from '../../../src/tape/import.js';
 import type { CartridgeSource } from '../../../src/tape/media.js';
-import { parseWhen } from '../../../src/when.js';
 import { requires } from '../../support/requires.js';
 import { testImage } from '../../support/scan-bed.js';
-import { BED_ENVIRONMENT, PASSWORD, TapeBed } from '../../support/tape-bed.js';
+import { TapeBed } from '../../support/tape-bed.js';
+import { restore } from '../../support/tape-restore.js';
 
 const MIB = 1024 * 1024;
 const { describe, it } = requires({ root: true, tools: ['mount', 'umount'] });
@@ -85,35 +79,6 @@ async function library(
   };
 }
 
-async function restored(bed: TapeBed, drive: TapeDrive, source: CartridgeSource): Promise<Buffer> {
-  const view = await openTapeView(drive, [PASSWORD], BED_ENVIRONMENT, () => undefined);
-  const [volume] = await listVolumes(view.repo, () => undefined);
-  if (volume === undefined) throw new Error('no volume');
-  const history = await VolumeHistory.open(view.repo, volume.id);
-  const when = parseWhen('latest', systemClock.nowNs());
-  const { commit } = await choosePoint(history, volume, when, () => undefined);
-  const target = bed.dir.join('restored');
-  const result = await restoreFromTape({
-    drive,
-    source,
-    view,
-    map: await openBlockMap(history, commit.seq),
-    volumeId: volume.id,
-    commit,
-    needs: [],
-    target,
-    force: true,
-    verify: true,
-    workers: 0,
-    clock: systemClock,
-    events: () => undefined,
-  });
-  await history.close();
-  await view.repo.close();
-  expect(result.isWhole).toBe(true);
-  return readFileSync(target);
-}
-
 describe('a disk that is full', () => {
   for (const kind of ['directory', 'file'] as const) {
     it(`is the end of a cartridge that is a ${kind}, and the set goes on on the next one`, async () => {
@@ -125,7 +90,9 @@ describe('a disk that is full', () => {
       expect(done.cartridges.length).toBeGreaterThan(2);
       expect(done.cartridges.slice(0, -1).every((c) => c.full)).toBe(true);
       await first();
-      expect((await restored(bed, drive, source)).equals(image)).toBe(true);
+      const { result, bytes } = await restore(bed, drive, 'latest', { source });
+      expect(result.isWhole).toBe(true);
+      expect(bytes.equals(image)).toBe(true);
     });
 
     it(`that fills up suddenly, under a cartridge that is a ${kind}, loses nothing`, async () => {
@@ -136,7 +103,7 @@ describe('a disk that is full', () => {
       // Somebody else takes the rest of the disk while a record is on its way.
       const write = drive.write.bind(drive);
       let writes = 0;
-      drive.write = async (data) => {
+      drive.write = async (parts) => {
         if (++writes === 6) {
           try {
             writeFileSync(ballast, Buffer.alloc(12 * MIB));
@@ -144,14 +111,16 @@ describe('a disk that is full', () => {
             expect(error).toMatchObject({ code: 'ENOSPC' });
           }
         }
-        return write(data);
+        return write(parts);
       };
       const done = await bed.export(drive, [await bed.point()], { source });
       expect(done.isWhole).toBe(true);
       expect(done.cartridges.length).toBe(2);
       expect(done.cartridges[0]).toMatchObject({ full: true, verified: true });
       await first();
-      expect((await restored(bed, drive, source)).equals(image)).toBe(true);
+      const { result, bytes } = await restore(bed, drive, 'latest', { source });
+      expect(result.isWhole).toBe(true);
+      expect(bytes.equals(image)).toBe(true);
     });
   }
 
@@ -172,6 +141,8 @@ describe('a disk that is full', () => {
     // The second cartridge names what is on the first; the first cannot know of the second.
     const first: CartridgeSource = { next: () => small.first().then(() => true) };
     await small.drive.load();
-    expect((await restored(bed, small.drive, first)).equals(image)).toBe(true);
+    const { result, bytes } = await restore(bed, small.drive, 'latest', { source: first });
+    expect(result.isWhole).toBe(true);
+    expect(bytes.equals(image)).toBe(true);
   });
 });

@@ -62,7 +62,7 @@ describe('a drive that has only fixed blocks', () => {
       writeFileSync(path, '');
       const writer = await FileDrive.open(`file:${path}`);
       await writer.setRecordBytes(blockBytes, true);
-      await writer.write(Buffer.alloc(blockBytes, 0x55));
+      await writer.write([Buffer.alloc(blockBytes, 0x55)]);
       await writer.writeMarks(1);
       await writer.close();
       const drive = await open(path, 512);

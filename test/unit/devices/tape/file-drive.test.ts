@@ -44,7 +44,7 @@ describe('a file as a drive', () => {
     const path = container();
     const d = await drive('', path);
     for (const n of [1, 11, 21]) {
-      await d.write(Buffer.concat([one(n), one(n + 1)]));
+      await d.write([Buffer.concat([one(n), one(n + 1)])]);
       if (n < 21) await d.writeMarks(1);
     }
     await d.close();
@@ -79,7 +79,7 @@ describe('a file as a drive', () => {
     ]);
     const d = await FileDrive.open(`file:${path}`);
     await d.toEndOfData();
-    await d.write(one(23));
+    await d.write([one(23)]);
     await d.writeMarks(2);
     await d.close();
     expect(await all(path)).toEqual([
@@ -121,9 +121,9 @@ describe('a file as a drive', () => {
     const d = await drive('', path);
     const padded = Buffer.alloc(Math.ceil(inner.length / (8 * KIB)) * 8 * KIB);
     inner.copy(padded);
-    await d.write(padded);
+    await d.write([padded]);
     await d.writeMarks(1);
-    await d.write(padded);
+    await d.write([padded]);
     await d.close();
     expect((await all(path)).map((file) => file.length)).toEqual([
       padded.length / (8 * KIB),
@@ -136,11 +136,11 @@ describe('a file as a drive', () => {
     writeFileSync(path, Buffer.alloc(100_000, 0x41));
     const d = await FileDrive.open(`file:${path}`);
     expect(await d.read(Buffer.alloc(1024 * KIB))).toEqual({ kind: 'record', bytes: 100_000 });
-    await expect(d.write(Buffer.alloc(256 * KIB))).rejects.toMatchObject({ kind: 'refused' });
+    await expect(d.write([Buffer.alloc(256 * KIB)])).rejects.toMatchObject({ kind: 'refused' });
     expect(readFileSync(path).every((b) => b === 0x41)).toBe(true);
     await d.setRecordBytes(8 * KIB, false);
     await d.rewind();
-    await d.write(one(7));
+    await d.write([one(7)]);
     await d.writeMarks(1);
     await d.close();
     expect(await all(path)).toEqual([[7]]);
@@ -169,7 +169,7 @@ describe('a directory as a drive', () => {
     const one = Buffer.alloc(8 * KIB);
     const seen: string[] = [];
     for (let i = 0; i < 15; i++) {
-      const w = await d.write(one);
+      const w = await d.write([one]);
       seen.push(w.full ? 'full' : w.earlyWarning ? 'warned' : 'ok');
       expect(w.records).toBe(w.full ? 0 : 1);
     }
@@ -177,7 +177,7 @@ describe('a directory as a drive', () => {
     expect(seen.slice(7, 12)).toEqual(Array(5).fill('warned'));
     expect(seen.slice(12)).toEqual(Array(3).fill('full'));
     const two = await drive('?size=100K&fault=nowarn');
-    expect(await two.write(Buffer.alloc(15 * 8 * KIB))).toEqual({
+    expect(await two.write([Buffer.alloc(15 * 8 * KIB)])).toEqual({
       records: 12,
       earlyWarning: true,
       full: true,
@@ -194,7 +194,7 @@ describe('a directory as a drive', () => {
     writeFileSync(`${path}/write-protected`, '');
     const guarded = await drive('', path);
     expect((await guarded.status()).writeProtected).toBe(true);
-    await expect(guarded.write(Buffer.alloc(8 * KIB))).rejects.toMatchObject({ kind: 'refused' });
+    await expect(guarded.write([Buffer.alloc(8 * KIB)])).rejects.toMatchObject({ kind: 'refused' });
     await guarded.close();
   });
 
@@ -212,20 +212,20 @@ describe('a directory as a drive', () => {
     const d = await FileDrive.open(`file:${cartridge()}?rate=1M`, clock);
     expect(d.streams).toBe(true);
     await d.setRecordBytes(8 * KIB, false);
-    for (let i = 0; i < 3; i++) await d.write(Buffer.alloc(1024 * KIB));
+    for (let i = 0; i < 3; i++) await d.write([Buffer.alloc(1024 * KIB)]);
     expect(slept.map((ms) => Math.round(ms))).toEqual([800, 1000, 1000]);
     await d.close();
   });
 
   it('fails as it is told to', async () => {
     const pulled = await drive('?fault=pull@2');
-    await pulled.write(Buffer.alloc(8 * KIB));
-    await expect(pulled.write(Buffer.alloc(8 * KIB))).rejects.toThrow(/pulled/);
+    await pulled.write([Buffer.alloc(8 * KIB)]);
+    await expect(pulled.write([Buffer.alloc(8 * KIB)])).rejects.toThrow(/pulled/);
     expect((await pulled.status()).loaded).toBe(false);
     await pulled.close();
     const bad = await drive('?fault=bad@0:1,write@4');
-    await bad.write(Buffer.alloc(3 * 8 * KIB));
-    await expect(bad.write(Buffer.alloc(8 * KIB))).rejects.toMatchObject({ kind: 'io' });
+    await bad.write([Buffer.alloc(3 * 8 * KIB)]);
+    await expect(bad.write([Buffer.alloc(8 * KIB)])).rejects.toMatchObject({ kind: 'io' });
     await bad.writeMarks(1);
     await bad.rewind();
     const into = Buffer.alloc(8 * KIB);
@@ -240,9 +240,9 @@ describe('a directory as a drive', () => {
   it('keeps the size of records with the cartridge, and shows a file without a mark as a part', async () => {
     const path = cartridge();
     const d = await drive('', path);
-    await d.write(Buffer.alloc(2 * 8 * KIB, 1));
+    await d.write([Buffer.alloc(2 * 8 * KIB, 1)]);
     await d.writeMarks(1);
-    await d.write(Buffer.alloc(8 * KIB, 2));
+    await d.write([Buffer.alloc(8 * KIB, 2)]);
     await d.close();
     expect(readdirSync(path).toSorted()).toEqual([
       '000000.tar',
@@ -272,7 +272,7 @@ describe.each([
       return bytes;
     };
     for (const [file, count] of counts.entries()) {
-      await d.write(Buffer.concat(Array.from({ length: count }, (__, n) => record(file, n))));
+      await d.write([Buffer.concat(Array.from({ length: count }, (__, n) => record(file, n)))]);
       await d.writeMarks(1);
     }
     const into = Buffer.from(new SharedArrayBuffer(1024 * KIB));
@@ -294,7 +294,7 @@ describe.each([
     // Overwritten from the middle on: nothing of what was there before is given out.
     await d.rewind();
     for (let n = 0; n < 20; n++) await d.read(into);
-    await d.write(Buffer.concat([record(7, 20), record(7, 21)]));
+    await d.write([Buffer.concat([record(7, 20), record(7, 21)])]);
     await d.writeMarks(1);
     await d.rewind();
     for (let n = 0; n < 22; n++) {

@@ -150,7 +150,12 @@ export class WatchDaemon<T extends WatchTarget> implements ControlHandler {
   }
 
   private get isAnyLeft(): boolean {
-    return this.entries.some((e) => e.error === undefined || e.isRetrying);
+    return this.entries.some((e) => this.holdsOn(e));
+  }
+
+  /** Whether the daemon lives for this device: it is watched, or its own failure says that it passes. */
+  private holdsOn(e: Entry<T>): boolean {
+    return e.error === undefined || (e.isRetrying && e.error.retryable);
   }
 
   get stopping(): boolean {
@@ -417,7 +422,7 @@ export class WatchDaemon<T extends WatchTarget> implements ControlHandler {
       } catch (error) {
         e.error = asB2Error(error, e.target.device);
       }
-      e.isRetrying = e.error.retryable && !signal.aborted && !this.stopping;
+      e.isRetrying = this.isWorthRetrying(e, e.error) && !signal.aborted && !this.stopping;
       const { message, hint } = e.error;
       if (this.problems.get(e.target.device) !== message)
         this.tell({
@@ -444,6 +449,16 @@ export class WatchDaemon<T extends WatchTarget> implements ControlHandler {
       e.isRetrying = false;
       e.session = this.startSession(e.target);
     }
+  }
+
+  /**
+   * Whether a device that failed is started again by itself. What a failed read or a full store did to one of several devices
+   * may pass, and systemd starts a unit anew only when all of it has ended: so it is tried as long as another is watched. Of
+   * one alone, or of all, the process ends and says so.
+   */
+  private isWorthRetrying(e: Entry<T>, error: B2Error): boolean {
+    if (error.retryable) return true;
+    return isKind(error, 'io', 'no-space') && this.entries.some((o) => o !== e && this.holdsOn(o));
   }
 
   private remember(e: Entry<T>): void {

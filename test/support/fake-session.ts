@@ -1,6 +1,6 @@
 /** A watched device that does what a test says. */
 import type { CapturedPoint } from '../../src/capture/live-capture.js';
-import { B2Error } from '../../src/errors.js';
+import { B2Error, type ErrorKind } from '../../src/errors.js';
 import { Coverage, PointClass } from '../../src/format/commit.js';
 import type {
   PointRequest,
@@ -69,9 +69,9 @@ export class FakeSession implements WatchSession {
     this.onEvent({ type: 'state', device: this.device, state, message: `now ${state}` });
   }
 
-  fail(message: string, retryable = false): void {
+  fail(message: string, retryable = false, kind: ErrorKind = 'io'): void {
     this.current = { ...this.current, state: 'failed' };
-    this.settle.fail(new B2Error('io', message, { retryable, hint: 'Look at it.' }));
+    this.settle.fail(new B2Error(kind, message, { retryable, hint: 'Look at it.' }));
   }
 
   status(): WatchStatus {

@@ -77,7 +77,8 @@ function newName(identity: ProcessIdentity): string {
 
 /**
  * Removes instances of processes that are proven dead: of this pid namespace, and no such process of that start time. Returns
- * their names. What cannot be removed is left; the next start tries again.
+ * the names of those that this call removed. What cannot be removed is left, for whatever reason: the next start tries again,
+ * and no watch fails because of another's leavings. Several may do this at once.
  */
 export async function removeStaleInstances(
   host: TraceHost = traceHost(),
@@ -101,15 +102,9 @@ export async function removeStaleInstances(
     try {
       await rmdir(path.join(host.root, 'instances', name));
       removed.push(name);
-    } catch (error) {
-      // EBUSY: somebody looks into it (trace-cmd, an administrator's shell).
-      if (!['EBUSY', 'ENOENT', 'EPERM', 'EACCES'].includes(errnoOf(error) ?? '')) {
-        throw ioError(
-          'remove the trace instance of a dead process',
-          path.join(host.root, 'instances', name),
-          error,
-        );
-      }
+    } catch {
+      // EBUSY: somebody looks into it (trace-cmd, an administrator's shell). ENODEV: somebody else was removing it just now
+      // (the kernel looks it up by name once more), ENOENT a moment later.
     }
   }
   return removed;
@@ -373,7 +368,7 @@ export class TraceInstance {
     try {
       await rmdir(this.directory);
     } catch (error) {
-      if (errnoOf(error) === 'ENOENT') return;
+      if (['ENOENT', 'ENODEV'].includes(errnoOf(error) ?? '')) return;
       throw ioError('remove the trace instance', this.directory, error);
     }
   }

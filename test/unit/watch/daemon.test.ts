@@ -129,9 +129,9 @@ describe('WatchDaemon', () => {
     session(1).becomeReady();
     session(0).fail('the disk broke');
     await settled();
-    // Nothing can be waited for with a device that has failed for good.
+    // Nothing can be waited for with a device that has failed.
     expect(daemon.isReady).toBe(true);
-    expect(events.at(-1)).toMatchObject({
+    expect(events.at(-2)).toMatchObject({
       type: 'problem',
       device: '/a',
       problem: { message: 'the disk broke', hint: 'Look at it.' },
@@ -165,6 +165,39 @@ describe('WatchDaemon', () => {
         message: expect.stringMatching(/\/a: gone; \/b: broken/),
       }),
     );
+  });
+
+  it('tries one of several again whatever a read did to it, as long as another is watched', async () => {
+    const { daemon, sessions, session, clock, isDone } = setUp([target('/a'), target('/b')]);
+    session(1).becomeReady();
+    session(0).fail('no such device');
+    await settled();
+    clock.wake();
+    await settled();
+    expect(sessions.map((s) => s.target.device)).toEqual(['/a', '/b', '/a']);
+    session(2).becomeReady();
+    await settled();
+    expect(daemon.status().devices.map((d) => d.state)).toEqual(['exact', 'exact']);
+
+    session(2).fail('no such device');
+    await settled();
+    session(1).fail('nor this');
+    const end = await daemon.done;
+    expect(await isDone()).toBe(true);
+    expect(end.failed.map((f) => f.device)).toEqual(['/a', '/b']);
+    clock.wake();
+    await settled();
+    expect(sessions).toHaveLength(3);
+  });
+
+  it('gives a device up at once when what failed is a decision, not a read', async () => {
+    const { session, sessions, clock } = setUp([target('/a'), target('/b')]);
+    session(1).becomeReady();
+    session(0).fail('it is another disk', false, 'refused');
+    await settled();
+    clock.wake();
+    await settled();
+    expect(sessions).toHaveLength(2);
   });
 
   it('tries a device again after pauses that double, from the start once it was ready', async () => {

@@ -20,7 +20,7 @@ import { fileURLToPath } from 'node:url';
 import type { Clock } from '../../clock.js';
 import { mountedNumberOfFd } from '../../devices/in-use.js';
 import { B2Error, errnoOf, ioError, messageOf } from '../../errors.js';
-import { isProvablyDead, type ProcessIdentity } from '../../process-identity.js';
+import { isProvablyDead, machineFacts, type ProcessIdentity } from '../../process-identity.js';
 import { thawFs } from '../../syscalls.js';
 import { workerFile } from '../../workers.js';
 import {
@@ -336,40 +336,71 @@ export class Freezer {
 
 /**
  * Thaws what a helper that is certainly dead has left frozen in this boot, and returns the mount points. To be called before
- * anything else is frozen or written, at every start of a program that freezes.
+ * anything else is frozen or written, at every start of a program that freezes. Several may do this at once. Kind `io` if one
+ * cannot be thawed: the others are, and its note stays, so that the next start tries again.
  */
 export async function thawStale(staleDir = STALE_DIR): Promise<readonly string[]> {
   const thawed: string[] = [];
+  let failure: B2Error | undefined;
   for (const name of await readdir(staleDir).catch((): string[] => [])) {
+    const named = /^(\d+)(~?)$/.exec(name);
+    if (named === null) continue;
     const file = path.join(staleDir, name);
-    try {
-      const note = JSON.parse(await readFile(file, 'utf8')) as {
-        readonly owner: ProcessIdentity;
-        readonly targets: readonly FreezeTarget[];
-      };
-      if (!isProvablyDead(note.owner)) continue;
-      for (const target of note.targets.toReversed()) {
-        const mount = await open(target.path, constants.O_RDONLY | constants.O_NONBLOCK);
-        try {
-          if ((await mountedNumberOfFd(mount.fd)) !== target.devNumber) continue;
-          await thawFs(mount.fd);
-          thawed.push(target.path);
-        } catch (error) {
-          // EINVAL: it is not frozen.
-          if (errnoOf(error) !== 'EINVAL')
-            throw new B2Error('io', `cannot thaw ${target.path}: ${messageOf(error)}`, {
-              cause: error,
-              hint: `Try "fsfreeze -u ${target.path}"; its writers wait until then.`,
-            });
-        } finally {
-          await mount.close();
-        }
-      }
-    } catch (error) {
-      if (error instanceof B2Error) throw error;
-      // A note cut short, or a mount that has gone: nothing can be frozen by it.
+    const note = named[2] === '' ? await noteIn(file) : undefined;
+    if (note === undefined) {
+      // Being written, or cut short. Its helper, whose process id is its name, freezes nothing before it is whole.
+      if (machineFacts().process(Number(named[1])) === 'gone') await rm(file, { force: true });
+      continue;
     }
-    await rm(file, { force: true });
+    if (!isProvablyDead(note.owner)) continue;
+    let isDone = true;
+    for (const target of note.targets.toReversed()) {
+      try {
+        if (await thawNoted(target)) thawed.push(target.path);
+      } catch (error) {
+        isDone = false;
+        failure ??= new B2Error('io', `cannot thaw ${target.path}: ${messageOf(error)}`, {
+          cause: error,
+          hint: `Try "fsfreeze -u ${target.path}"; its writers wait until then.`,
+        });
+      }
+    }
+    if (isDone) await rm(file, { force: true });
   }
+  if (failure !== undefined) throw failure;
   return thawed;
+}
+
+interface Note {
+  readonly owner: ProcessIdentity;
+  readonly targets: readonly FreezeTarget[];
+}
+
+/** A helper's note; undefined if it has gone or is not whole. */
+async function noteIn(file: string): Promise<Note | undefined> {
+  try {
+    return JSON.parse(await readFile(file, 'utf8')) as Note;
+  } catch {
+    return undefined;
+  }
+}
+
+/** Thaws a file system that a note names; false if it is not frozen, or not there any more. */
+async function thawNoted(target: FreezeTarget): Promise<boolean> {
+  let mount;
+  try {
+    mount = await open(target.path, constants.O_RDONLY | constants.O_NONBLOCK);
+  } catch {
+    return false; // unmounted, or something that cannot be looked into is mounted over it
+  }
+  try {
+    if ((await mountedNumberOfFd(mount.fd)) !== target.devNumber) return false;
+    await thawFs(mount.fd);
+    return true;
+  } catch (error) {
+    if (errnoOf(error) === 'EINVAL') return false; // not frozen
+    throw error;
+  } finally {
+    await mount.close();
+  }
 }

@@ -9,7 +9,7 @@
  * Started as `node helper.js STALE_DIR`; what is said is in messages.ts.
  */
 import { constants as fsConstants, writeSync } from 'node:fs';
-import { mkdir, open, readdir, rm, writeFile, type FileHandle } from 'node:fs/promises';
+import { mkdir, open, readdir, rename, rm, writeFile, type FileHandle } from 'node:fs/promises';
 import { constants, setPriority } from 'node:os';
 import path from 'node:path';
 
@@ -86,9 +86,11 @@ async function openAll(targets: readonly FreezeTarget[]): Promise<Answer> {
   }
   try {
     await mkdir(staleDir, { recursive: true, mode: 0o700 });
-    await writeFile(staleFile, JSON.stringify({ owner: currentIdentity(), targets }), {
+    // Whole or not there: who starts just now looks into it.
+    await writeFile(`${staleFile}~`, JSON.stringify({ owner: currentIdentity(), targets }), {
       mode: 0o600,
     });
+    await rename(`${staleFile}~`, staleFile);
   } catch {
     // The note is for the case that both processes are killed at one time; that is no reason not to freeze.
   }

@@ -2,7 +2,7 @@
  * Real file systems, really frozen: what a point made meanwhile holds, that nothing stays frozen whoever is killed or stopped, and
  * what is refused.
  */
-import { execFile, spawn, type ChildProcess } from 'node:child_process';
+import { execFile, spawn, spawnSync, type ChildProcess } from 'node:child_process';
 import { once } from 'node:events';
 import {
   closeSync,
@@ -32,6 +32,7 @@ import { TRACEFS } from '../../../src/devices/trace/instance.js';
 import { TraceSource } from '../../../src/devices/trace/source.js';
 import { errnoOf } from '../../../src/errors.js';
 import { PointClass } from '../../../src/format/commit.js';
+import { currentIdentity } from '../../../src/process-identity.js';
 import { freezeFs, thawFs } from '../../../src/syscalls.js';
 import { DISK_NEEDS, addPartitions, tool } from '../../support/disks.js';
 import {
@@ -487,6 +488,45 @@ describe('nothing stays frozen', () => {
     } finally {
       await wasFrozen(mount.path);
     }
+  });
+
+  requires(NEEDS).it('after the next start, whatever else the note names', async () => {
+    await using dir = tempDir();
+    const loop = await newLoop(dir, 'disk.img', 32 * MiB);
+    await makeFileSystem('ext4', loop.device);
+    const mount = await mountDevice(dir, loop.device, 'mnt');
+    const dead = spawnSync('true').pid;
+    const device = await openReadDevice(loop.device);
+    const { openPath: place, devNumber } = (await mountsOf(device.facts))[0] as WatchedMount;
+    await device.close();
+    expect(place).toBe(mount.path);
+    const note = {
+      owner: { ...currentIdentity(), pid: dead, startTicks: '1' },
+      targets: [
+        { path: place, devNumber },
+        { path: dir.join('unmounted'), devNumber },
+      ],
+    };
+    mkdirSync(dir.join('stale'));
+    writeFileSync(dir.join('stale', String(dead)), JSON.stringify(note));
+    tool('fsfreeze', ['-f', mount.path]);
+    try {
+      expect(await thawStale(dir.join('stale'))).toEqual([mount.path]);
+      await writable(mount.path);
+      expect(readdirSync(dir.join('stale'))).toEqual([]);
+    } finally {
+      await wasFrozen(mount.path);
+    }
+  });
+
+  requires({}).it('never by taking the note of a running helper that is being written', async () => {
+    await using dir = tempDir();
+    const dead = spawnSync('true').pid;
+    const torn = ['', '~'].map((end) => `${process.pid}${end}`);
+    for (const name of [...torn, String(dead), `${dead}~`, 'else'])
+      writeFileSync(dir.join(name), '{"owner":');
+    expect(await thawStale(dir.path)).toEqual([]);
+    expect(readdirSync(dir.path).toSorted()).toEqual([...torn, 'else'].toSorted());
   });
 
   requires(NEEDS).it('when the helper is stopped: it is ended, and its parent thaws', async () => {

@@ -519,15 +519,18 @@ describe('nothing stays frozen', () => {
     }
   });
 
-  requires({}).it('never by taking the note of a running helper that is being written', async () => {
-    await using dir = tempDir();
-    const dead = spawnSync('true').pid;
-    const torn = ['', '~'].map((end) => `${process.pid}${end}`);
-    for (const name of [...torn, String(dead), `${dead}~`, 'else'])
-      writeFileSync(dir.join(name), '{"owner":');
-    expect(await thawStale(dir.path)).toEqual([]);
-    expect(readdirSync(dir.path).toSorted()).toEqual([...torn, 'else'].toSorted());
-  });
+  requires({}).it(
+    'never by taking the note of a running helper that is being written',
+    async () => {
+      await using dir = tempDir();
+      const dead = spawnSync('true').pid;
+      const torn = ['', '~'].map((end) => `${process.pid}${end}`);
+      for (const name of [...torn, String(dead), `${dead}~`, 'else'])
+        writeFileSync(dir.join(name), '{"owner":');
+      expect(await thawStale(dir.path)).toEqual([]);
+      expect(readdirSync(dir.path).toSorted()).toEqual([...torn, 'else'].toSorted());
+    },
+  );
 
   requires(NEEDS).it('when the helper is stopped: it is ended, and its parent thaws', async () => {
     await using dir = tempDir();

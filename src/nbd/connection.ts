@@ -132,9 +132,16 @@ export class Connection {
       this.#socket.destroy();
       return;
     }
+    // What has come over a unix socket stays with the client, and one that waits for nothing may not even look.
+    const socket = this.#socket;
+    const isQuiet =
+      socket.remoteFamily === undefined && this.#inFlight === 0 && socket.writableLength === 0;
     await this.#idle();
     this.#uncork();
-    this.#socket.destroySoon();
+    // Of any other client requests that still come would take with them what it has not received yet, so it is not destroyed: it
+    // closes its side, and `run` ends; the server waits for that no longer than for all else.
+    if (isQuiet) socket.destroySoon();
+    else socket.end();
   }
 
   /** Closes the socket now, whatever is under way. */
@@ -605,7 +612,8 @@ export class Connection {
   /** `isOurs`: of the host's buffers. */
   #reply(bytes: Buffer, isOurs = false): void {
     const socket = this.#socket;
-    if (socket.destroyed) return;
+    // After its end was said a write would destroy it, and what it still has to send is lost.
+    if (socket.destroyed || socket.writableEnded) return;
     this.#cork();
     if (!isOurs) socket.write(bytes);
     else
@@ -619,7 +627,7 @@ export class Connection {
   /** Answers a read with what the image has lent; it goes to the socket as it lies there. */
   #replyLoan(request: p.Request, loan: Loan): void {
     const socket = this.#socket;
-    if (socket.destroyed) {
+    if (socket.destroyed || socket.writableEnded) {
       loan.release();
       return;
     }

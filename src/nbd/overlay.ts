@@ -635,7 +635,8 @@ class Overlay implements WritableImage {
   async #setStates(first: number, last: number, state: BlockState): Promise<void> {
     for (let at = first; at <= last;) {
       const index = Math.floor(at / BLOCKS_PER_PAGE);
-      const page = this.#pages.get(index) ?? (await this.#page(index));
+      if (!this.#pages.has(index)) await this.#page(index);
+      const page = this.#ownPage(index);
       const start = index * BLOCKS_PER_PAGE;
       const past = Math.min(last + 1, start + BLOCKS_PER_PAGE);
       if (fillStates(page.states, at - start, past - start, state)) this.#dirty.add(index);
@@ -654,8 +655,15 @@ class Overlay implements WritableImage {
     return loading;
   }
 
+  /** A loaded page, to be changed. */
+  #ownPage(index: number): Page {
+    let page = this.#pages.get(index) ?? UNTOUCHED;
+    if (page === UNTOUCHED) this.#pages.set(index, (page = emptyPage()));
+    return page;
+  }
+
   async #load(index: number): Promise<Page> {
-    const page = this.#id === undefined ? emptyPage() : await this.#readPage(index, this.#id);
+    const page = this.#id === undefined ? UNTOUCHED : await this.#readPage(index, this.#id);
     this.#pages.set(index, page);
     return page;
   }
@@ -666,7 +674,7 @@ class Overlay implements WritableImage {
     await this.#file.read(bytes, offset);
     const a = parseMapSlot(bytes.subarray(0, SLOT_BYTES), id, index);
     const b = parseMapSlot(bytes.subarray(SLOT_BYTES), id, index);
-    if (a === 'empty' && b === 'empty') return emptyPage();
+    if (a === 'empty' && b === 'empty') return UNTOUCHED;
     if (a === 'invalid' || b === 'invalid') {
       if (!this.#torn.has(index) || a === b)
         throw damage(this.#file.name, offset, 'a map page fails its checksum');
@@ -695,29 +703,30 @@ class Overlay implements WritableImage {
 
   async #commit(): Promise<void> {
     this.#checkUsable();
-    for (;;) {
-      const pages = [...new Set([...this.#unfinished, ...this.#dirty])].slice(0, MAX_INTENT_PAGES);
-      if (pages.length === 0) {
-        if (this.#unsynced) await this.#sync();
-        return;
-      }
-      // As they are now: what changes from here on is for the next commit.
-      const writes = pages.map((index) => this.#takePage(index));
-      try {
-        await this.#writeIntent(pages);
-        await this.#sync();
-        for (const { index, slot, bytes } of writes)
-          await this.#file.write(bytes, mapSlotOffset(index, slot));
-        await this.#sync();
-      } catch (error) {
-        for (const index of pages) this.#unfinished.add(index);
-        throw error;
-      }
-      for (const { index, page, slot } of writes) {
-        page.current = slot;
-        page.generation++;
-        this.#unfinished.delete(index);
-      }
+    // Only those: who writes on and on makes new ones all the time, and a flush must end.
+    const due = [...new Set([...this.#unfinished, ...this.#dirty])];
+    if (due.length === 0 && this.#unsynced) await this.#sync();
+    for (let at = 0; at < due.length; at += MAX_INTENT_PAGES)
+      await this.#commitPages(due.slice(at, at + MAX_INTENT_PAGES));
+  }
+
+  async #commitPages(pages: readonly number[]): Promise<void> {
+    // As they are now: what changes from here on is for the next commit.
+    const writes = pages.map((index) => this.#takePage(index));
+    try {
+      await this.#writeIntent(pages);
+      await this.#sync();
+      for (const { index, slot, bytes } of writes)
+        await this.#file.write(bytes, mapSlotOffset(index, slot));
+      await this.#sync();
+    } catch (error) {
+      for (const index of pages) this.#unfinished.add(index);
+      throw error;
+    }
+    for (const { index, page, slot } of writes) {
+      page.current = slot;
+      page.generation++;
+      this.#unfinished.delete(index);
     }
   }
 
@@ -765,6 +774,12 @@ class Overlay implements WritableImage {
 function emptyPage(): Page {
   return { states: new Uint8Array(PAGE_STATE_BYTES), generation: 0n, current: 1 };
 }
+
+/**
+ * Stands for every page that was never written: of a large device whose metadata are read (fsck) that is nearly all of them, and each
+ * would take 4 KiB of memory. Never changed.
+ */
+const UNTOUCHED = emptyPage();
 
 function blocksOfRange(offset: number, length: number): { first: number; last: number } {
   return {

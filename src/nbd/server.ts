@@ -93,6 +93,8 @@ const MAX_SOCKET_PATH_BYTES = 107;
 const STAGING_SUFFIX_BYTES = '/.b2-XXXXXX/s'.length;
 /** Memory for replies that is kept. */
 const KEPT_BYTES = 32 * 1024 * 1024;
+/** After as long without a word over TCP the kernel asks whether the client is still there. */
+const QUIET_MS = 60_000;
 /** Failures told apart; beyond, memory of what was told starts over. */
 const MAX_REPORTED = 1000;
 
@@ -141,8 +143,15 @@ class RunningServer implements NbdServer {
     this.#tls =
       options.tls === undefined ? undefined : tlsOptions(options.tls, this.#limits.handshakeMs);
     this.#tlsRequired = this.#tls !== undefined && options.allowPlaintext !== true;
-    this.#server = createServer({ allowHalfOpen: true, noDelay: true }, (socket) =>
-      this.#accept(socket),
+    this.#server = createServer(
+      {
+        allowHalfOpen: true,
+        noDelay: true,
+        // A client whose machine has lost its power says nothing, and would take its place among the connections for ever.
+        keepAlive: true,
+        keepAliveInitialDelay: QUIET_MS,
+      },
+      (socket) => this.#accept(socket),
     );
   }
 

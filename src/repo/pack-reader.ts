@@ -504,13 +504,14 @@ export class PackCache {
 
   /**
    * {@link use}, and once more with the pack opened anew if `fn` finds damage: a pack that somebody writes grows, and compaction
-   * replaces one, while it is remembered here as it was. `fn` must bear to be run twice.
+   * replaces one, while it is remembered here as it was. And if it cannot be read (kind `io`): what is open of a disk that was away stays
+   * unreadable when that is back. `fn` must bear to be run twice.
    */
   async useAgain<T>(packId: string, fn: (pack: OpenPack) => Promise<T>): Promise<T> {
     try {
       return await this.use(packId, fn);
     } catch (error) {
-      if (!isKind(error, 'damaged')) throw error;
+      if (!isKind(error, 'damaged', 'io')) throw error;
       this.forget(packId);
       return this.use(packId, fn);
     }

@@ -117,8 +117,8 @@ export async function mountDevice(
   let isMounted = true;
   const unmount = async (...options: readonly string[]): Promise<void> => {
     if (!isMounted) return;
-    isMounted = false;
     await runTool('umount', ...options, path);
+    isMounted = false;
   };
   dir.onRemove(() => unmount());
   return { path, unmount };

@@ -91,7 +91,12 @@ describe('kill -9 of the server', () => {
         }
       }
       // What survived unflushed may still be lost, so both remain possible until the next flush overwrites them.
-      const killer = setTimeout(() => child.kill('SIGKILL'), 20 + ((round * 37) % 150));
+      // After one to three flushes, however long these take, and then somewhere in what follows.
+      let left = 9 + ((round * 5) % 23);
+      let killer: NodeJS.Timeout | undefined;
+      const answered = (): void => {
+        if (--left === 0) killer = setTimeout(() => child.kill('SIGKILL'), (round * 7) % 12);
+      };
       try {
         for (;;) {
           const batch = new Map<number, number>();
@@ -106,10 +111,12 @@ describe('kill -9 of the server', () => {
               patternBytes(SLOT, mine),
             );
             expect(outcome).toBe(0);
+            answered();
           }
           client.write(requestBytes({ command: 3 }));
           await client.reply();
           flushes++;
+          answered();
           for (const [slot, mine] of batch) {
             flushed.set(slot, mine);
             sent.delete(slot);

@@ -17,6 +17,7 @@ import fc from 'fast-check';
 import { afterEach, beforeEach, describe, expect, it } from 'vitest';
 
 import { B2Error } from '../../../src/errors.js';
+import type { Image } from '../../../src/image.js';
 import {
   BLOCKS_PER_PAGE,
   SLOT_BYTES,
@@ -552,6 +553,61 @@ describe('a flush while a write goes on', () => {
     const changes = file.log.length;
     await overlay.flush();
     expect(file.log.length).toBe(changes);
+  });
+});
+
+describe('an overlay of a large device', () => {
+  it('takes no memory for what is only read', async () => {
+    const pages = 16_384;
+    const base: Image = {
+      sizeBytes: pages * BLOCKS_PER_PAGE * BLOCK,
+      logicalBlockBytes: 512,
+      read: (into) => {
+        into.fill(7);
+        return Promise.resolve();
+      },
+      extents: (offset, length) => Promise.resolve([{ offset, length, hole: false }]),
+      close: () => Promise.resolve(),
+    };
+    const overlay = await openTemporaryOverlay({ base });
+    const page = BLOCKS_PER_PAGE * BLOCK;
+    const into = Buffer.alloc(BLOCK);
+    const before = process.memoryUsage().arrayBuffers;
+    for (let i = 0; i < pages; i++) await overlay.read(into, i * page);
+    // 4 KiB each would be 64 MiB.
+    expect(process.memoryUsage().arrayBuffers - before).toBeLessThan(16 * 1024 * 1024);
+    // What is written into one of them is in no other.
+    await overlay.write(Buffer.alloc(BLOCK, 1), 9 * page);
+    for (const [i, byte] of [
+      [8, 7],
+      [9, 1],
+      [10, 7],
+    ] as const) {
+      await overlay.read(into, i * page);
+      expect(into.every((b) => b === byte)).toBe(true);
+    }
+    await overlay.close();
+  });
+});
+
+describe('a flush while somebody writes on and on', () => {
+  it('ends', async () => {
+    const file = emptyFile();
+    const overlay = await openOverlayOn(baseImage(), file, ID);
+    await overlay.write(Buffer.alloc(BLOCK, 1), 0);
+    let isFlushed = false;
+    const flushing = overlay.flush().then(() => {
+      isFlushed = true;
+    });
+    // Each of them changes the map.
+    let changes = 0;
+    for (; !isFlushed && changes < 2000; changes++) {
+      if (changes % 2 === 0) await overlay.write(Buffer.alloc(BLOCK, 2), BLOCK);
+      else await overlay.trim(BLOCK, BLOCK);
+    }
+    expect(changes).toBeLessThan(200);
+    await flushing;
+    await overlay.close();
   });
 });
 

@@ -1,4 +1,4 @@
-import { existsSync, lstatSync, readdirSync, writeFileSync } from 'node:fs';
+import { existsSync, lstatSync, readFileSync, readdirSync, writeFileSync } from 'node:fs';
 import { mkdtemp, rm } from 'node:fs/promises';
 import { createServer, type Server } from 'node:net';
 import { tmpdir } from 'node:os';
@@ -564,6 +564,40 @@ describe('closing', () => {
     expect(existsSync(path)).toBe(false);
   });
 
+  it.each(['unix', 'TCP'])(
+    'sends what is under way to the end, also to a client that goes on asking and takes its time (%s)',
+    async (how) => {
+      const COUNT = 24;
+      const server = await start({
+        limits: { graceMs: 60_000, bytesInFlight: 64 * MIB },
+        ...(how === 'unix' ? {} : { listen: { host: '127.0.0.1', port: 0 }, allowPlaintext: true }),
+      });
+      // A number is a port.
+      const client = await NbdTestClient.go(how === 'unix' ? path : new URL(server.uri()).port);
+      client.socket.pause();
+      for (let i = 0n; i < COUNT; i++)
+        client.write(requestBytes({ command: 0, length: MIB, cookie: i, flags: 4 }));
+      // All of them are answered, which the kernel's buffers have no room for.
+      await expect.poll(() => image.reads).toBe(COUNT);
+      await expect.poll(() => image.underWay).toBe(0);
+      const closing = server.close();
+      for (let i = 0; i < 3; i++) {
+        client.write(requestBytes({ command: 0, length: 512, cookie: 99n }));
+        await new Promise((resolve) => setTimeout(resolve, 20));
+      }
+      client.socket.resume();
+      const got = new Set<bigint>();
+      while (got.size < COUNT) {
+        const { cookie } = await client.chunk();
+        if (cookie !== 99n) got.add(cookie);
+        // It goes on.
+        client.write(requestBytes({ command: 0, length: 512, cookie: 99n }));
+      }
+      await client.gone;
+      await closing;
+    },
+  );
+
   it('DISC lets requests under way finish', async () => {
     let open = (): void => undefined;
     image.gate = new Promise((done) => (open = done));
@@ -642,6 +676,19 @@ describe('options', () => {
     });
     const server = await start({ listen: { host: '127.0.0.1', port: 0 }, allowPlaintext: true });
     expect(server.uri('a b')).toMatch(/^nbd:\/\/127\.0\.0\.1:\d+\/a%20b$/u);
+  });
+
+  it('asks TCP clients that say nothing whether they are still there', async () => {
+    const server = await start({ listen: { host: '127.0.0.1', port: 0 }, allowPlaintext: true });
+    const { port } = new URL(server.uri());
+    // A number is a port.
+    const client = await NbdTestClient.go(port);
+    expect(await client.read(0, 512)).toEqual(image.content.subarray(0, 512));
+    const hex = Number(port).toString(16).toUpperCase().padStart(4, '0');
+    // Established (01), the keepalive timer (02) running.
+    const running = new RegExp(`: 0100007F:${hex} \\S+ 01 \\S+ 02:`);
+    await expect.poll(() => readFileSync('/proc/net/tcp', 'utf8')).toMatch(running);
+    client.close();
   });
 
   it('rejects bad names and bad certificates', async () => {

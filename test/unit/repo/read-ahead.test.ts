@@ -3,7 +3,7 @@ import { describe, expect, onTestFinished, test, vi } from 'vitest';
 
 import { takeSnapshot } from '../../../src/capture/snapshot.js';
 import { systemClock, systemRandom } from '../../../src/clock.js';
-import { isKind } from '../../../src/errors.js';
+import { B2Error, isKind } from '../../../src/errors.js';
 import type { FooterFrame } from '../../../src/format/pack.js';
 import { packName } from '../../../src/format/names.js';
 import { currentIdentity } from '../../../src/process-identity.js';
@@ -227,6 +227,36 @@ describe('images that are read with threads', () => {
       }
     }
     expect(failed).toBeGreaterThan(0);
+    await quiet(b);
+    expectNothingHeld(b);
+  });
+
+  test('are read again when the disk of the repository has come back, with or without threads', async () => {
+    const b = await bed({ seed: 12 });
+    const [a, c] = [b.store.open.bind(b.store), { isGone: false, opened: 0 }];
+    // What was open when it was pulled out fails for ever; what is opened later does not.
+    b.store.open = async (name) => {
+      if (c.isGone) throw new B2Error('io', 'the disk is gone');
+      const mine = ++c.opened;
+      const reader = await a(name);
+      return {
+        sizeBytes: reader.sizeBytes,
+        read: (into, offset) =>
+          c.isGone || mine <= lost
+            ? Promise.reject(new B2Error('io', 'EIO'))
+            : reader.read(into, offset),
+        close: () => reader.close(),
+      };
+    };
+    let lost = 0;
+    for (const step of [1024 * 1024, 16 * 1024]) {
+      await checkRead(b, 0, 8 * 1024 * 1024);
+      c.isGone = true;
+      await expect(checkRead(b, 9 * 1024 * 1024, 2 * 1024 * 1024)).rejects.toThrow(B2Error);
+      c.isGone = false;
+      lost = c.opened;
+      for (let at = 0; at < b.made.expected.length; at += step) await checkRead(b, at, step);
+    }
     await quiet(b);
     expectNothingHeld(b);
   });

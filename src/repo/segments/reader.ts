@@ -25,6 +25,7 @@ import {
 import { packIdStrings, type PackIdPage } from './pack-ids.js';
 import type { PageCache } from './page-cache.js';
 import type { SegmentSource } from './source.js';
+import { openLasting } from '../lasting-reader.js';
 import type { ObjectReader, Store } from '../store.js';
 
 /** What is read first of a segment; the index of one of a million commits fits, mostly. */
@@ -79,7 +80,7 @@ export class SegmentReader implements SegmentSource {
   static async open(context: SegmentContext, name: string): Promise<SegmentReader> {
     const expected = parseSegmentName(name);
     if (expected === undefined) throw new TypeError(`not a segment's name: ${name}`);
-    const object = await context.store.open(name);
+    const object = await openLasting(context.store, name);
     try {
       const size = object.sizeBytes;
       const least = SEGMENT_HEADER_BYTES + PAGE_HEADER_BYTES + SEGMENT_TRAILER_BYTES;

@@ -8,7 +8,9 @@ import type { Environment } from './environment.js';
 import { lastLine } from './environment.js';
 import { FIND_FORMAT, FindParser } from './find-output.js';
 import { kernelLacks, openKernelEnvironment } from './kernel.js';
-import { findAreas, isForLvm, whatIsLeft, whyNotShown, type FoundArea } from './layout.js';
+import type { FindCompanions } from './companions.js';
+import { findPointAreas, type PointLayout } from './group-layout.js';
+import { elsewhere, isForLvm, whatIsLeft, whyNotShown, type FoundArea } from './layout.js';
 import { volumePieces } from './lvm.js';
 import {
   baseName,
@@ -37,6 +39,8 @@ import { openVmVolumes } from './vm-volumes.js';
 export interface FileAccessOptions {
   /** Opens the image; once for each backend that is used. */
   readonly openImage: () => Promise<Image>;
+  /** The other volumes of its group at that instant. */
+  readonly companions?: FindCompanions | undefined;
   /** For messages: volume and point. */
   readonly name: string;
   /** `auto`: the kernel of this machine where it can and may, else the tiny VM. */
@@ -52,12 +56,12 @@ const MAX_LINKS = 40;
 
 /** Looks at what is in the image. Nothing is mounted or started before something is asked for. */
 export async function openFileAccess(options: FileAccessOptions): Promise<FileAccess> {
-  const image = await options.openImage();
-  try {
-    return new Access(options, await findAreas(image, options.name));
-  } finally {
-    await image.close();
+  const layout = await findPointAreas(options);
+  if (layout.others.length > 0) {
+    const message = `read together with ${layout.others.join(', ')}, at the same instant: what is in it lies there, too`;
+    options.events({ type: 'note', message });
   }
+  return new Access({ ...options, openImage: layout.openImage }, layout);
 }
 
 class Access implements FileAccess {
@@ -69,9 +73,15 @@ class Access implements FileAccess {
   #volumes: Environment | undefined;
   #containers: Promise<void> | undefined;
 
-  constructor(options: FileAccessOptions, areas: readonly FoundArea[]) {
+  readonly notShown: readonly string[];
+  /** The image is made of several. */
+  readonly #isComposed: boolean;
+
+  constructor(options: FileAccessOptions, layout: PointLayout) {
     this.#options = options;
-    this.#areas = areas;
+    this.#areas = layout.areas;
+    this.notShown = layout.missing;
+    this.#isComposed = layout.others.length > 0;
   }
 
   get fileSystems(): readonly FoundFileSystem[] {
@@ -93,6 +103,8 @@ class Access implements FileAccess {
       const why = whyNotShown(area);
       if (why !== undefined)
         this.#options.events({ type: 'note', message: `${area.name}: ${why}` });
+      for (const reason of elsewhere(area))
+        this.#options.events({ type: 'warning', message: `left out: ${reason}` });
     }
     const containers = this.#areas.filter(isForLvm);
     if (containers.length === 0) return;
@@ -187,12 +199,11 @@ class Access implements FileAccess {
     fileSystem: FoundFileSystem,
   ): Promise<{ readonly environment: Environment; readonly root: string }> {
     const area = this.#area(fileSystem);
-    if (area.devices > 1) {
-      throw new B2Error(
-        'unsupported',
-        `the ${area.type} in ${area.name} lies on ${area.devices} devices: one of them alone cannot be read`,
-        { hint: 'Restore every device of it, then mount that.' },
-      );
+    const why = whyNotShown(area);
+    if (why !== undefined) {
+      throw new B2Error('unsupported', `${area.name}: ${why}`, {
+        hint: 'Restore every device of it, then mount that.',
+      });
     }
     let chosen = this.#backends.get(area.name);
     if (chosen === undefined) {
@@ -401,6 +412,7 @@ class Access implements FileAccess {
     const area = this.#area(place.fileSystem);
     if (!/^(ext[234]|xfs)$/.test(area.type) || area.sizeBytes === 0 || area.isInVm === true)
       return undefined;
+    if (this.#isComposed) return undefined;
     const entry = await this.#resolve(place, true);
     if (entry.kind !== 'file') return undefined;
     const { environment, root } = await this.#enter(place.fileSystem);
@@ -451,9 +463,9 @@ export function parseExtents(text: string, offsetBytes: number): readonly FileEx
 }
 
 function publicPart(area: FoundArea): FoundFileSystem {
-  const { name, type, label, uuid, volume, isInVm } = area;
-  const isVolume = volume !== undefined || isInVm === true;
-  const { offsetBytes, sizeBytes } = isVolume ? { offsetBytes: 0, sizeBytes: 0 } : area;
+  const { name, type, label, uuid, volume, isInVm, parts } = area;
+  const isSpread = volume !== undefined || isInVm === true || parts !== undefined;
+  const { offsetBytes, sizeBytes } = isSpread ? { offsetBytes: 0, sizeBytes: 0 } : area;
   return {
     name,
     type,

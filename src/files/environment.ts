@@ -78,13 +78,14 @@ const NTFS_SLEEPS = `for sleeps in "$dir"/[hH][iI][bB][eE][rR][fF][iI][lL].[sS][
 done`;
 
 /**
- * Shell text that mounts `$dev` at `$dir` and ends with mount's status. The names in it are ours and need no quoting. ntfs3 replays
+ * Shell text that mounts `$dev` at `$dir` and ends with mount's status; `$more` has options for other devices of a file system, each
+ * behind a comma. The names in it are ours and need no quoting. ntfs3 replays
  * its log only for a mount that writes, and shows what is not replayed without a word in any other: where it refuses to write, also
  * when it need not mind that Windows wants a check, nothing is shown ({@link NTFS_LOG_STATUS}).
  */
 export function mountText(driver: string): string {
   const options = `${COMMON}${OPTIONS[driver] ?? ''}`;
-  if (driver !== 'ntfs3') return `mount -t ${driver} -o ro,${options} "$dev" "$dir"`;
+  if (driver !== 'ntfs3') return `mount -t ${driver} -o "ro,${options}$more" "$dev" "$dir"`;
   return `if mount -t ntfs3 -o rw,noatime,${options} "$dev" "$dir" 2>/dev/null; then :
 elif mount -t ntfs3 -o rw,force,noatime,${options} "$dev" "$dir" 2>/dev/null; then echo "${NTFS_MARKED}" >&2
 elif mount -t ntfs3 -o ro,${options} "$dev" "$dir"; then umount "$dir"; echo "ntfs3 cannot replay it" >&2; (exit ${NTFS_LOG_STATUS})

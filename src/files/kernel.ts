@@ -10,6 +10,7 @@
  * This process never touches what is mounted, because it would wait for itself: tools that it starts do.
  */
 import { spawn, type ChildProcess } from 'node:child_process';
+import { createHash } from 'node:crypto';
 import { closeSync, existsSync, openSync, readFileSync } from 'node:fs';
 import { fileURLToPath } from 'node:url';
 
@@ -18,6 +19,8 @@ import { B2Error } from '../errors.js';
 import type { EventSink } from '../events.js';
 import type { Image } from '../image.js';
 import { BlockFile, openFuse } from '../mount/block-file.js';
+import type { WritableImage } from '../nbd/index.js';
+import { giveIdentity } from './btrfs.js';
 import {
   driverOf,
   lastLine,
@@ -58,8 +61,9 @@ export async function kernelLacks(area: FoundArea): Promise<string | undefined> 
     await outputOf(runScript('/bin/sh', ['-s'], Buffer.from(`modprobe -q ${driver}`)));
     if (!isKnown(driver)) return `this kernel cannot read ${area.type}`;
   }
-  // btrfs tells file systems apart by their UUID alone: mounted beside its original, the copy would damage it.
-  if (driver === 'btrfs') return btrfsTwin(area);
+  // btrfs tells file systems apart by their UUID alone: mounted beside its original, the copy would damage it. One over several
+  // devices, which the kernel remembers for longer than they are mounted, gets an identity of its own.
+  if (driver === 'btrfs' && area.parts === undefined) return btrfsTwin(area);
   return undefined;
 }
 
@@ -78,6 +82,32 @@ async function btrfsTwin(area: FoundArea): Promise<string | undefined> {
   const asked = Buffer.from(`timeout 10 blkid -c /dev/null -t UUID=${uuid} -o device`);
   const { status } = await outputOf(runScript('/bin/sh', ['-s'], asked));
   return status === 2 ? undefined : twin;
+}
+
+/** Status of a script with {@link attachText} where there is no loop device. */
+export const NO_LOOP_STATUS = 90;
+
+/**
+ * Shell text that attaches the area of the file `disk`, and the other devices of a file system over several: `$dev` is the first, `$devs`
+ * are all, `$more` the options that mount wants for the others. Ends the shell with {@link NO_LOOP_STATUS} where that is not possible.
+ */
+export function attachText(area: FoundArea, disk: string): string {
+  const all = [area, ...(area.parts ?? [])].map(
+    ({ offsetBytes, sizeBytes }, i) =>
+      `attach ${offsetBytes} ${sizeBytes}; ${i === 0 ? 'dev=$one' : 'more=$more,device=$one'}\n`,
+  );
+  return `devs= more=
+attach() {
+  for again in 1 2 3 4 5; do
+    one=$(losetup --find --show --offset $1 --sizelimit $2 --direct-io=on ${disk} 2>/dev/null) ||
+      one=$(losetup --find --show --offset $1 --sizelimit $2 ${disk}) || one=
+    [ -z "$one" ] || break
+    sleep 0.2
+  done
+  if [ -z "$one" ]; then [ -z "$devs" ] || losetup --detach $devs; exit ${NO_LOOP_STATUS}; fi
+  devs="$devs $one"
+}
+${all.join('')}`;
 }
 
 /** Takes `base` over, also when it rejects. `areas` are what may be mounted of it. */
@@ -99,7 +129,7 @@ export async function openKernelEnvironment(
     }
     // Not before it is mounted: reading the descriptor fails until then.
     const file = new BlockFile({ fuseFd, image, events, failed });
-    return new KernelEnvironment(holder, file, () => image.close(), failures, clock, events);
+    return new KernelEnvironment(holder, file, image, failures, clock, events);
   } catch (error) {
     await image.close();
     throw error;
@@ -189,23 +219,25 @@ export class KernelEnvironment implements Environment {
   readonly failures: readonly unknown[];
   readonly #holder: Holder;
   readonly #file: BlockFile;
-  readonly #closeImage: () => Promise<void>;
+  readonly #image: WritableImage;
   readonly #clock: Clock;
   readonly #events: EventSink;
   readonly #mounted = new Map<string, Promise<string>>();
+  /** Names of areas that have an identity of their own. */
+  readonly #identified = new Set<string>();
   #closing: Promise<void> | undefined;
 
   constructor(
     holder: Holder,
     file: BlockFile,
-    closeImage: () => Promise<void>,
+    image: WritableImage,
     failures: readonly unknown[],
     clock: Clock,
     events: EventSink,
   ) {
     this.#holder = holder;
     this.#file = file;
-    this.#closeImage = closeImage;
+    this.#image = image;
     this.failures = failures;
     this.#clock = clock;
     this.#events = events;
@@ -251,19 +283,18 @@ export class KernelEnvironment implements Environment {
     const { place } = this.#holder;
     const dir = `${place}/fs/${area.name}`;
     const driver = driverOf(area.type) ?? area.type;
+    if (area.parts !== undefined && !this.#identified.has(area.name)) {
+      await this.#giveIdentity([area, ...area.parts]);
+      // Once: what was read of it before is remembered below the loop device.
+      this.#identified.add(area.name);
+    }
     // Detached at once, a loop device that is in use clears itself with its last user. No signal ends this in between.
     const script = `trap '' HUP INT TERM
 mkdir -p ${dir}; dir=${dir}
-attach="losetup --find --show --offset ${area.offsetBytes} --sizelimit ${area.sizeBytes}"
-for again in 1 2 3 4 5; do
-  dev=$($attach --direct-io=on ${place}/disk 2>/dev/null) || dev=$($attach ${place}/disk) || dev=
-  [ -z "$dev" ] || break
-  sleep 0.2
-done
-[ -n "$dev" ] || exit 90
+${attachText(area, this.disk)}
 ${mountText(driver)}
 status=$?
-losetup --detach "$dev"
+losetup --detach $devs
 exit $status
 `;
     const { status, stderr } = await outputOf(this.run(Buffer.from(script)));
@@ -275,13 +306,21 @@ exit $status
     if (status === NTFS_LOG_STATUS) throw ntfsLogError(area.name, stderr);
     throw new B2Error(
       'io',
-      status === 90
+      status === NO_LOOP_STATUS
         ? `no loop device for ${area.name}: ${lastLine(stderr)}`
         : `the ${area.type} in ${area.name} cannot be mounted: ${lastLine(stderr)}`,
       {
         hint: 'The kernel says more in dmesg. --backend vm tries it with another kernel; "b2 restore" and fsck of the copy may help.',
       },
     );
+  }
+
+  /** So that the kernel takes it for no other one that it knows: on the overlay only, and another in every environment. */
+  async #giveIdentity(parts: readonly FoundArea[]): Promise<void> {
+    const seed = `${process.pid} ${this.#clock.monotonicNs()} ${parts[0]?.name ?? ''}`;
+    const fsid = createHash('sha256').update(seed).digest().subarray(0, 16);
+    const offsets = parts.map((p) => p.offsetBytes);
+    await giveIdentity(this.#image, offsets, fsid);
   }
 
   openContainers(): Promise<readonly FoundArea[]> {
@@ -313,6 +352,6 @@ exit $status
     ]);
     late.abort();
     await this.#file.close();
-    await this.#closeImage().catch(() => undefined);
+    await this.#image.close().catch(() => undefined);
   }
 }

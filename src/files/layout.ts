@@ -44,7 +44,10 @@ export function readableImage(image: Image, name: string): Readable {
 
 /** What of these areas only LVM itself can read, in words. */
 export function whatIsLeft(areas: readonly FoundArea[]): string {
-  return areas.flatMap(({ left }) => (left ?? []).map(({ reason }) => reason)).join('; ');
+  return areas
+    .flatMap(({ left }) => (left ?? []).filter((l) => l.isElsewhere !== true))
+    .map(({ reason }) => reason)
+    .join('; ');
 }
 
 /** An area of an image. */
@@ -53,6 +56,10 @@ export interface FoundArea extends FoundFileSystem {
   readonly holds: 'files' | 'container' | 'none';
   /** Devices that the file system spreads over. */
   readonly devices: number;
+  /** Of one that spreads over several, all of which are here (group-layout.ts): the others, each at its place. */
+  readonly parts?: readonly FoundArea[];
+  /** Why not all of them are here, where more is known than that they are not. */
+  readonly lacking?: string;
   /** Of a file system in a logical volume that needs no LVM: `offsetBytes` and `sizeBytes` are those that {@link placeVolumes} gave it. */
   readonly volume?: LogicalVolume;
   /**
@@ -64,26 +71,42 @@ export interface FoundArea extends FoundFileSystem {
   readonly left?: readonly LeftVolume[];
   /** Of a container: the volume groups whose metadata it is that counts. */
   readonly groups?: readonly VolumeGroupName[];
+  /** Of a container: no metadata in the image names it. */
+  readonly isStray?: true;
 }
 
 /** Why nothing of an area can be shown although there are, or may be, files in it; undefined otherwise. LVM is another matter: {@link isForLvm}. */
-export function whyNotShown({ holds, type, devices }: FoundArea): string | undefined {
+export function whyNotShown({
+  holds,
+  type,
+  devices,
+  parts,
+  lacking,
+}: FoundArea): string | undefined {
   if (type === 'linux_raid_member')
     return 'it is a member of a RAID of Linux (MD), which is not put together here; what is on it is not shown';
-  if (holds === 'files' && devices > 1)
-    return `the ${type} in it lies on ${devices} devices and is not shown: one of them alone cannot be read`;
+  if (holds === 'files' && devices > 1 && parts === undefined)
+    return `the ${type} in it lies on ${devices} devices and is not shown: ${lacking ?? 'one of them alone cannot be read'}`;
   return undefined;
 }
 
 /** True for containers of which a part is not among the areas, because only LVM itself can read it. */
 export function isForLvm({ holds, left }: FoundArea): boolean {
-  return holds === 'container' && (left ?? []).length > 0;
+  return holds === 'container' && (left ?? []).some((l) => l.isElsewhere !== true);
+}
+
+/** What of a container nothing here can read, in words. */
+export function elsewhere({ left }: FoundArea): readonly string[] {
+  return (left ?? []).filter((l) => l.isElsewhere === true).map(({ reason }) => reason);
 }
 
 /** The volumes among the areas, as {@link withVolumes} wants them. */
 export function volumesIn(areas: readonly FoundArea[]): readonly PlacedVolume[] {
-  return areas.flatMap(({ volume, offsetBytes }) =>
-    volume === undefined ? [] : [{ volume, offsetBytes }],
+  const placed = [...areas, ...areas.flatMap((a) => a.parts ?? [])].flatMap(
+    ({ volume, offsetBytes }) => (volume === undefined ? [] : [{ volume, offsetBytes }]),
+  );
+  return [...new Map(placed.map((p) => [p.offsetBytes, p])).values()].sort(
+    (a, b) => a.offsetBytes - b.offsetBytes,
   );
 }
 
@@ -92,13 +115,17 @@ const MAX_VOLUMES = 256;
 
 /**
  * Every partition with something on it, or the whole image where there is no partition table; then the file systems in logical
- * volumes that need no LVM to be read.
+ * volumes that need no LVM to be read. `known`: what {@link areasOn} has found already, in an image that is made of several.
  */
-export async function findAreas(image: Image, name: string): Promise<readonly FoundArea[]> {
-  const areas = await areasOn(image, name);
+export async function findAreas(
+  image: Image,
+  name: string,
+  known?: readonly FoundArea[],
+): Promise<readonly FoundArea[]> {
+  const areas = known ?? (await areasOn(image, name));
   const containers = areas.filter((a) => a.holds === 'container');
   if (containers.length === 0) return areas;
-  const { volumes, left, groups } = await logicalVolumes(image, containers);
+  const { volumes, left, groups, strays } = await logicalVolumes(image, containers);
   const inside: FoundArea[] = [];
   for (const { volume, offsetBytes } of placeVolumes(image.sizeBytes, volumes)) {
     const { sizeBytes } = volume;
@@ -106,16 +133,17 @@ export async function findAreas(image: Image, name: string): Promise<readonly Fo
     if (area !== undefined)
       inside.push({ ...area, name: volume.name, offsetBytes, sizeBytes, volume });
   }
-  const known = areas.map((area) =>
+  const told = areas.map((area) =>
     area.holds === 'container'
       ? {
           ...area,
           left: left.filter((l) => l.place === area.name),
           groups: groups.filter((g) => g.place === area.name),
+          ...(strays.includes(area.name) ? { isStray: true as const } : {}),
         }
       : area,
   );
-  return [...known, ...inside];
+  return [...told, ...inside];
 }
 
 async function logicalVolumes(
@@ -140,12 +168,14 @@ async function logicalVolumes(
       volumes: [],
       left: containers.map(({ name }) => ({ place: name, reason: messageOf(error) })),
       groups: [],
+      strays: [],
+      copies: [],
     };
   }
 }
 
 /** A logical volume as an image, to look at what is on it. */
-function volumeImage(image: Image, volume: LogicalVolume): Image {
+export function volumeImage(image: Image, volume: LogicalVolume): Image {
   return {
     sizeBytes: volume.sizeBytes,
     logicalBlockBytes: image.logicalBlockBytes,
@@ -166,7 +196,8 @@ export async function wholeFileSystem(image: Image, name: string): Promise<Found
   return (await areasOn(image, name)).find((a) => a.name === 'disk' && a.holds === 'files');
 }
 
-async function areasOn(image: Image, name: string): Promise<readonly FoundArea[]> {
+/** Every partition with something on it, or the whole image where there is no partition table. */
+export async function areasOn(image: Image, name: string): Promise<readonly FoundArea[]> {
   // blkid would look at a device of this machine, not at the image.
   const { table, contents } = await inspectDevice(readableImage(image, name), () =>
     Promise.resolve(undefined),

@@ -46,6 +46,8 @@ export interface LeftVolume {
   readonly reason: string;
   /** `VG/LV` as {@link LogicalVolume.name}; absent where it is no single volume. */
   readonly volume?: string;
+  /** A part of it lies on a physical volume that is not in this image: LVM cannot read it either. */
+  readonly isElsewhere?: true;
 }
 
 /** A volume group: its UUID, and what its volumes' names begin with here, which is not its name where that names something else, too. */
@@ -54,12 +56,20 @@ export interface VolumeGroupName {
   readonly shown: string;
   /** The physical volume whose metadata counts. */
   readonly place: string;
+  /** Names of its physical volumes in the image. */
+  readonly places: readonly string[];
+  /** True where volumes of it, as they are or inside, lie on physical volumes that are not in the image. */
+  readonly isPartial: boolean;
 }
 
 export interface FoundVolumes {
   readonly volumes: readonly LogicalVolume[];
   readonly left: readonly LeftVolume[];
   readonly groups: readonly VolumeGroupName[];
+  /** Names of physical volumes that no group in the image knows. */
+  readonly strays: readonly string[];
+  /** Physical volumes with the UUID of another one before them, which counts. */
+  readonly copies: readonly { readonly place: string; readonly of: string }[];
 }
 
 const SECTOR = 512;
@@ -86,6 +96,8 @@ type Value = string | number | readonly (string | number)[] | Section;
 type Section = ReadonlyMap<string, Value>;
 
 class BadMetadata extends Error {}
+/** A volume that lies on something that is not here. */
+class Elsewhere extends BadMetadata {}
 
 /** Parses LVM's configuration text. Throws where it is none. */
 export function parseLvmText(text: string): Section {
@@ -320,7 +332,7 @@ function segmentsOf(
         throw new BadMetadata('it is being moved, or lies on another logical volume');
       const area = data.get(volume);
       if (area === undefined)
-        throw new BadMetadata('a part of it lies on a physical volume that is not in this image');
+        throw new Elsewhere('a part of it lies on a physical volume that is not in this image');
       const at = area.start + extent * extentBytes;
       if (!Number.isSafeInteger(at) || extent < 0 || at + each > area.end)
         throw new BadMetadata('it lies outside of its physical volume');
@@ -338,14 +350,16 @@ function volumesOf(
   { name: group, section, place }: Group,
   shown: string,
   byUuid: ReadonlyMap<string, PhysicalVolumePlace>,
-): Pick<FoundVolumes, 'volumes' | 'left'> {
+): Pick<FoundVolumes, 'volumes' | 'left'> & Pick<VolumeGroupName, 'places' | 'isPartial'> {
   const extentBytes = numberOf(section, 'extent_size', 1) * SECTOR;
   const data = new Map<string, DataArea | undefined>();
+  const places: string[] = [];
   for (const [name, pv] of sectionsIn(sectionOf(section, 'physical_volumes'))) {
     const found = byUuid.get(textOf(pv, 'id').replaceAll('-', ''));
     const start = (found?.offsetBytes ?? 0) + numberOf(pv, 'pe_start', 0) * SECTOR;
     const end = (found?.offsetBytes ?? 0) + (found?.sizeBytes ?? 0);
     data.set(name, found === undefined ? undefined : { start, end });
+    if (found !== undefined) places.push(found.name);
   }
   const listed = section.get('logical_volumes');
   const all = listed instanceof Map ? sectionsIn(listed as Section) : [];
@@ -374,10 +388,21 @@ function volumesOf(
         place,
         reason: `${group}/${isName ? name : '?'}: ${error.message}`,
         ...(isName ? { volume: `${shown}/${name}` } : {}),
+        ...(error instanceof Elsewhere ? { isElsewhere: true as const } : {}),
       });
     }
   }
-  return { volumes, left };
+  // Also of what lies inside of others: the data of a pool, the sides of a mirror.
+  const isPartial = all.some(([, lv]) =>
+    sectionsIn(lv).some(([, segment]) =>
+      [...segment.values()].some(
+        (value) =>
+          Array.isArray(value) &&
+          value.some((v) => typeof v === 'string' && data.has(v) && data.get(v) === undefined),
+      ),
+    ),
+  );
+  return { volumes, left, places, isPartial };
 }
 
 const INTERNAL: ReadonlySet<unknown> = new Set(['snapshot', 'thin-pool', 'cache-pool', 'vdo-pool']);
@@ -396,6 +421,7 @@ export async function findLogicalVolumes(
   const byUuid = new Map<string, PhysicalVolumePlace>();
   const groups = new Map<string, Group>();
   const left: LeftVolume[] = [];
+  const copies: { readonly place: string; readonly of: string }[] = [];
   const sense = <T>(place: PhysicalVolumePlace, error: unknown, fallback: T): T => {
     if (!(error instanceof BadMetadata)) throw error;
     left.push({ place: place.name, reason: error.message });
@@ -406,7 +432,9 @@ export async function findLogicalVolumes(
       sense(place, e, undefined),
     );
     if (pv === undefined) continue;
-    if (byUuid.has(pv.uuid)) {
+    const same = byUuid.get(pv.uuid);
+    if (same !== undefined) {
+      copies.push({ place: place.name, of: same.name });
       left.push({ place: place.name, reason: 'it is a copy of another one in this image' });
       continue;
     }
@@ -431,16 +459,20 @@ export async function findLogicalVolumes(
     const shown = NAME.test(unique) ? unique : group.name;
     const place = places.find((p) => p.name === group.place);
     if (place === undefined) continue;
-    names.push({ id, shown, place: place.name });
+    let found: ReturnType<typeof volumesOf> | undefined;
     try {
-      const found = volumesOf(group, shown, byUuid);
+      found = volumesOf(group, shown, byUuid);
       volumes.push(...found.volumes);
       left.push(...found.left);
     } catch (error) {
       sense(place, error, undefined);
     }
+    const { places: own = [place.name], isPartial = false } = found ?? {};
+    names.push({ id, shown, place: place.name, places: own, isPartial });
   }
-  return { volumes, left, groups: names };
+  const known = new Set(names.flatMap((g) => g.places));
+  const strays = [...byUuid.values()].map((p) => p.name).filter((name) => !known.has(name));
+  return { volumes, left, groups: names, strays, copies };
 }
 
 /** A piece of a logical volume that lies in the image in one. */

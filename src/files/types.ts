@@ -23,7 +23,7 @@ export interface FoundFileSystem {
   readonly type: string;
   readonly label?: string;
   readonly uuid?: string;
-  /** Of the partition or device that it lies in; of a logical volume, which may lie in many places: 0. */
+  /** Of the partition or device that it lies in; of a logical volume, or over several devices, which lies in many places: 0. */
   readonly offsetBytes: number;
   readonly sizeBytes: number;
 }
@@ -88,6 +88,11 @@ export interface FileAccess {
   readonly fileSystems: readonly FoundFileSystem[];
   /** The backends used so far, for people and JSON. */
   readonly used: readonly BackendName[];
+  /**
+   * What is in the image and not among {@link FileAccess.fileSystems}, because another volume of the group has no point of this
+   * instant; with the reason, in words. What is said of a path that is not there is not certain then.
+   */
+  readonly notShown: readonly string[];
   /** Looks into LVM, where there is any, so that {@link FileAccess.fileSystems} has the file systems in it too. */
   openContainers(): Promise<void>;
   /**
@@ -114,7 +119,7 @@ export interface FileAccess {
   exportTree(place: Place): Promise<TreeExport>;
   /**
    * Where the data of a regular file lies in the image, as far as the file system says so: holes, data in the inode and data
-   * not yet placed are not in it. Undefined where it cannot be told (btrfs, NTFS, FAT, LVM, no filefrag).
+   * not yet placed are not in it. Undefined where it cannot be told (btrfs, NTFS, FAT, LVM, several volumes, no filefrag).
    */
   extents(place: Place): Promise<readonly FileExtent[] | undefined>;
   /** Ends the backends; the image is closed too. */

@@ -140,7 +140,7 @@ async function prepare({ areas, purpose }: VmOptions): Promise<Guest> {
   const kernel = await findGuestKernel();
   if (kernel === undefined) throw new Error('vmLacks was not asked');
   const tree = await ModuleTree.read(kernel.modules);
-  const disks = areas.slice(0, MAX_DISKS);
+  const disks = areas.flatMap((a) => [a, ...(a.parts ?? [])]).slice(0, MAX_DISKS);
   const hasContainer = disks.some((d) => d.holds === 'container');
   const lvm = hasContainer ? findProgram('lvm') : undefined;
   const wanted = new Set(disks.flatMap((d) => driverOf(d.type) ?? []));
@@ -487,8 +487,10 @@ export class VmEnvironment implements Environment {
         isNtfs ? { hint: 'apt-get install ntfs-3g' } : {},
       );
     }
-    const disk = this.#guest.disks.findIndex((d) => d.name === area.name);
-    if (area.sizeBytes > 0 && disk < 0) {
+    const diskOf = ({ name }: FoundArea): number =>
+      this.#guest.disks.findIndex((d) => d.name === name);
+    const parts = area.parts ?? [];
+    if (area.sizeBytes > 0 && [area, ...parts].some((a) => diskOf(a) < 0)) {
       throw new B2Error(
         'unsupported',
         `the ${area.type} in ${area.name} is not among the ${MAX_DISKS} that the tiny virtual machine can have`,
@@ -498,9 +500,10 @@ export class VmEnvironment implements Environment {
     const device =
       area.sizeBytes === 0
         ? Buffer.from(`dev=/dev/${this.#devices.get(area.name) ?? area.name}\n`)
-        : script`for b in /sys/block/vd*; do [ "$(cat $b/serial)" = ${serialOf(disk)} ] && dev=/dev/\${b##*/}; done\n`;
+        : deviceText(diskOf(area), 'dev=$one');
     const asked = Buffer.concat([
       device,
+      ...parts.map((part) => deviceText(diskOf(part), 'more=$more,device=$one')),
       Buffer.from(`dir=${dir}; mkdir -p "$dir"
 while read -r module; do insmod "$module" 2>/dev/null; done </m/${driver}
 (
@@ -578,6 +581,12 @@ exit $status
     await this.#line.ended.catch(() => undefined);
     await this.#server.close().catch(() => undefined);
   }
+}
+
+/** Shell text that looks for a disk of the guest, `$one`, and what then follows. */
+function deviceText(disk: number, then: string): Buffer {
+  const look = script`for b in /sys/block/vd*; do [ "$(cat $b/serial)" = ${serialOf(disk)} ] && one=/dev/\${b##*/}; done\n`;
+  return Buffer.concat([look, Buffer.from(`${then}\n`)]);
 }
 
 function hasNtfs(): boolean {

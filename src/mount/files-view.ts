@@ -12,7 +12,9 @@ import type { EventSink } from '../events.js';
 import { FilesAgent } from '../files/agent-client.js';
 import type { AgentAnswers, AgentQuestion, AgentStat } from '../files/agent-protocol.js';
 import { kernelLacks, openKernelEnvironment, type KernelEnvironment } from '../files/kernel.js';
-import { findAreas, isForLvm, whatIsLeft, whyNotShown, type FoundArea } from '../files/layout.js';
+import type { FindCompanions } from '../files/companions.js';
+import { findPointAreas } from '../files/group-layout.js';
+import { elsewhere, isForLvm, whatIsLeft, whyNotShown, type FoundArea } from '../files/layout.js';
 import { vmVolumesLack, VM_HINT } from '../files/vm.js';
 import { openVmVolumes, type VmVolumes } from '../files/vm-volumes.js';
 import { decodeName, encodeName } from '../files/names.js';
@@ -50,6 +52,8 @@ export interface FilesSource {
   readonly name: string;
   readonly mtimeNs: bigint;
   readonly openImage: () => Promise<Image>;
+  /** The other volumes of its group at that instant. */
+  readonly companions?: FindCompanions;
 }
 
 interface Opened {
@@ -65,6 +69,8 @@ interface Opened {
 interface Layout {
   /** All of it. */
   readonly all: readonly FoundArea[];
+  /** The image that it lies in: of the point, with those of other volumes where something lies on them, too. */
+  readonly openImage: () => Promise<Image>;
   /** What this machine's kernel can mount. */
   readonly shown: readonly FoundArea[];
   /** Names of the volumes that are for the virtual machine; empty where none can be started. */
@@ -255,21 +261,19 @@ export class FilesView {
   }
 
   async #readAreas(source: FilesSource): Promise<Layout> {
-    const image = await source.openImage();
-    try {
-      const all = await findAreas(image, source.name);
-      const containers = all.filter(isForLvm);
-      const volumes = containers.flatMap((a) => (a.left ?? []).flatMap((l) => l.volume ?? []));
-      const lacks = containers.length === 0 ? undefined : await this.#cannotStartVm();
-      for (const area of all) {
-        const why = leftOut(area, lacks);
-        if (why !== undefined) this.#tellOnce(source, `${area.name}: ${why}`);
-      }
-      const shown = all.filter((area) => area.holds === 'files' && area.devices === 1);
-      return { all, shown, forVm: lacks === undefined ? volumes : [] };
-    } finally {
-      await image.close();
+    const { areas: all, openImage } = await findPointAreas(source);
+    const containers = all.filter(isForLvm);
+    const volumes = containers.flatMap((a) =>
+      (a.left ?? []).flatMap((l) => (l.isElsewhere === true ? [] : (l.volume ?? []))),
+    );
+    const lacks = containers.length === 0 ? undefined : await this.#cannotStartVm();
+    for (const area of all) {
+      const why = leftOut(area, lacks);
+      if (why !== undefined) this.#tellOnce(source, `${area.name}: ${why}`);
+      for (const reason of elsewhere(area)) this.#tellOnce(source, `left out: ${reason}`);
     }
+    const shown = all.filter((area) => area.holds === 'files' && whyNotShown(area) === undefined);
+    return { all, openImage, shown, forVm: lacks === undefined ? volumes : [] };
   }
 
   /** Once for a volume, not for each of its points. */
@@ -402,20 +406,20 @@ export class FilesView {
 
   async #open(source: FilesSource): Promise<Opened> {
     const { clock, events } = this.#options;
-    const { all } = await this.#areasOf(source);
-    const image = await source.openImage();
+    const { all, openImage } = await this.#areasOf(source);
+    const image = await openImage();
     const environment = await openKernelEnvironment(image, all, clock, events);
     return { environment, agent: new FilesAgent(environment), areas: all };
   }
 
   async #openVm(source: FilesSource): Promise<Opened> {
     const { clock, events, cacheDir } = this.#options;
-    const { all } = await this.#areasOf(source);
+    const { all, openImage } = await this.#areasOf(source);
     events({
       type: 'note',
       message: `${source.name}: LVM in a tiny virtual machine puts volumes together, and this machine's kernel mounts them: ${whatIsLeft(all)}`,
     });
-    const image = await source.openImage();
+    const image = await openImage();
     const volumes: VmVolumes = await openVmVolumes({
       image,
       areas: all,
@@ -425,7 +429,7 @@ export class FilesView {
       signal: this.#ending.signal,
     });
     for (const { reason } of volumes.left) this.#tellOnce(source, `left out: ${reason}`);
-    const areas = volumes.areas.filter((a) => a.devices === 1);
+    const areas = volumes.areas.filter((a) => whyNotShown(a) === undefined);
     const environment = await openKernelEnvironment(volumes, areas, clock, events);
     if (this.#inVm.size >= REMEMBERED_POINTS) this.#inVm.clear();
     this.#inVm.set(source.key, areas);
@@ -573,7 +577,8 @@ function isVmKey(key: string): boolean {
 function leftOut(area: FoundArea, noVm: string | undefined): string | undefined {
   const { left = [] } = area;
   if (isForLvm(area)) {
-    const unnamed = noVm === undefined ? left.filter((l) => l.volume === undefined) : left;
+    const here = left.filter((l) => l.isElsewhere !== true);
+    const unnamed = noVm === undefined ? here.filter((l) => l.volume === undefined) : here;
     if (unnamed.length === 0) return undefined;
     const why = unnamed.map(({ reason }) => reason).join('; ');
     return noVm === undefined

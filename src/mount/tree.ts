@@ -14,6 +14,7 @@ import { readPartitionTable } from '../devices/table.js';
 import { B2Error, isKind, messageOf } from '../errors.js';
 import { PointClass } from '../format/commit.js';
 import type { CommitRecord } from '../format/segment.js';
+import { companionsAt, groupOf, othersOf, pointsAt, type Companions } from '../files/companions.js';
 import { readableImage } from '../files/layout.js';
 import type { Image, Lending } from '../image.js';
 import { choosePoint } from '../repo/point.js';
@@ -244,9 +245,15 @@ export class MountTree {
 
   /** Every volume that the tree shows. */
   async volumes(): Promise<readonly VolumeMeta[]> {
-    const { repo, clock, volume, warn } = this.#options;
+    const { volume } = this.#options;
     if (this.#chosen !== undefined) return this.#chosen.map((c) => c.volume);
     if (volume !== undefined) return [volume];
+    return this.#allVolumes();
+  }
+
+  /** Every volume of the repository, shown or not. */
+  async #allVolumes(): Promise<readonly VolumeMeta[]> {
+    const { repo, clock, warn } = this.#options;
     const now = clock.monotonicNs();
     if (this.#volumes === undefined || now - this.#volumes.atNs > VOLUMES_VALID_NS) {
       this.#volumes = { list: await listVolumes(repo, warn), atNs: now };
@@ -530,18 +537,32 @@ export class MountTree {
       volume: view.meta.name,
       name: `${view.meta.name} #${point.seq}`,
       mtimeNs: point.instantNs,
-      openImage: async () => {
-        const use = await view.open(point.seq);
-        const { image } = use;
-        return {
-          sizeBytes: image.sizeBytes,
-          logicalBlockBytes: image.logicalBlockBytes,
-          read: (into, offset) => image.read(into, offset),
-          extents: (offset, length, limit) => image.extents(offset, length, limit),
-          close: () => use.close(),
-        };
-      },
+      openImage: () => imageOf(view, point.seq),
+      companions: () => this.#companions(view, point.seq),
     };
+  }
+
+  /** The other volumes of the group that a point's volume is of, at its instant. */
+  async #companions(view: VolumeView, seq: number): Promise<Companions | undefined> {
+    const group = groupOf(view.meta);
+    const commit = group === undefined ? undefined : await view.point(seq);
+    if (group === undefined || commit === undefined) return undefined;
+    const others = othersOf(view.meta, await this.#allVolumes());
+    return companionsAt(group, others, commit, (meta) => {
+      const other = this.#view(meta);
+      return {
+        pointsAt: async (instantNs) => {
+          const use = await other.history();
+          try {
+            use.history.refuseGap();
+            return await pointsAt(use.timeline, instantNs);
+          } finally {
+            await use.release();
+          }
+        },
+        openImage: (at) => imageOf(other, at),
+      };
+    });
   }
 
   #remember(view: VolumeView, point: Point): Remembered {
@@ -729,4 +750,17 @@ async function seekIn(
     at = run.offset + run.length;
   }
   return what === 'hole' ? part.sizeBytes : undefined;
+}
+
+/** The image of a point, as long as it is open. */
+async function imageOf(view: VolumeView, seq: number): Promise<Image> {
+  const use = await view.open(seq);
+  const { image } = use;
+  return {
+    sizeBytes: image.sizeBytes,
+    logicalBlockBytes: image.logicalBlockBytes,
+    read: (into, offset) => image.read(into, offset),
+    extents: (offset, length, limit) => image.extents(offset, length, limit),
+    close: () => use.close(),
+  };
 }

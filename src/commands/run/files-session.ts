@@ -2,6 +2,7 @@
 import { B2Error } from '../../errors.js';
 import type { EventSink } from '../../events.js';
 import { openFileAccess } from '../../files/access.js';
+import { GroupVolumes } from '../../files/companions.js';
 import type { BackendName, FileAccess, FileEntry, FoundFileSystem } from '../../files/types.js';
 import { formatTimeLocal, formatTimeNs } from '../../human.js';
 import type { CommitRecord } from '../../format/segment.js';
@@ -35,13 +36,20 @@ export async function withFilesOf<T>(
   fn: (access: FileAccess) => Promise<T>,
 ): Promise<T> {
   const { clock, settings, signal } = context;
+  const group = new GroupVolumes(history.repo, volume, (message) =>
+    options.events({ type: 'warning', message }),
+  );
   const access = await openFileAccess({
     openImage: () => openImage(history, volume, commit.seq),
+    companions: () => group.at(commit),
     name: `${volume.name} at #${commit.seq}, ${formatTimeLocal(commit.instantNs)}`,
     backend: options.backend,
     clock,
     events: options.events,
     cacheDir: settings.cacheDir,
+  }).catch(async (error: unknown) => {
+    await group.close();
+    throw error;
   });
   const stop = (): void => void access.close();
   signal.addEventListener('abort', stop, { once: true });
@@ -56,6 +64,7 @@ export async function withFilesOf<T>(
   } finally {
     signal.removeEventListener('abort', stop);
     await access.close();
+    await group.close();
   }
 }
 

@@ -1,0 +1,172 @@
+/**
+ * The other volumes of the group that a volume is of, at the instant of one of its points: their points of exactly that instant are
+ * what lay on the other devices at that moment. Points of any other instant are never taken.
+ */
+import { B2Error, messageOf } from '../errors.js';
+import { PointClass } from '../format/commit.js';
+import type { CommitRecord } from '../format/segment.js';
+import { formatTimeLocal } from '../human.js';
+import type { Image } from '../image.js';
+import { VolumeHistory } from '../repo/history.js';
+import { openImage } from '../repo/point.js';
+import type { Repository } from '../repo/repository.js';
+import { Timeline } from '../repo/timeline.js';
+import { listVolumes, type VolumeMeta } from '../repo/volume.js';
+
+/** Another volume of the group, at the instant. */
+export interface Companion {
+  /** Its name. */
+  readonly volume: string;
+  /** Its place among the other volumes of the group, the same at every instant. */
+  readonly index: number;
+  readonly openImage: () => Promise<Image>;
+}
+
+/** Another volume of the group that has no such point, with the reason in words. */
+export interface MissingCompanion {
+  readonly volume: string;
+  readonly reason: string;
+}
+
+export interface Companions {
+  /** Name of the group. */
+  readonly group: string;
+  readonly there: readonly Companion[];
+  readonly missing: readonly MissingCompanion[];
+}
+
+/** Finds them; undefined where the volume is of no group, or alone in it. */
+export type FindCompanions = () => Promise<Companions | undefined>;
+
+/** What of a point says which instant it is of. */
+export type InstantOf = Pick<CommitRecord, 'seq' | 'instantNs' | 'pointClass'>;
+
+/** The other volumes of the group that `volume` is of, as `b2 points` counts them: of the same host, with the same name of a group. */
+export function othersOf(
+  volume: VolumeMeta,
+  volumes: readonly VolumeMeta[],
+): readonly VolumeMeta[] {
+  const group = groupOf(volume);
+  if (group === undefined) return [];
+  return volumes
+    .filter((v) => v.id !== volume.id && v.host === volume.host && groupOf(v) === group)
+    .sort((a, b) => (a.id < b.id ? -1 : 1));
+}
+
+/** The group that a volume makes its points with; undefined without one. */
+export function groupOf(volume: VolumeMeta): string | undefined {
+  const { group } = volume.facts;
+  return typeof group === 'string' && group !== '' ? group : undefined;
+}
+
+/** A volume whose points are looked through. Methods reject where it cannot be read. */
+export interface OtherVolume {
+  /** Sequence numbers of the exact points of an instant. */
+  readonly pointsAt: (instantNs: bigint) => Promise<readonly number[]>;
+  readonly openImage: (seq: number) => Promise<Image>;
+}
+
+/** The companions of a point: of every other volume the one exact point of that instant. */
+export async function companionsAt(
+  group: string,
+  others: readonly VolumeMeta[],
+  point: InstantOf,
+  open: (meta: VolumeMeta) => OtherVolume,
+): Promise<Companions | undefined> {
+  if (others.length === 0) return undefined;
+  const there: Companion[] = [];
+  const missing: MissingCompanion[] = [];
+  const at = formatTimeLocal(point.instantNs);
+  for (const [i, meta] of others.entries()) {
+    const volume = meta.name;
+    if (point.pointClass < PointClass.crash) {
+      missing.push({
+        volume,
+        reason: `point #${point.seq} is not exact, so that it has no counterpart in ${volume}`,
+      });
+      continue;
+    }
+    try {
+      const other = open(meta);
+      const seqs = await other.pointsAt(point.instantNs);
+      const [seq] = seqs;
+      if (seq === undefined)
+        missing.push({ volume, reason: `${volume} has no point of that instant (${at})` });
+      else if (seqs.length > 1)
+        missing.push({
+          volume,
+          reason: `${volume} has ${seqs.length} points of that instant (${at}), and which one counts cannot be told`,
+        });
+      else there.push({ volume, index: i, openImage: () => other.openImage(seq) });
+    } catch (error) {
+      if (!(error instanceof B2Error)) throw error;
+      missing.push({ volume, reason: `${volume} cannot be read: ${messageOf(error)}` });
+    }
+  }
+  return { group, there, missing };
+}
+
+/** For {@link OtherVolume.pointsAt}. */
+export async function pointsAt(timeline: Timeline, instantNs: bigint): Promise<readonly number[]> {
+  const seqs: number[] = [];
+  for await (const c of timeline.list({ sinceNs: instantNs, untilNs: instantNs })) seqs.push(c.seq);
+  return seqs;
+}
+
+/** The group of a volume for a command that looks at some points of it: histories are opened when they are asked for. Close it. */
+export class GroupVolumes {
+  readonly #repo: Repository;
+  readonly #volume: VolumeMeta;
+  readonly #warn: (text: string) => void;
+  readonly #opened = new Map<string, Promise<VolumeHistory>>();
+  #others: Promise<readonly VolumeMeta[]> | undefined;
+
+  constructor(repo: Repository, volume: VolumeMeta, warn: (text: string) => void) {
+    this.#repo = repo;
+    this.#volume = volume;
+    this.#warn = warn;
+  }
+
+  /** The other volumes, in the order of {@link Companion.index}. */
+  others(): Promise<readonly VolumeMeta[]> {
+    this.#others ??=
+      groupOf(this.#volume) === undefined
+        ? Promise.resolve([])
+        : listVolumes(this.#repo, this.#warn).then((all) => othersOf(this.#volume, all));
+    return this.#others;
+  }
+
+  /** The history of one of them. Rejects where it cannot be opened, or has a gap. */
+  history(meta: VolumeMeta): Promise<VolumeHistory> {
+    let history = this.#opened.get(meta.id);
+    if (history === undefined) {
+      history = VolumeHistory.open(this.#repo, meta.id);
+      this.#opened.set(meta.id, history);
+    }
+    return history.then((h) => {
+      h.refuseGap();
+      return h;
+    });
+  }
+
+  /** For {@link FindCompanions}. */
+  async at(point: InstantOf): Promise<Companions | undefined> {
+    const group = groupOf(this.#volume);
+    if (group === undefined) return undefined;
+    return companionsAt(group, await this.others(), point, (meta) => ({
+      pointsAt: async (instantNs) =>
+        pointsAt(new Timeline((await this.history(meta)).sources), instantNs),
+      openImage: async (seq) => openImage(await this.history(meta), meta, seq),
+    }));
+  }
+
+  async close(): Promise<void> {
+    for (const history of this.#opened.values()) {
+      await history.then(
+        (h) => h.close(),
+        () => undefined,
+      );
+    }
+    this.#opened.clear();
+  }
+}

@@ -7,8 +7,16 @@
 import type { Clock } from '../clock.js';
 import { B2Error, isKind, messageOf } from '../errors.js';
 import type { EventSink } from '../events.js';
-import { kernelLacks, openKernelEnvironment, type KernelEnvironment } from '../files/kernel.js';
-import { findAreas, isForLvm, whatIsLeft, whyNotShown, type FoundArea } from '../files/layout.js';
+import type { FindCompanions } from '../files/companions.js';
+import { findPointAreas } from '../files/group-layout.js';
+import {
+  attachText,
+  kernelLacks,
+  NO_LOOP_STATUS,
+  openKernelEnvironment,
+  type KernelEnvironment,
+} from '../files/kernel.js';
+import { elsewhere, isForLvm, whatIsLeft, whyNotShown, type FoundArea } from '../files/layout.js';
 import { findProgram, outputOf } from '../files/tools.js';
 import { openVmVolumes, VolumeReadError, type VmVolumes } from '../files/vm-volumes.js';
 import type { Image } from '../image.js';
@@ -31,6 +39,9 @@ export interface FileSystemCheck {
   readonly message?: string;
 }
 
+/** Checks of what lies on several volumes, so that each is made once: by what was checked. */
+export type SharedChecks = Map<string, readonly FileSystemCheck[]>;
+
 export interface FsckOptions {
   /** For messages: the volume. */
   readonly name: string;
@@ -40,6 +51,10 @@ export interface FsckOptions {
   readonly cacheDir: string;
   /** Ends the start of a virtual machine. */
   readonly signal?: AbortSignal | undefined;
+  /** The other volumes of its group at that instant. */
+  readonly companions?: FindCompanions | undefined;
+  /** Of what lies on several volumes: what came of it with another one of them at this instant. What is checked now is added. */
+  readonly checked?: SharedChecks | undefined;
 }
 
 interface Checker {
@@ -109,8 +124,6 @@ const CHECKERS: Readonly<Record<string, Checker>> = {
   },
 };
 
-/** What a script of ours ends with when there is no loop device. */
-const NO_LOOP = 90;
 const KEEP_LINES = 4;
 
 /**
@@ -126,29 +139,55 @@ export async function checkFileSystems(
       throw new B2Error('unsupported', 'only root can have the file systems of an image checked', {
         hint: '"b2 verify --boot" needs no privilege.',
       });
-    const areas = await findAreas(image, options.name);
-    const { clock, events } = options;
-    const environment = await openKernelEnvironment(kept(image), areas, clock, events);
+    const { clock, events, name, companions, checked = new Map() } = options;
+    const openImage = (): Promise<Image> => Promise.resolve(kept(image));
+    const layout = await findPointAreas({ openImage, name, companions });
+    const { areas } = layout;
+    const isShared = layout.others.length > 0;
+    const environment = await openKernelEnvironment(await layout.openImage(), areas, clock, events);
     const checks: FileSystemCheck[] = [];
     try {
       for (const area of areas) {
         const why = whyNotShown(area);
-        if (why !== undefined)
-          checks.push({ name: area.name, type: area.type, state: 'unchecked', message: why });
+        const reasons = [...(why === undefined ? [] : [why]), ...elsewhere(area)];
+        for (const message of reasons)
+          checks.push({ name: area.name, type: area.type, state: 'unchecked', message });
         if (why !== undefined || area.holds !== 'files') continue;
+        const key = isShared ? sharedKey(area) : undefined;
+        const known = key === undefined ? undefined : checked.get(key);
+        checks.push(...(known ?? []).map(onceForAll));
+        if (known !== undefined) continue;
         const check = await checkOne(environment, area);
         if (check.state !== 'sound' && environment.failures.length > 0)
           throw environment.failures[0];
-        checks.push({ name: area.name, type: area.type, ...check });
+        const made = { name: area.name, type: area.type, ...check };
+        checks.push(made);
+        if (key !== undefined) checked.set(key, [made]);
       }
     } finally {
       await environment.close();
     }
-    if (areas.some(isForLvm)) checks.push(...(await checkVmVolumes(image, areas, options)));
-    return checks;
+    const forVm = areas.filter(isForLvm).flatMap(({ left = [] }) => left.map((l) => l.reason));
+    if (forVm.length === 0) return checks;
+    const key = forVm.sort().join('\n');
+    const known = isShared ? checked.get(key) : undefined;
+    const made = known ?? (await checkVmVolumes(await layout.openImage(), areas, options));
+    if (isShared) checked.set(key, made);
+    return [...checks, ...(known === undefined ? made : made.map(onceForAll))];
   } finally {
     await image.close();
   }
+}
+
+/** What a file system on several volumes is known by among them; undefined of one that has a place of its own. */
+function sharedKey({ name, uuid, volume, parts }: FoundArea): string | undefined {
+  if (parts !== undefined) return `file system ${uuid}`;
+  return volume === undefined ? undefined : `volume ${name}`;
+}
+
+function onceForAll(check: FileSystemCheck): FileSystemCheck {
+  if (check.how === undefined) return check;
+  return { ...check, how: `${check.how}; once for all volumes that it lies on` };
 }
 
 /** The image for something that closes it, while it is still needed. */
@@ -166,7 +205,7 @@ function kept(image: Image): Image {
 const VM_CHECK_MS = 30 * 60_000;
 const BY_VM = 'the volume read by LVM in a tiny virtual machine';
 
-/** Checks what lies in volumes that only LVM can put together. */
+/** Checks what lies in volumes that only LVM can put together. Takes `image` over. */
 async function checkVmVolumes(
   image: Image,
   areas: readonly FoundArea[],
@@ -176,7 +215,7 @@ async function checkVmVolumes(
   const containers = areas.filter(isForLvm);
   let volumes: VmVolumes;
   try {
-    volumes = await openVmVolumes({ ...options, image: kept(image), areas });
+    volumes = await openVmVolumes({ ...options, image, areas });
   } catch (error) {
     // What the image cannot be read for is for the caller; here is what this machine cannot do.
     if (!isKind(error, 'unsupported', 'failed')) throw error;
@@ -264,25 +303,19 @@ async function runChecker(
   const before =
     mounted === undefined
       ? ''
-      : `mount -o remount,rw ${mounted} 2>/dev/null; umount ${mounted} || exit ${NO_LOOP}\n`;
+      : `mount -o remount,rw ${mounted} 2>/dev/null; umount ${mounted} || exit ${NO_LOOP_STATUS}\n`;
   const replay = mounted === undefined ? (checker.replay ?? ':') : ':';
   const script = `trap '' HUP INT TERM
-${before}dev=
-for again in 1 2 3 4 5; do
-  dev=$(losetup --find --show --offset ${area.offsetBytes} --sizelimit ${area.sizeBytes} ${environment.disk}) || dev=
-  [ -z "$dev" ] || break
-  sleep 0.2
-done
-[ -n "$dev" ] || exit ${NO_LOOP}
+${before}${attachText(area, environment.disk)}
 ${replay} >/dev/null 2>&1
 ( ${checker.script}
 ) 2>&1
 status=$?
-losetup --detach "$dev"
+losetup --detach $devs
 exit $status
 `;
   const { status, stdout, stderr } = await outputOf(environment.run(Buffer.from(script)));
-  if (status === NO_LOOP)
+  if (status === NO_LOOP_STATUS)
     return { state: 'unchecked', message: `no loop device: ${stderr.trim()}` };
   const how = mounted === undefined ? checker.shown : `mounted, journal replayed, ${checker.shown}`;
   if (!checker.isFaulty(status)) return { state: 'sound', how };

@@ -5,7 +5,7 @@ import { isKind, messageOf } from '../errors.js';
 import type { EventSink } from '../events.js';
 import type { Image } from '../image.js';
 import type { Finding } from './findings.js';
-import { checkFileSystems, type FileSystemCheck } from './fsck.js';
+import { checkFileSystems, type FileSystemCheck, type FsckOptions } from './fsck.js';
 
 export interface TestedPoint {
   readonly volumeId: string;
@@ -40,7 +40,7 @@ function readFailure(point: TestedPoint, kind: 'filesystem' | 'boot', error: unk
 export async function testFileSystems(
   image: Image,
   point: TestedPoint,
-  options: RestoreTestOptions,
+  options: RestoreTestOptions & Pick<FsckOptions, 'companions' | 'checked'>,
 ): Promise<{ readonly checks: readonly FileSystemCheck[]; readonly findings: readonly Finding[] }> {
   let checks: readonly FileSystemCheck[];
   try {

@@ -1,5 +1,6 @@
 /** `b2 verify --fsck` and `--boot`: restore tests of one point of each volume. */
 import { B2Error, messageOf } from '../../errors.js';
+import { groupOf, GroupVolumes, type Companions } from '../../files/companions.js';
 import { PointClass } from '../../format/commit.js';
 import { VolumeHistory } from '../../repo/history.js';
 import { allowReadAhead, choosePoint, openImage } from '../../repo/point.js';
@@ -7,7 +8,7 @@ import type { Repository } from '../../repo/repository.js';
 import { Timeline } from '../../repo/timeline.js';
 import type { VolumeMeta } from '../../repo/volume.js';
 import type { Finding } from '../../verify/findings.js';
-import type { FileSystemCheck } from '../../verify/fsck.js';
+import type { FileSystemCheck, SharedChecks } from '../../verify/fsck.js';
 import { testBoot, testFileSystems } from '../../verify/restore-test.js';
 import { parseWhen, type When } from '../../when.js';
 import type { CommandContext } from '../spec.js';
@@ -36,6 +37,8 @@ export async function restoreTests(
   const { options } = input;
   const tests: RestoreTest[] = [];
   const findings: Finding[] = [];
+  /** What was checked of what lies on several volumes, by group and instant. */
+  const checkedAt = new Map<string, SharedChecks>();
   allowReadAhead(repo, repo.store.url, (error) =>
     context.events({ type: 'warning', message: `reading ahead has ended: ${messageOf(error)}` }),
   );
@@ -55,7 +58,21 @@ export async function restoreTests(
       let boot: RestoreTest['boot'];
       if (options.fsck) {
         const image = await openImage(history, volume, commit.seq);
-        const tested = await testFileSystems(image, point, { clock, events, signal, cacheDir });
+        const group = new GroupVolumes(repo, volume, (message) =>
+          events({ type: 'warning', message }),
+        );
+        const instant = `${volume.host} ${groupOf(volume)} ${commit.instantNs}`;
+        const checked = checkedAt.get(instant) ?? (new Map() as SharedChecks);
+        checkedAt.set(instant, checked);
+        const companions = (): Promise<Companions | undefined> => group.at(commit);
+        const tested = await testFileSystems(image, point, {
+          clock,
+          events,
+          signal,
+          cacheDir,
+          companions,
+          checked,
+        }).finally(() => group.close());
         fileSystems = tested.checks;
         findings.push(...tested.findings);
       }

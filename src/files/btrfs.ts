@@ -5,7 +5,7 @@
  * The kernel tells btrfs apart by the UUID in the super block alone, remembers every device that it has seen with it, and would mix
  * a copy with its original, or refuse to mount one of them because the other is newer. With METADATA_UUID (Linux 5.0) the identity
  * can be another one than what the trees carry: so a copy that is to be mounted, on its throw-away overlay, gets an identity that no
- * other file system has. The layout is that of fs/btrfs/ctree.h (struct btrfs_super_block) and of Linux's documentation of it.
+ * other file system has, and the kernel (device_list_add of fs/btrfs/volumes.c) never puts the two together. The layout is that of fs/btrfs/ctree.h (struct btrfs_super_block) and of Linux's documentation of it.
  */
 import { createHash } from 'node:crypto';
 
@@ -20,12 +20,15 @@ const FIELD = {
   fsid: 0x20,
   magic: 0x40,
   devices: 0x88,
+  flags: 0x38,
   incompat: 0xbc,
   checksumType: 0xc4,
   device: 0xc9,
   metadataUuid: 0x23b,
 } as const;
 const METADATA_UUID = 1n << 10n;
+/** Its identity is being changed: then the kernel also goes by the other one. */
+const CHANGING = (1n << 35n) | (1n << 36n);
 
 /** What a device of a btrfs says. */
 export interface BtrfsDevice {
@@ -102,6 +105,8 @@ export async function giveIdentity(
       sum?.subarray(0, length).equals(old?.subarray(0, length) ?? sum) !== true
     )
       throw new B2Error('damaged', 'the super block of a device of a btrfs is damaged');
+    if ((bytes.readBigUInt64LE(FIELD.flags) & CHANGING) !== 0n)
+      throw new B2Error('unsupported', 'its UUID was being changed (btrfstune)');
     const flags = bytes.readBigUInt64LE(FIELD.incompat);
     if ((flags & METADATA_UUID) === 0n) {
       bytes.copy(bytes, FIELD.metadataUuid, FIELD.fsid, FIELD.fsid + UUID_BYTES);

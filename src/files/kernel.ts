@@ -73,7 +73,8 @@ function isKnown(driver: string): boolean {
     .some((line) => line.split('\t')[1] === driver);
 }
 
-async function btrfsTwin(area: FoundArea): Promise<string | undefined> {
+/** Why it is not certain that no device of this machine has the same btrfs, in words; undefined where that is certain. */
+export async function btrfsTwin(area: FoundArea): Promise<string | undefined> {
   const { uuid } = area;
   const twin = 'this machine has, or may have, the btrfs that it is a copy of';
   if (uuid === undefined || !/^[0-9a-f-]+$/.test(uuid)) return twin;

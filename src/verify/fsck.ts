@@ -11,6 +11,7 @@ import type { FindCompanions } from '../files/companions.js';
 import { findPointAreas } from '../files/group-layout.js';
 import {
   attachText,
+  btrfsTwin,
   kernelLacks,
   NO_LOOP_STATUS,
   openKernelEnvironment,
@@ -290,6 +291,10 @@ async function checkOne(
   }
   if (mounted === undefined && !checker.worksUnmounted)
     return { state: 'unchecked', message: lack ?? 'it cannot be mounted here' };
+  // It takes the identity that a btrfs had before for that of a device to read besides, and looks for it by itself.
+  const twin = area.parts === undefined ? undefined : await btrfsTwin(area);
+  if (twin !== undefined)
+    return { state: 'sound', how: `${replayed}; not ${checker.shown}: ${twin}` };
   return runChecker(environment, area, checker, mounted);
 }
 

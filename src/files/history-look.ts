@@ -6,7 +6,10 @@ import { B2Error, isKind, messageOf } from '../errors.js';
 import type { EventSink } from '../events.js';
 import type { Image } from '../image.js';
 import { openFileAccess } from './access.js';
+import type { Companions, FindCompanions } from './companions.js';
+import { rangesOf } from './history-group.js';
 import { parentPath } from './names.js';
+import { explicitPlace } from './places.js';
 import { Recorder, type BlockRange } from './recording.js';
 import type { BackendName, FileAccess, FileEntry, Place } from './types.js';
 
@@ -32,7 +35,7 @@ export interface Look {
   readonly fileSystem?: string;
   /** The file system keeps for every inode the time of its last change, which programs cannot set. */
   readonly hasChangeTimes: boolean;
-  /** Every block of the image that it depends on, the journal included. */
+  /** Every block of the image that it depends on, the journal included; those of other volumes as {@link rangesOf} numbers them. */
   readonly reads: readonly BlockRange[];
   /** Those that were read after the file system was mounted: directories, inodes and data, as far as they were not in the journal. */
   readonly lookupReads: readonly BlockRange[];
@@ -41,6 +44,8 @@ export interface Look {
 
 export interface LookOptions {
   readonly openImage: () => Promise<Image>;
+  /** The other volumes of its group at that instant. */
+  readonly companions?: FindCompanions | undefined;
   /** For messages: volume and point. */
   readonly name: string;
   /** As FileAccess.place takes it. */
@@ -60,6 +65,9 @@ const WITH_CHANGE_TIMES = /^(ext[234]|xfs|btrfs|f2fs)$/;
  */
 export async function lookAt(options: LookOptions): Promise<Look> {
   const recorder = new Recorder();
+  const recorders = new Map([[0, recorder]]);
+  const ranges = (of: (r: Recorder) => readonly BlockRange[]): readonly BlockRange[] =>
+    [...recorders].flatMap(([volume, r]) => rangesOf(volume, of(r)));
   const { signal } = options;
   let access: FileAccess | undefined;
   const stop = (): void => void access?.close();
@@ -69,10 +77,13 @@ export async function lookAt(options: LookOptions): Promise<Look> {
     access = await openFileAccess({
       ...options,
       openImage: async () => recorder.wrap(await options.openImage()),
+      companions: async () => recorded(await options.companions?.(), recorders),
     });
     signal.throwIfAborted();
-    const seen = await see(access, options.path, recorder);
-    return { ...seen, reads: recorder.all, lookupReads: recorder.sinceMark, backends: access.used };
+    const mark = (): void => recorders.forEach((r) => r.mark());
+    const seen = await see(access, options.path, mark);
+    const [reads, lookupReads] = [ranges((r) => r.all), ranges((r) => r.sinceMark)];
+    return { ...seen, reads, lookupReads, backends: access.used };
   } catch (error) {
     // What the tools said then is only that they were ended.
     if (signal.aborted)
@@ -81,7 +92,7 @@ export async function lookAt(options: LookOptions): Promise<Look> {
     return {
       found: { state: 'unreadable', reason: messageOf(error) },
       hasChangeTimes: false,
-      reads: recorder.all,
+      reads: ranges((r) => r.all),
       lookupReads: [],
       backends: access?.used ?? [],
     };
@@ -91,15 +102,39 @@ export async function lookAt(options: LookOptions): Promise<Look> {
   }
 }
 
+/** The companions with what is read of each recorded. */
+function recorded(
+  companions: Companions | undefined,
+  recorders: Map<number, Recorder>,
+): Companions | undefined {
+  if (companions === undefined) return undefined;
+  const there = companions.there.map((companion) => {
+    const recorder = new Recorder();
+    recorders.set(companion.index + 1, recorder);
+    return { ...companion, openImage: async () => recorder.wrap(await companion.openImage()) };
+  });
+  return { ...companions, there };
+}
+
 type Seen = Pick<Look, 'found' | 'fileSystem' | 'hasChangeTimes'>;
 
-async function see(access: FileAccess, path: string, recorder: Recorder): Promise<Seen> {
-  const place = await orAbsent(access.place(path));
+async function see(access: FileAccess, path: string, mark: () => void): Promise<Seen> {
+  const asked = access.place(path);
+  if (access.notShown.length > 0) {
+    await asked.catch(() => undefined);
+    // What is not shown may be what is meant.
+    if (explicitPlace(access.fileSystems, path) === undefined)
+      return {
+        found: { state: 'unreadable', reason: access.notShown.join('; ') },
+        hasChangeTimes: false,
+      };
+  }
+  const place = await orAbsent(asked);
   if (place === undefined) return { found: { state: 'absent' }, hasChangeTimes: false };
   const { fileSystem } = place;
   // Mounts it: replaying the journal is over then.
   await access.statMany(fileSystem, ['/']);
-  recorder.mark();
+  mark();
   const common = {
     fileSystem: fileSystem.name,
     hasChangeTimes: WITH_CHANGE_TIMES.test(fileSystem.type),

@@ -2,8 +2,10 @@ import { createHash } from 'node:crypto';
 
 import { B2Error, ExitCode, isKind, messageOf } from '../../errors.js';
 import type { EventSink } from '../../events.js';
+import { groupOf } from '../../files/companions.js';
 import { sameBlocks } from '../../files/diff-blocks.js';
 import { compareTrees, withContent, type Aspect, type Change } from '../../files/diff.js';
+import { findPointAreas } from '../../files/group-layout.js';
 import { showName } from '../../files/names.js';
 import type {
   BackendName,
@@ -14,7 +16,8 @@ import type {
 } from '../../files/types.js';
 import type { CommitRecord } from '../../format/segment.js';
 import { formatCount, formatTimeLocal } from '../../human.js';
-import { choosePoint, openBlockMap, type ChosenPoint } from '../../repo/point.js';
+import type { Image } from '../../image.js';
+import { choosePoint, openBlockMap, openImage, type ChosenPoint } from '../../repo/point.js';
 import { BLOCK_BYTES, blocksOf } from '../../units.js';
 import { parseWhen } from '../../when.js';
 import type { Style } from '../../ui/style.js';
@@ -54,7 +57,7 @@ export interface DiffAnswer {
   readonly from: PointRow;
   readonly to: PointRow;
   readonly path?: string;
-  /** Not a byte of the volume changed. */
+  /** Not a byte of the volume changed, and nothing in it lies on other volumes, too. */
   readonly identical: boolean;
   readonly fileSystems: readonly ComparedRow[];
   /** By file system and path. */
@@ -123,6 +126,8 @@ interface Pair {
   readonly path: string;
   readonly old: FoundFileSystem | undefined;
   readonly young: FoundFileSystem | undefined;
+  /** Why it may be there at the point at which it was not found. */
+  readonly doubt: string | undefined;
 }
 
 /** The file systems to compare: that which the path names, or all. */
@@ -132,24 +137,39 @@ async function pairsOf(
   b: CommitRecord,
 ): Promise<readonly Pair[]> {
   const { path = '' } = session;
-  const placesAt = (commit: CommitRecord): Promise<readonly Place[]> =>
+  const placesAt = (
+    commit: CommitRecord,
+  ): Promise<{ readonly places: readonly Place[]; readonly doubt: string | undefined }> =>
     withPoint(session, commit, async (access) => {
+      const doubt =
+        access.notShown.length === 0
+          ? undefined
+          : `at #${commit.seq}: ${access.notShown.join('; ')}`;
       try {
         const place = await access.place(path);
-        if (place !== undefined) return [place];
+        if (place !== undefined) return { places: [place], doubt };
         await access.openContainers();
-        return access.fileSystems.map((fileSystem) => ({ fileSystem, path: '/' }));
+        const places = access.fileSystems.map((fileSystem) => ({ fileSystem, path: '/' }));
+        return { places, doubt };
       } catch (error) {
-        if (isKind(error, 'not-found')) return [];
+        if (isKind(error, 'not-found')) return { places: [], doubt };
         throw error;
       }
     });
-  const [old, young] = [await placesAt(a), await placesAt(b)];
+  const [{ places: old, doubt: before }, { places: young, doubt: after }] = [
+    await placesAt(a),
+    await placesAt(b),
+  ];
   if (old.length === 0 && young.length === 0) {
     throw new B2Error(
       'not-found',
       `no file system of ${session.volume.name} is meant by "${showName(path)}" at either point`,
-      { hint: '"b2 ls VOLUME" lists them.' },
+      {
+        hint:
+          before === undefined && after === undefined
+            ? '"b2 ls VOLUME" lists them.'
+            : `Not shown ${[before, after].filter((d) => d !== undefined).join('; ')}.`,
+      },
     );
   }
   const keyOf = (p: Place): string => `${p.fileSystem.name}\0${p.path}`;
@@ -157,7 +177,8 @@ async function pairsOf(
   return [...keys].map((key) => {
     const [x, y] = [old.find((p) => keyOf(p) === key), young.find((p) => keyOf(p) === key)];
     const [name = '', at = '/'] = key.split('\0');
-    return { name, path: at, old: x?.fileSystem, young: y?.fileSystem };
+    const doubt = x === undefined ? before : y === undefined ? after : undefined;
+    return { name, path: at, old: x?.fileSystem, young: y?.fileSystem, doubt };
   });
 }
 
@@ -175,7 +196,11 @@ async function compare(
   content: boolean,
 ): Promise<Compared> {
   const { history } = session;
-  const { name, old, young, path } = pair;
+  const { name, old, young, path, doubt } = pair;
+  if (doubt !== undefined)
+    throw new B2Error('io', `${name} cannot be compared, because it is not shown ${doubt}`, {
+      hint: '"b2 points" shows which points are of one instant with those of the other volumes.',
+    });
   const row = { name, type: (young ?? old)?.type ?? '', same: 0, notCompared: 0 };
   if (old !== undefined && young !== undefined && isSameArea(old, young)) {
     const from = Math.floor(young.offsetBytes / BLOCK_BYTES);
@@ -231,6 +256,16 @@ async function compare(
   };
 }
 
+/** Whether something in the volume lies on other volumes of its group, too. */
+async function liesOnOthers(
+  { volume, history }: VolumePath,
+  { seq }: CommitRecord,
+): Promise<boolean> {
+  if (groupOf(volume) === undefined) return false;
+  const openIt = (): Promise<Image> => openImage(history, volume, seq);
+  return (await findPointAreas({ openImage: openIt, name: volume.name })).isSpread;
+}
+
 function isSameArea(x: FoundFileSystem, y: FoundFileSystem): boolean {
   return x.sizeBytes > 0 && x.offsetBytes === y.offsetBytes && x.sizeBytes === y.sizeBytes;
 }
@@ -282,7 +317,7 @@ export function run(context: CommandContext, input: DiffInput): Promise<Outcome<
       await openBlockMap(history, a.commit.seq),
       await openBlockMap(history, b.commit.seq),
     );
-    if (isIdentical)
+    if (isIdentical && !(await liesOnOthers(opened, b.commit)))
       return { data: { ...common, identical: true, fileSystems: [], changes: [], backends: [] } };
     const used = new Set<BackendName>();
     const session: Session = { ...opened, context, events, backend: options.backend, used };

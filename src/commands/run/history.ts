@@ -1,10 +1,13 @@
 import { B2Error, ExitCode } from '../../errors.js';
+import { GroupVolumes, type Companions } from '../../files/companions.js';
+import { GroupedPoints, pointsAtInstants } from '../../files/history-group.js';
 import { lookAt, type Look } from '../../files/history-look.js';
 import { HistoryPoints } from '../../files/history-points.js';
 import { findVersions, type Version, type VersionsFound } from '../../files/history.js';
 import { showName } from '../../files/names.js';
 import { formatBytes, formatCount, formatTimeLocal, formatTimeNs } from '../../human.js';
 import { openImage } from '../../repo/point.js';
+import { Timeline } from '../../repo/timeline.js';
 import { listSnapshots } from '../../repo/volume.js';
 import type { Style } from '../../ui/style.js';
 import { table, type Column } from '../../ui/table.js';
@@ -109,6 +112,13 @@ export function run(context: CommandContext, input: HistoryInput): Promise<Outco
     const points = await pointsOf(context, opened, options);
     const events = toldOnce(context.events);
     const backends = new Set<string>();
+    const group = new GroupVolumes(history.repo, volume, (message) =>
+      events({ type: 'warning', message }),
+    );
+    const companionsAt = async (seq: number): Promise<Companions | undefined> => {
+      const commit = await new Timeline(history.sources).bySeq(seq);
+      return commit === undefined ? undefined : group.at(commit);
+    };
     let looks = 0;
     const look = async (i: number): Promise<Look> => {
       const seq = points.seq(i);
@@ -118,6 +128,7 @@ export function run(context: CommandContext, input: HistoryInput): Promise<Outco
         events({ type: 'note', message: `${formatCount(looks)} points looked at so far` });
       const seen = await lookAt({
         openImage: () => openImage(history, volume, seq),
+        companions: () => companionsAt(seq),
         name: `${volume.name} at ${at}`,
         path,
         backend: options.backend,
@@ -129,12 +140,17 @@ export function run(context: CommandContext, input: HistoryInput): Promise<Outco
       for (const backend of seen.backends) backends.add(backend);
       return seen;
     };
+    const grouped = new GroupedPoints(points, async (other, instants) => {
+      const meta = (await group.others())[other - 1];
+      if (meta === undefined) throw new RangeError(`no volume ${other} of the group`);
+      return pointsAtInstants(await group.history(meta), instants);
+    });
     const found = await findVersions({
-      points,
+      points: grouped,
       look,
       limit: options.limit,
       extraLooks: options.looks,
-    });
+    }).finally(() => group.close());
     const fileSystem = found.versions.find((v) => v.look.fileSystem !== undefined)?.look.fileSystem;
     if (found.versions.every((v) => v.look.found.state === 'absent')) {
       const where = `the ${formatCount(points.count)} points of ${volume.name}`;

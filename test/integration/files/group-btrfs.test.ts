@@ -15,7 +15,14 @@ import type { Companions } from '../../../src/files/companions.js';
 import type { BackendName, FileAccess, FoundFileSystem } from '../../../src/files/types.js';
 import { checkFileSystems, type FileSystemCheck } from '../../../src/verify/fsck.js';
 import { FileImage } from '../../support/image-memory.js';
-import { LOOP_NEEDS, attachLoop, mountDevice, runTool, sparseFile } from '../../support/loop.js';
+import {
+  LOOP_NEEDS,
+  attachLoop,
+  mountDevice,
+  runTool,
+  sparseFile,
+  type Loop,
+} from '../../support/loop.js';
 import { requires } from '../../support/requires.js';
 import { tempDir, type TempDir } from '../../support/tmp.js';
 
@@ -45,7 +52,7 @@ requires(needs).describe('btrfs over several volumes of a group', () => {
 
   /** Copies of its devices, taken while it was mounted and nothing wrote; it is written to after that, and stays mounted. */
   async function make(name: string, count: number, ...options: readonly string[]): Promise<Made> {
-    const loops = [];
+    const loops: Loop[] = [];
     for (let i = 0; i < count; i++)
       loops.push(await attachLoop(dir, sparseFile(dir, `${name}${i}`, 128 * MIB)));
     const devices = loops.map((l) => l.device);

@@ -124,7 +124,9 @@ it('what LVM lists: sizes are those of the devices, pools are none, what did not
     sizeBytes: 1,
     holds: 'container',
     devices: 1,
-    groups: [{ id: 'aaaa-bb', shown: 'disk-aaaa-b', place: 'p1' }],
+    groups: [
+      { id: 'aaaa-bb', shown: 'disk-aaaa-b', place: 'p1', places: ['p1'], isPartial: false },
+    ],
   };
   const stdout = `  aaaa-bb/disk/thin/3/thin,sparse
   aaaa-bb/disk/pool/-1/thin,pool

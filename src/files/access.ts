@@ -201,7 +201,8 @@ class Access implements FileAccess {
     const area = this.#area(fileSystem);
     const why = whyNotShown(area);
     if (why !== undefined) {
-      throw new B2Error('unsupported', `${area.name}: ${why}`, {
+      // What is missing at this point may be there at another.
+      throw new B2Error(area.lacking === undefined ? 'unsupported' : 'io', `${area.name}: ${why}`, {
         hint: 'Restore every device of it, then mount that.',
       });
     }

@@ -4,7 +4,7 @@
  * machine's own kernel.
  */
 import { createHash } from 'node:crypto';
-import { closeSync, openSync, readFileSync, writeSync } from 'node:fs';
+import { closeSync, existsSync, openSync, readFileSync, writeSync } from 'node:fs';
 import { mkdir, readdir, readFile } from 'node:fs/promises';
 import { fileURLToPath } from 'node:url';
 import { afterAll, beforeAll, expect, it } from 'vitest';
@@ -13,12 +13,14 @@ import { systemClock } from '../../src/clock.js';
 import { findGuestKernel } from '../../src/files/guest.js';
 import { B2 } from '../support/b2.js';
 import { tool } from '../support/disks.js';
-import { captureGroup, type GroupPoint } from '../support/group-points.js';
+import { captureGroup } from '../support/group-points.js';
 import { LOOP_NEEDS } from '../support/loop.js';
 import { requires } from '../support/requires.js';
 import { tempDir, type TempDir } from '../support/tmp.js';
 
 const FIXTURE = fileURLToPath(new URL('../fixtures/lvm-two-disks/', import.meta.url));
+/** RAID and thin volumes, too, for which a virtual machine is started: a minute more. */
+const FULL = process.env['B2_TEST_GROUP_FULL'] === '1';
 const hasKernel = (await findGuestKernel()) !== undefined;
 const needs = {
   ...LOOP_NEEDS,
@@ -28,13 +30,10 @@ const needs = {
     'nsenter',
     'tar',
     'gzip',
-    'qemu-system-x86_64',
-    'busybox',
-    'lvm',
-    'perl',
+    ...(FULL ? ['qemu-system-x86_64', 'busybox', 'lvm', 'perl'] : []),
   ],
   paths: [...(LOOP_NEEDS.paths ?? []), '/dev/fuse'],
-  also: () => (hasKernel ? undefined : 'a kernel in /boot with modules'),
+  also: () => (hasKernel || !FULL ? undefined : 'a kernel in /boot with modules'),
 };
 const MIB = 1024 * 1024;
 const MINUTE_NS = 60_000_000_000n;
@@ -59,7 +58,6 @@ function spoil(file: string, offset: number, length: number): void {
 requires(needs).describe('files of a volume group on two disks', () => {
   let dir: TempDir;
   let b2: B2;
-  let points: GroupPoint;
 
   beforeAll(async () => {
     dir = tempDir();
@@ -69,32 +67,49 @@ requires(needs).describe('files of a volume group on two disks', () => {
     await b2.json(['init', '--encryption', 'none']);
     const now = systemClock.nowNs();
     const files = { a: dir.join('a'), b: dir.join('b') };
-    points = await captureGroup(b2.repository, files, now - 2n * MINUTE_NS);
-    // Afterwards the second disk is written to alone: points of it that belong to no other.
+    const points = await captureGroup(b2.repository, files, now - 2n * MINUTE_NS, 'together');
+    expect(Object.keys(points)).toEqual(['a', 'b']);
+    // Afterwards the second disk is written to alone: a point of it that belongs to no other. Its metadata stays.
     spoil(files.b, 2 * MIB, 90 * MIB);
     await captureGroup(b2.repository, { b: files.b }, now - MINUTE_NS);
   });
   afterAll(() => dir.remove());
 
-  it('shows what lies on both as it was at their common instant', async () => {
-    await b2.json(['mount', dir.join('m'), '--files', '--log', dir.join('log')]);
+  it('shows what lies on both as it was at their common instant, seen from either', async () => {
+    const log = dir.join('log');
+    await b2.json(['mount', dir.join('m'), '--files', '--log', log]);
     try {
-      for (const volume of ['a', 'b']) {
-        const top = dir.join(`m/lab/${volume}/points`);
-        const point = (await readdir(top)).find((name) => name.includes(`#${points[volume]}`));
-        console.log(await readdir(top), await readdir(dir.join(`m/lab/${volume}`)), point);
+      // The names of volumes that only LVM can read need a machine; plain ones are reached without.
+      const plain = /^(home|linear|striped)\//;
+      const wanted = sums.filter(([, path = '']) => FULL || plain.test(path));
+      expect(wanted.length).toBeGreaterThan(8);
+      for (const top of [dir.join('m/lab/a/latest'), dir.join('m/lab/b/snapshots/together')]) {
+        expect(await readdir(top)).toContain('twovg');
+        const found: string[][] = [];
+        for (const [, path = ''] of wanted) {
+          const place = path.startsWith('boot/')
+            ? `${dir.join('m/lab/a/latest/p1')}${path.slice(4)}`
+            : `${top}/twovg/${path}`;
+          found.push([sha256(await readFile(place)), path]);
+        }
+        expect(found).toEqual(wanted);
       }
-      const top = dir.join('m/lab/a/latest');
-      console.log(await readdir(top), await readdir(`${top}/twovg`));
-      const found: string[][] = [];
-      for (const [, path = ''] of sums) {
-        const place = path.startsWith('boot/') ? path.replace('boot', 'p1') : `twovg/${path}`;
-        found.push([sha256(await readFile(`${top}/${place}`)), path]);
-      }
-      console.log(readFileSync(dir.join('log'), 'utf8'));
-      expect(found).toEqual(sums);
+      if (FULL)
+        expect((await readdir(dir.join('m/lab/a/latest/twovg'))).sort()).toEqual(
+          'home linear raid1 striped thin'.split(' '),
+        );
+      // The newest point of the second disk has no counterpart: the one that there is is of another instant.
+      expect(existsSync(dir.join('m/lab/b/latest/twovg/linear'))).toBe(false);
+      expect(readFileSync(log, 'utf8')).toContain('lab/a has no point of that instant');
     } finally {
       await b2.run('umount', dir.join('m'));
     }
+  });
+
+  it('b2 cat reads one of them, and says together with what', async () => {
+    const [wanted = ''] = sums.find(([, path]) => path === 'striped/late') ?? [];
+    const ended = await b2.run('cat', 'lab/a:twovg/striped:/late');
+    expect([ended.code, sha256(Buffer.from(ended.stdout))]).toEqual([0, wanted]);
+    expect(ended.stderr).toContain('read together with lab/b, at the same instant');
   });
 });

@@ -14,12 +14,13 @@ export type GroupPoint = Readonly<Record<string, number>>;
 
 /**
  * Captures files (by the last part of their volumes' names) to a repository without encryption, as they are now: one instant of all,
- * `instantNs`. Nothing may write to them meanwhile.
+ * `instantNs`, named `snapshot`. Nothing may write to them meanwhile.
  */
 export async function captureGroup(
   repository: string,
   files: Readonly<Record<string, string>>,
   instantNs: bigint,
+  snapshot?: string,
 ): Promise<GroupPoint> {
   const clock = { ...systemClock, nowNs: () => instantNs };
   const store = await openStore(repository);
@@ -34,6 +35,7 @@ export async function captureGroup(
       const { volume, point, notExact } = await takeSnapshot(repo, {
         device,
         volume: `${HOST}/${name}`,
+        ...(snapshot === undefined ? {} : { name: snapshot }),
         tags: [],
         skipUnreadable: false,
         takeOver: false,

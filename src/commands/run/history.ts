@@ -145,12 +145,13 @@ export function run(context: CommandContext, input: HistoryInput): Promise<Outco
       if (meta === undefined) throw new RangeError(`no volume ${other} of the group`);
       return pointsAtInstants(await group.history(meta), instants);
     });
-    const found = await findVersions({
-      points: grouped,
-      look,
-      limit: options.limit,
-      extraLooks: options.looks,
-    }).finally(() => group.close());
+    const { limit, looks: extraLooks } = options;
+    let found: VersionsFound;
+    try {
+      found = await findVersions({ points: grouped, look, limit, extraLooks });
+    } finally {
+      await group.close();
+    }
     const fileSystem = found.versions.find((v) => v.look.fileSystem !== undefined)?.look.fileSystem;
     if (found.versions.every((v) => v.look.found.state === 'absent')) {
       const where = `the ${formatCount(points.count)} points of ${volume.name}`;

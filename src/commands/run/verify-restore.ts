@@ -65,16 +65,14 @@ export async function restoreTests(
         const checked = checkedAt.get(instant) ?? (new Map() as SharedChecks);
         checkedAt.set(instant, checked);
         const companions = (): Promise<Companions | undefined> => group.at(commit);
-        const tested = await testFileSystems(image, point, {
-          clock,
-          events,
-          signal,
-          cacheDir,
-          companions,
-          checked,
-        }).finally(() => group.close());
-        fileSystems = tested.checks;
-        findings.push(...tested.findings);
+        const common = { clock, events, signal, cacheDir };
+        try {
+          const tested = await testFileSystems(image, point, { ...common, companions, checked });
+          fileSystems = tested.checks;
+          findings.push(...tested.findings);
+        } finally {
+          await group.close();
+        }
       }
       if (options.boot) {
         const image = await openImage(history, volume, commit.seq);

@@ -112,4 +112,31 @@ requires(needs).describe('files of a volume group on two disks', () => {
     expect([ended.code, sha256(Buffer.from(ended.stdout))]).toEqual([0, wanted]);
     expect(ended.stderr).toContain('read together with lab/b, at the same instant');
   });
+
+  it.runIf(FULL)('b2 verify --fsck checks each of them once for both', async () => {
+    interface Verified {
+      readonly restoreTests: readonly {
+        readonly volume: string;
+        readonly fileSystems: readonly {
+          readonly name: string;
+          readonly state: string;
+          readonly how: string;
+        }[];
+      }[];
+    }
+    const { restoreTests } = await b2.json<Verified>(['verify', '--fsck', '--at', 'together']);
+    const both = 'home linear striped raid1 thin'.split(' ').map((name) => `twovg/${name}`);
+    for (const [volume, names] of [
+      ['lab/a', ['p1', ...both]],
+      ['lab/b', both],
+    ] as const) {
+      const found = restoreTests.find((t) => t.volume === volume)?.fileSystems ?? [];
+      expect(found.map((f) => f.name)).toEqual(names);
+      for (const { state, how } of found) {
+        expect(state).toBe('sound');
+        expect(how).toMatch(/^mounted, journal replayed, e2fsck -fn/);
+        expect(how.includes('once for all volumes')).toBe(volume === 'lab/b');
+      }
+    }
+  });
 });

@@ -5,7 +5,6 @@
 import { B2Error, messageOf } from '../errors.js';
 import { PointClass } from '../format/commit.js';
 import type { CommitRecord } from '../format/segment.js';
-import { formatTimeLocal } from '../human.js';
 import type { Image } from '../image.js';
 import { VolumeHistory } from '../repo/history.js';
 import { openImage } from '../repo/point.js';
@@ -76,7 +75,6 @@ export async function companionsAt(
   if (others.length === 0) return undefined;
   const there: Companion[] = [];
   const missing: MissingCompanion[] = [];
-  const at = formatTimeLocal(point.instantNs);
   for (const [i, meta] of others.entries()) {
     const volume = meta.name;
     if (point.pointClass < PointClass.crash) {
@@ -91,11 +89,11 @@ export async function companionsAt(
       const seqs = await other.pointsAt(point.instantNs);
       const [seq] = seqs;
       if (seq === undefined)
-        missing.push({ volume, reason: `${volume} has no point of that instant (${at})` });
+        missing.push({ volume, reason: `${volume} has no point of that instant` });
       else if (seqs.length > 1)
         missing.push({
           volume,
-          reason: `${volume} has ${seqs.length} points of that instant (${at}), and which one counts cannot be told`,
+          reason: `${volume} has ${seqs.length} points of that instant, and which one counts cannot be told`,
         });
       else there.push({ volume, index: i, openImage: () => other.openImage(seq) });
     } catch (error) {

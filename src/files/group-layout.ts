@@ -108,7 +108,13 @@ async function withCompanions(
         : []),
     ].join('; ');
     const useful = looked.filter((l) => l.areas.length > 0);
-    return await composed(source, image, own, useful, why, missing.length > 0);
+    try {
+      return await composed(source, image, own, useful, why, missing.length > 0);
+    } catch (error) {
+      if (!(error instanceof B2Error)) throw error;
+      // The volume alone could be read: what cannot lies on another.
+      return await composed(source, image, own, [], messageOf(error), true);
+    }
   } finally {
     for (const one of looked) await one.image.close();
   }
@@ -148,6 +154,10 @@ async function composed(
   const reason = [...doubts, why].join('; ');
   const others = theirs.filter((a) => a.holds === 'files');
   const areas = (await gatherBtrfs(all, found, others)).map((area) => because(area, reason));
+  const parts = [...containers, ...areas.flatMap((a) => a.parts ?? [])].map((a) => a.name);
+  const used = looked.filter((l) => l.areas.some((a) => parts.includes(a.name)));
+  // What has no part in it need not be opened again.
+  if (used.length < looked.length) return composed(source, image, own, used, reason, isMissing);
   return {
     areas,
     openImage: () => openComposed([source.openImage, ...looked.map((l) => l.companion.openImage)]),

@@ -40,6 +40,8 @@ const OPEN_VMS = 2;
 const OPEN_POINTS = 8;
 /** Until a virtual machine is ended although something is still being read through it. */
 const VM_END_MS = 5000;
+/** How long it is believed that another volume has no point of an instant. */
+const MISSING_MS = 5000;
 /** Points whose areas are remembered. */
 const REMEMBERED_POINTS = 256;
 
@@ -75,6 +77,8 @@ interface Layout {
   readonly shown: readonly FoundArea[];
   /** Names of the volumes that are for the virtual machine; empty where none can be started. */
   readonly forVm: readonly string[];
+  /** False where another volume of the group has no point of that instant. */
+  readonly isWhole: boolean;
 }
 
 interface Shared {
@@ -250,8 +254,15 @@ export class FilesView {
     if (known !== undefined) return known;
     const found = this.#readAreas(source);
     this.#areas.set(source.key, found);
-    // A store that was away may be back.
-    found.catch(() => this.#areas.delete(source.key));
+    const forget = (): void => {
+      if (this.#areas.get(source.key) === found) this.#areas.delete(source.key);
+    };
+    found.then(
+      // The other volumes of a group have their points of an instant a moment later.
+      ({ isWhole }) => (isWhole ? undefined : setTimeout(forget, MISSING_MS).unref()),
+      // A store that was away may be back.
+      forget,
+    );
     for (const old of this.#areas.keys()) {
       if (this.#areas.size <= REMEMBERED_POINTS) break;
       this.#areas.delete(old);
@@ -261,7 +272,7 @@ export class FilesView {
   }
 
   async #readAreas(source: FilesSource): Promise<Layout> {
-    const { areas: all, openImage } = await findPointAreas(source);
+    const { areas: all, openImage, missing } = await findPointAreas(source);
     const containers = all.filter(isForLvm);
     const volumes = containers.flatMap((a) =>
       (a.left ?? []).flatMap((l) => (l.isElsewhere === true ? [] : (l.volume ?? []))),
@@ -273,7 +284,8 @@ export class FilesView {
       for (const reason of elsewhere(area)) this.#tellOnce(source, `left out: ${reason}`);
     }
     const shown = all.filter((area) => area.holds === 'files' && whyNotShown(area) === undefined);
-    return { all, openImage, shown, forVm: lacks === undefined ? volumes : [] };
+    const forVm = lacks === undefined ? volumes : [];
+    return { all, openImage, shown, forVm, isWhole: missing.length === 0 };
   }
 
   /** Once for a volume, not for each of its points. */

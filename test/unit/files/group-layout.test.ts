@@ -142,6 +142,15 @@ describe('a volume group on two volumes', () => {
       expect.stringContaining('web/sdb cannot be read: a pack is damaged'),
     ]);
 
+    // Its metadata can, and what lies there not: no more is lost than that.
+    b.damaged.length = 0;
+    b.damaged.push({ offset: at(0), length: BYTES - at(0), message: 'another pack is damaged' });
+    const [c] = disks([both, home, away]);
+    const later = await look(c, others({ 'web/sdb': b }));
+    expect(shown(later)).toEqual(['vg/home']);
+    expect(later.missing.join()).toContain('another pack is damaged');
+    b.damaged.length = 0;
+
     // All are there, and it is nowhere.
     const elsewhere = await look(
       a,
@@ -177,6 +186,7 @@ describe('a volume group on two volumes', () => {
     ext4(d, 0);
     const layout = await look(a, others({ 'web/sdc': c, 'web/sdd': d, 'web/sdb': b }));
     expect(shown(layout)).toEqual(['vg/both', 'vg/home']);
+    expect(layout.others).toEqual(['web/sdb']);
     expect(layout.areas.some((x) => x.name.startsWith('web/sdc'))).toBe(false);
   });
 
@@ -230,6 +240,23 @@ describe('btrfs on several volumes', () => {
     const twice = await look(b, others({ 'web/sda': a, 'web/sdc': c, 'web/copy': device(3, 3) }));
     expect(shown(twice)).toEqual([]);
     expect(await look(b).then(shown)).toEqual([]);
+  });
+
+  it('may lie on two partitions of one volume, which needs no other one', async () => {
+    const disk = new MemoryImage([{ length: 4 * MIB, hole: true }]);
+    disk.content.writeUInt16LE(0xaa55, 510);
+    for (const i of [0, 1]) {
+      const entry = 446 + i * 16;
+      disk.content.writeUInt8(0x83, entry + 4);
+      disk.content.writeUInt32LE((2048 * (i * 3 + 2)) / 2, entry + 8);
+      disk.content.writeUInt32LE(2048, entry + 12);
+      device(i + 1, 2).content.copy(disk.content, (1024 * 1024 * (i * 3 + 2)) / 2);
+    }
+    const layout = await look(disk, others({}));
+    expect([shown(layout), layout.isSpread, asked]).toEqual([['p1'], false, 0]);
+    expect(layout.areas[0]?.parts?.map((p) => [p.name, p.offsetBytes])).toEqual([
+      ['p2', 2.5 * MIB],
+    ]);
   });
 
   it('gets an identity of its own without a change of what is in it', async () => {

@@ -64,9 +64,12 @@ const SECONDS: Readonly<Record<string, number>> = {
   'unit/repo/lease': 10,
   'unit/verify/verify': 9,
   'unit/watch/session': 9,
+  'integration/files/group-btrfs': 8,
   'integration/verify/fsck': 8,
+  'e2e/history-group': 7,
   'unit/capture/overload': 7,
   'unit/repo/segments/maintain': 7,
+  'e2e/files-group': 6,
   'integration/mount/serve': 6,
   'integration/restore/command': 6,
 };

@@ -118,7 +118,7 @@ async function check(
     options.fsck || options.boot
       ? await (
           await import('./verify-restore.js')
-        ).restoreTests(context, input, repo, wanted.length === 0 ? known : wanted)
+        ).restoreTests(context, input, repo, wanted.length === 0 ? known : wanted, known)
       : undefined;
   const findings = [...report.findings, ...(restored?.findings ?? [])];
   const watched = watchedVolumes(await runningWatches(context), repo.id);

@@ -209,7 +209,8 @@ class Choice {
     }
     const isIn = (v: VolumeMeta): boolean => members.some((m) => m.volume.id === v.id);
     const left = this.left.filter((l) => !isIn(l.volume));
-    for (const { volume: v, why } of left) o.warn(`${v.name} is left out: ${why}`);
+    for (const { volume: v, why } of left)
+      o.warn(`${v.name} of group ${group?.name} is left out: ${why}`);
     left.push(
       ...(await this.lackingOnes(
         lacking.filter((c) => !isIn(c.volume)),
@@ -304,7 +305,12 @@ class Choice {
         before === undefined
           ? 'and none before'
           : `its newest before that is #${before.point.seq}, ${distance(chosen.instantNs - before.point.instantNs)} older`;
-      const why = `it has no point of the instant of ${volume.name} #${chosen.seq}, ${formatTimeLocal(chosen.instantNs)} (${nearest})`;
+      const [problem] = c.history.problems;
+      const unread =
+        problem === undefined
+          ? ''
+          : `; parts of its history cannot be read: ${problem.error.message}`;
+      const why = `it has no point of the instant of ${volume.name} #${chosen.seq}, ${formatTimeLocal(chosen.instantNs)} (${nearest})${unread}`;
       left.push({ volume: c.volume, why });
       o.warn(
         `${c.volume.name} of group ${group?.name} is left out: ${why}`,

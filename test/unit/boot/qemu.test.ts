@@ -1,9 +1,17 @@
 /** QEMU's command line, and whether KVM is worth a try. */
 import { mkdirSync, readFileSync, writeFileSync } from 'node:fs';
 import { afterEach, beforeEach, describe, expect, it } from 'vitest';
-import { qemuArguments, type BootStart, type DiskBus } from '../../../src/boot/boot.js';
+import {
+  bootMachine,
+  diskSerial,
+  qemuArguments,
+  type BootStart,
+  type DiskBus,
+} from '../../../src/boot/boot.js';
 import { acceleratorsToTry, rememberKvmFails } from '../../../src/boot/qemu.js';
+import { systemClock } from '../../../src/clock.js';
 import { machineFacts } from '../../../src/process-identity.js';
+import { MemoryImage } from '../../support/image-memory.js';
 import { tempDir, type TempDir } from '../../support/tmp.js';
 
 const started = (more: Partial<BootStart> = {}): BootStart => ({
@@ -11,6 +19,7 @@ const started = (more: Partial<BootStart> = {}): BootStart => ({
   firmware: 'bios',
   firmwareWhy: '',
   disk: 'virtio',
+  serials: ['b2-0123456789abcdef'],
   hostPort: undefined,
   ...more,
 });
@@ -22,9 +31,13 @@ function valuesOf(args: readonly string[], option: string): readonly string[] {
 
 describe("QEMU's command line", () => {
   it('reads the disk from our socket alone, and knows nothing else of this machine', () => {
-    const args = qemuArguments('/run/d', undefined, started(), { name: 'web/sda' });
+    const args = qemuArguments('/run/d', undefined, started(), {});
     const [nbd, raw] = valuesOf(args, '-blockdev').map((text) => JSON.parse(text) as object);
-    expect(nbd).toMatchObject({ driver: 'nbd', server: { type: 'unix', path: '/run/d/s' } });
+    expect(nbd).toMatchObject({
+      driver: 'nbd',
+      server: { type: 'unix', path: '/run/d/s' },
+      export: 'd0',
+    });
     expect(raw).toMatchObject({ driver: 'raw', 'node-name': 'd0', file: 'n0', discard: 'unmap' });
     expect(args).toContain('-nodefaults');
     expect(args).toContain('-no-user-config');
@@ -40,16 +53,16 @@ describe("QEMU's command line", () => {
 
   it('forwards a port from 127.0.0.1 alone; without a network there is none', () => {
     const withPort = started({ hostPort: 40_022 });
-    const options = { name: 'v', checks: { port: 22 } };
+    const options = { checks: { port: 22 } };
     expect(valuesOf(qemuArguments('/d', undefined, withPort, options), '-nic')).toEqual([
       'user,model=virtio-net-pci,hostfwd=tcp:127.0.0.1:40022-:22',
     ]);
-    const alone = qemuArguments('/d', undefined, started(), { name: 'v', network: false });
+    const alone = qemuArguments('/d', undefined, started(), { network: false });
     expect(valuesOf(alone, '-nic')).toEqual(['none']);
   });
 
   it('of UEFI has the program read-only and variables of its own', () => {
-    const args = qemuArguments('/d', '/ovmf/code.fd', started({ firmware: 'uefi' }), { name: 'v' });
+    const args = qemuArguments('/d', '/ovmf/code.fd', started({ firmware: 'uefi' }), {});
     expect(valuesOf(args, '-drive')).toEqual([
       'if=pflash,unit=0,format=raw,readonly=on,file=/ovmf/code.fd',
       'if=pflash,unit=1,format=raw,file=/d/vars',
@@ -57,22 +70,21 @@ describe("QEMU's command line", () => {
   });
 
   it('has the console on a terminal with the monitor behind it', () => {
-    const args = qemuArguments('/d', undefined, started(), { name: 'v', attached: true });
+    const args = qemuArguments('/d', undefined, started(), { attached: true });
     expect(valuesOf(args, '-chardev')).toEqual(['stdio,id=con,mux=on,signal=off']);
     expect(valuesOf(args, '-mon')).toEqual(['chardev=con']);
   });
 
   it('takes memory in whole MiB, processors, display and bus as given', () => {
     const buses: Record<DiskBus, RegExp> = {
-      virtio: /^virtio-blk-pci,drive=d0/,
-      ide: /^ide-hd,drive=d0,bus=ide\.0/,
-      sata: /^ide-hd,drive=d0,bus=ahci\.0/,
-      scsi: /^scsi-hd,drive=d0,bus=scsi\.0/,
-      nvme: /^nvme,drive=d0,serial=/,
+      virtio: /^virtio-blk-pci,drive=d0,serial=b2-0123456789abcdef,bootindex=1$/,
+      ide: /^ide-hd,drive=d0,bus=ide\.0,unit=0,serial=b2-0123456789abcdef,bootindex=1$/,
+      sata: /^ide-hd,drive=d0,bus=ahci0\.0,serial=b2-0123456789abcdef,bootindex=1$/,
+      scsi: /^scsi-hd,drive=d0,bus=scsi\.0,scsi-id=0,serial=b2-0123456789abcdef,bootindex=1$/,
+      nvme: /^nvme,drive=d0,serial=b2-0123456789abcdef,bootindex=1$/,
     };
     for (const [disk, pattern] of Object.entries(buses) as [DiskBus, RegExp][]) {
       const args = qemuArguments('/d', undefined, started({ disk }), {
-        name: 'v',
         memoryBytes: 256 * 1024 ** 2 + 1,
         cpus: 3,
         display: 'curses',
@@ -82,6 +94,72 @@ describe("QEMU's command line", () => {
       expect(valuesOf(args, '-smp')).toEqual(['3']);
       expect(valuesOf(args, '-display')).toEqual(['curses']);
     }
+  });
+});
+
+describe('several disks', () => {
+  /** What every bus makes of eight (ide: four) of them. */
+  function devices(disk: DiskBus, count = 8): readonly string[] {
+    const serials = Array.from({ length: count }, (_, i) => `s${i}`);
+    return valuesOf(qemuArguments('/d', undefined, started({ disk, serials }), {}), '-device');
+  }
+
+  it('are exports of one server, in their order, of which the first is started', () => {
+    const args = qemuArguments('/d', undefined, started({ serials: ['a', 'b', 'c'] }), {});
+    const blocks = valuesOf(args, '-blockdev').map((text) => JSON.parse(text) as object);
+    expect(blocks).toMatchObject(
+      [0, 1, 2].flatMap((i) => [
+        { 'node-name': `n${i}`, server: { path: '/d/s' }, export: `d${i}` },
+        { 'node-name': `d${i}`, file: `n${i}` },
+      ]),
+    );
+    expect(valuesOf(args, '-device')).toEqual([
+      'virtio-blk-pci,drive=d0,serial=a,bootindex=1',
+      'virtio-blk-pci,drive=d1,serial=b',
+      'virtio-blk-pci,drive=d2,serial=c',
+    ]);
+  });
+
+  it('have a place and a serial number of their own on every bus', () => {
+    expect(devices('ide', 4).map((d) => d.replace(/,serial.*/, ''))).toEqual([
+      'ide-hd,drive=d0,bus=ide.0,unit=0',
+      'ide-hd,drive=d1,bus=ide.0,unit=1',
+      'ide-hd,drive=d2,bus=ide.1,unit=0',
+      'ide-hd,drive=d3,bus=ide.1,unit=1',
+    ]);
+    expect(devices('sata').filter((d) => /ahci\d$|d0|d5|d6/.test(d))).toEqual([
+      'ahci,id=ahci0',
+      'ide-hd,drive=d0,bus=ahci0.0,serial=s0,bootindex=1',
+      'ide-hd,drive=d5,bus=ahci0.5,serial=s5',
+      'ahci,id=ahci1',
+      'ide-hd,drive=d6,bus=ahci1.0,serial=s6',
+    ]);
+    expect(devices('scsi').slice(0, 3)).toEqual([
+      'virtio-scsi-pci,id=scsi',
+      'scsi-hd,drive=d0,bus=scsi.0,scsi-id=0,serial=s0,bootindex=1',
+      'scsi-hd,drive=d1,bus=scsi.0,scsi-id=1,serial=s1',
+    ]);
+    expect(devices('nvme')[7]).toBe('nvme,drive=d7,serial=s7');
+  });
+
+  it('have serial numbers that are the same in every machine, and fit every bus', () => {
+    const serial = diskSerial('0123456789abcdef0123456789abcdef');
+    expect(serial).toBe('b2-0123456789abcdef');
+    expect(serial.length).toBeLessThanOrEqual(20);
+  });
+
+  it('that are too many for the bus are refused before anything is started, and closed', async () => {
+    const disks = Array.from({ length: 5 }, (_, i) => ({
+      name: `v${i}`,
+      serial: `s${i}`,
+      image: new MemoryImage([{ length: 4096, hole: true }]),
+    }));
+    const options = { clock: systemClock, events: () => undefined, cacheDir: '/nowhere' };
+    await expect(bootMachine(disks, { ...options, disk: 'ide' })).rejects.toMatchObject({
+      kind: 'unsupported',
+      message: 'a machine takes at most 4 disks (ide), not 5',
+    });
+    expect(disks.map((d) => d.image.closed)).toEqual([1, 1, 1, 1, 1]);
   });
 });
 

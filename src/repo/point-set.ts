@@ -1,7 +1,8 @@
 /**
  * Points of several volumes that are to be used together: those of a group, which are of one instant (src/capture/group.ts), and others
- * beside them. What belongs together is told by what is in the repository: the volumes of a host that were captured in a group of one name last
- * are that group, and points of theirs with the very same instant were claimed together.
+ * beside them. What belongs together is told by what is in the repository. Points of volumes of one host that have the very same instant, to the
+ * nanosecond, were claimed together, whatever else is known of the volumes by now. Who else should have one, and is missed, is told by the
+ * volumes: those of a host that were captured in a group of one name last.
  */
 import { B2Error, isKind } from '../errors.js';
 import type { CommitRecord } from '../format/segment.js';
@@ -74,7 +75,7 @@ export interface PointSetOptions {
   readonly alone?: boolean;
   /** Volumes that are wanted beside, whatever the instant of their newest point not after the chosen one. */
   readonly beside?: readonly VolumeMeta[];
-  /** True: the newest instant not after the chosen point that the whole group has, however old. For who does not mean a certain time. */
+  /** True: the newest instant not after the chosen point that the whole group has, however old, or else the newest of all. For who does not mean a certain time. */
   readonly whole?: boolean;
   readonly warn: (message: string, hint?: string) => void;
   readonly note: (message: string) => void;
@@ -124,7 +125,8 @@ export class PointSet {
 }
 
 /**
- * The point of `volume` that `when` means, and beside it that of the very same instant of each other volume of its group.
+ * The point of `volume` that `when` means, and beside it that of the very same instant of each other volume of its host that has one: those of
+ * its group.
  *
  * Where `when` means a time, not a point (`latest`, `now`, `10m ago`), the newest point may be one that the others have not, or not yet: a
  * crash or a look in between. So of the points up to {@link REACH_NS} older the newest one is taken that most of the group have, and
@@ -167,7 +169,10 @@ class Choice {
   private readonly when: When;
   private readonly o: PointSetOptions;
   private readonly group: VolumeGroup | undefined;
-  private readonly open: (v: VolumeMeta) => Promise<VolumeHistory>;
+  /** Volumes of the host that are not of the group, or not any more. */
+  private readonly kin: readonly VolumeMeta[];
+  private readonly openNew: (v: VolumeMeta) => Promise<VolumeHistory>;
+  private readonly histories = new Map<string, VolumeHistory>();
   private readonly left: LeftOut[] = [];
 
   constructor(
@@ -180,8 +185,18 @@ class Choice {
     this.volume = volume;
     this.when = when;
     this.o = options;
-    this.open = open;
-    this.group = options.alone === true ? undefined : groupOf(volume, volumes);
+    this.openNew = open;
+    const group = options.alone === true ? undefined : groupOf(volume, volumes);
+    this.group = group;
+    // A volume whose meta object is lost has no host.
+    const isNear = (v: VolumeMeta): boolean =>
+      v.host === volume.host || v.host === '' || volume.host === '';
+    this.kin =
+      options.alone === true
+        ? []
+        : volumes.filter(
+            (v) => v.id !== volume.id && isNear(v) && group?.others.includes(v) !== true,
+          );
   }
 
   async make(opened: readonly VolumeHistory[]): Promise<PointSet> {
@@ -196,14 +211,16 @@ class Choice {
     const members: SetMember[] = [{ ...chosen, volume, history, reason: 'asked' }];
     const { instantNs } = chosen.commit;
     const lacking: Candidate[] = [];
+    const shared: SetMember[] = await this.sharing(instantNs);
     for (const c of others) {
       const commit = await pointOf(c, instantNs);
       if (commit === undefined) lacking.push(c);
-      else members.push({ ...c, commit, snapshot: undefined, reason: 'group' });
+      else shared.push({ ...c, commit, snapshot: undefined, reason: 'group' });
     }
+    members.push(...shared.sort((a, b) => byDevice(a.volume, b.volume)));
     for (const v of beside) {
       if (members.some((m) => m.volume.id === v.id)) continue;
-      const h = others.find((c) => c.volume.id === v.id)?.history ?? (await this.open(v));
+      const h = await this.open(v);
       const point = await choosePoint(h, v, { kind: 'instant', ns: instantNs }, o.warn);
       members.push({ ...point, volume: v, history: h, reason: 'with' });
     }
@@ -223,9 +240,17 @@ class Choice {
       o.warn(
         `${volume.name} was captured in group ${group.name}, but this repository has no other volume of it`,
       );
-    const passedOver = chosen.commit.seq === own.commit.seq ? undefined : own.commit;
-    if (passedOver !== undefined && o.whole !== true) this.tellPassedOver(passedOver, members);
+    const passedOver =
+      o.whole === true || chosen.commit.seq === own.commit.seq ? undefined : own.commit;
+    if (passedOver !== undefined) this.tellPassedOver(passedOver, members);
     return new PointSet({ members, group: group?.name, left, passedOver }, opened);
+  }
+
+  /** Each is opened once. */
+  private async open(v: VolumeMeta): Promise<VolumeHistory> {
+    const history = this.histories.get(v.id) ?? (await this.openNew(v));
+    this.histories.set(v.id, history);
+    return history;
   }
 
   /** Opens the other volumes of the group; those that cannot be used are left out. */
@@ -247,6 +272,24 @@ class Choice {
     return found;
   }
 
+  /** What was claimed together with the chosen point by volumes that are of the group no more, as far as they say. */
+  private async sharing(instantNs: bigint): Promise<SetMember[]> {
+    const found: SetMember[] = [];
+    for (const volume of this.kin) {
+      try {
+        const history = await this.open(volume);
+        history.refuseGap();
+        const commit = await pointOf({ volume, history, points: new Map() }, instantNs);
+        if (commit !== undefined)
+          found.push({ volume, history, commit, snapshot: undefined, reason: 'group' });
+      } catch (error) {
+        // Nothing says that it should have a point of the instant.
+        if (!isKind(error, 'damaged')) throw error;
+      }
+    }
+    return found;
+  }
+
   private async best(
     history: VolumeHistory,
     own: ChosenPoint,
@@ -257,7 +300,9 @@ class Choice {
     const timeline = new Timeline(history.sources);
     const { commit } = own;
     if (this.o.whole === true) {
-      const instantNs = await newestShared(history, others, commit.instantNs);
+      const instantNs =
+        (await newestShared(history, others, commit.instantNs)) ??
+        (await newestShared(history, others));
       const shared =
         instantNs === undefined ? undefined : (await timeline.before(instantNs))?.point;
       if (shared !== undefined) return { commit: shared, snapshot: undefined };
@@ -346,13 +391,13 @@ function distance(ns: bigint): string {
 }
 
 /**
- * The newest instant not after `untilNs` of which all have a point, going back side by side; undefined if there is none, or too far back. Where
+ * The newest instant, if given not after `untilNs`, of which all have a point, going back side by side; undefined if there is none, or too far back. Where
  * a clock was set some may be missed.
  */
 async function newestShared(
   history: VolumeHistory,
   others: readonly Candidate[],
-  untilNs: bigint,
+  untilNs?: bigint,
 ): Promise<bigint | undefined> {
   const streams = [history, ...others.map((c) => c.history)].map((h) =>
     new Timeline(h.sources).list({ untilNs, newestFirst: true }),

@@ -152,11 +152,9 @@ describe('the points of a group', () => {
     await shared(1, all);
     await shared(2, all);
     // Others: of another group, another host, none.
-    await shared(2, [
-      await volume('web/sdd', 'other'),
-      await volume('db/sda'),
-      await volume('web/x', ''),
-    ]);
+    await (await volume('web/sdd', 'other')).point(1.999);
+    await (await volume('db/sda')).point(2);
+    await (await volume('web/x', '')).point(1.998);
     const set = await choose('web/sdc');
     expect(shown(set)).toEqual([
       'web/sdc #2 asked',
@@ -318,12 +316,17 @@ describe('a newest point that others of the group lack', () => {
 
   it('does not matter to who wants any point of the whole group', async () => {
     const [a, b] = [await volume('web/sda'), await volume('web/sdb')];
+    await a.point(-100);
     await shared(0, [a, b]);
     await shared(5, [a, b]);
     for (let i = 0; i < 20; i++) await a.point(1000 + i);
     for (let i = 0; i < 20; i++) await b.point(1000.5 + i);
     const set = await choose('web/sda', 'latest', { whole: true });
-    expect(shown(set)).toEqual(['web/sda #2 asked', 'web/sdb #2 group']);
+    expect(shown(set)).toEqual(['web/sda #3 asked', 'web/sdb #2 group']);
+    expect(set.passedOver).toBe(undefined);
+    // Where there is none up to then, the newest there is.
+    const any = await choose('web/sda', '#1', { whole: true });
+    expect(shown(any)).toEqual(['web/sda #3 asked', 'web/sdb #2 group']);
     expect(told).toEqual({ warnings: [], notes: [] });
   });
 });
@@ -435,15 +438,29 @@ describe('volumes beside', () => {
   });
 });
 
-it('a volume that is watched by itself again is of no group', async () => {
-  const [a, b] = [await volume('web/sda'), await volume('web/sdb')];
-  await shared(1, [a, b]);
-  await writeVolumeMeta(repo, {
-    ...(await readVolumeMeta(repo, a.id)),
-    facts: { group: undefined },
+describe('a volume that is of no group any more', () => {
+  it('has the others of an instant at which it was, and is alone otherwise', async () => {
+    const [a, b] = [await volume('web/sda'), await volume('web/sdb')];
+    const db = await volume('db/sda');
+    await shared(1, [a, b, db]);
+    const meta = await readVolumeMeta(repo, a.id);
+    await writeVolumeMeta(repo, { ...meta, facts: { group: undefined } });
+    await a.point(2);
+    const volumes = await listVolumes(repo, () => undefined);
+    const [first] = volumes.filter((v) => v.id === a.id);
+    expect(first === undefined ? undefined : groupOf(first, volumes)).toBe(undefined);
+    expect(shown(await choose('web/sda', '#1'))).toEqual(['web/sda #1 asked', 'web/sdb #1 group']);
+    expect(shown(await choose('web/sda', '#1', { alone: true }))).toEqual(['web/sda #1 asked']);
+    expect(shown(await choose('web/sda'))).toEqual(['web/sda #2 asked']);
+    expect(told).toEqual({ warnings: [], notes: [] });
+    // The other one still is, and finds it.
+    expect(shown(await choose('web/sdb'))).toEqual(['web/sdb #1 asked', 'web/sda #1 group']);
   });
-  const volumes = await listVolumes(repo, () => undefined);
-  const [first] = volumes.filter((v) => v.id === a.id);
-  expect(first === undefined ? undefined : groupOf(first, volumes)).toBe(undefined);
-  expect(shown(await choose('web/sda'))).toEqual(['web/sda #1 asked']);
+
+  it('because its meta object is lost, is found by the instant all the same', async () => {
+    const [a, b] = [await volume('web/sda'), await volume('web/sdb')];
+    await shared(1, [a, b]);
+    await store.delete(`volumes/${b.id}/meta`);
+    expect(shown(await choose('web/sda'))).toEqual(['web/sda #1 asked', `lost-${b.id} #1 group`]);
+  });
 });

@@ -208,14 +208,21 @@ export async function bootMachine(
     try {
       await server?.close();
     } finally {
-      // The server has closed them, unless QEMU never came.
-      const closed = await Promise.allSettled(
-        disks.map(({ image }, i) => (overlays[i] ?? image).close()),
-      );
-      if (directory !== undefined) await rm(directory, { recursive: true, force: true });
-      for (const one of closed) if (one.status === 'rejected') throw one.reason;
+      try {
+        // The server has closed them, unless QEMU never came.
+        await closeAll(disks.map(({ image }, i) => overlays[i] ?? image));
+      } finally {
+        if (directory !== undefined) await rm(directory, { recursive: true, force: true });
+      }
     }
   }
+}
+
+/** Closes every one of them; then rejects with what the first failure was. */
+async function closeAll(images: readonly Image[]): Promise<void> {
+  const closed = await Promise.allSettled(images.map((image) => image.close()));
+  const failed = closed.find((one) => one.status === 'rejected');
+  if (failed !== undefined) throw failed.reason;
 }
 
 const DIRECTORY = 'b2-boot-';

@@ -355,7 +355,15 @@ requires(GROUP_NEEDS).describe('b2 boot of a group', () => {
   it('without a point of the instant is left out, and said to be; --with takes another one', async () => {
     const done = await b2.run(
       '--json',
-      ...['boot', 'data2', '--at', 'later', '--with', 'fixture', '--headless', '--timeout', '1s'],
+      'boot',
+      'data2',
+      '--at',
+      'later',
+      '--with',
+      'fixture',
+      '--headless',
+      '--timeout',
+      '1s',
     );
     expect(done.code).toBe(0);
     const [start = '', ...rest] = done.stdout.split('\n');

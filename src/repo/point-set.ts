@@ -274,18 +274,24 @@ class Choice {
 
   /** What was claimed together with the chosen point by volumes that are of the group no more, as far as they say. */
   private async sharing(instantNs: bigint): Promise<SetMember[]> {
-    const found: SetMember[] = [];
-    for (const volume of this.kin) {
+    const find = async (volume: VolumeMeta): Promise<SetMember[]> => {
       try {
         const history = await this.open(volume);
         history.refuseGap();
         const commit = await pointOf({ volume, history, points: new Map() }, instantNs);
-        if (commit !== undefined)
-          found.push({ volume, history, commit, snapshot: undefined, reason: 'group' });
+        if (commit === undefined) return [];
+        return [{ volume, history, commit, snapshot: undefined, reason: 'group' }];
       } catch (error) {
         // Nothing says that it should have a point of the instant.
         if (!isKind(error, 'damaged')) throw error;
+        return [];
       }
+    };
+    // All at once: there may be many, far away. None is still opened when this settles.
+    const found: SetMember[] = [];
+    for (const one of await Promise.allSettled(this.kin.map(find))) {
+      if (one.status === 'rejected') throw one.reason;
+      found.push(...one.value);
     }
     return found;
   }

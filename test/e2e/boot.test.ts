@@ -303,6 +303,9 @@ requires(NEEDS).describe('b2 boot', () => {
   });
 });
 
+/** Firmware alone takes half a minute without KVM, and every boot its time: not by default. */
+const UEFI = process.env['B2_TEST_BOOT_UEFI'] === '1';
+
 requires(GROUP_NEEDS).describe('b2 boot of a group', () => {
   it('has all disks of the one instant, and the file system that lies on two of them', () => {
     // By the boot above.
@@ -326,11 +329,23 @@ requires(GROUP_NEEDS).describe('b2 boot of a group', () => {
       expect(serial).toBe(`b2-${volumeId.slice(0, 16)}`);
       expect(booted.console).toContain(`disk vd${'abc'[i]} ${serial}`);
     }
+    expect(booted.console).toContain('srv boots: 1');
     // Its file is that of the instant: neither of the points before nor of those after.
     expect(booted.console).toContain(`srv: ${hashes[1]}`);
     for (const disk of disks) expect(disk.writtenBytes).toBeGreaterThan(0);
     expect(disks.reduce((sum, d) => sum + (d.readBytes ?? 0), 0)).toBe(booted.readBytes);
   });
+
+  if (UEFI)
+    it('goes on with what was written to all of them', async () => {
+      const again = ['--overlay', overlay(), '--check', FIXTURE_PROMPT, ...PATIENCE];
+      const done = await b2.run('--json', 'boot', 'fixture', ...again);
+      const answer = JSON.parse(done.stdout.split('\n').slice(1).join('\n')) as BootAnswer;
+      expect(answer.why).toBe(undefined);
+      for (const text of ['boots: 2', 'srv boots: 2', `srv: ${hashes[1]}`])
+        expect(answer.console).toContain(text);
+      await nothingLeft();
+    });
 
   it('keeps what was written to all of them together, and goes on with nothing less', async () => {
     expect(readdirSync(overlay()).sort()).toEqual(['disk0', 'disk1', 'disk2', 'disks.json']);
@@ -382,11 +397,21 @@ requires(GROUP_NEEDS).describe('b2 boot of a group', () => {
     expect(warning?.['hint']).toContain(`--at ${together.time}`);
     expect(warning?.['hint']).toContain('--with data1');
     await nothingLeft();
+    // To verify it is neither good nor damaged.
+    const test = ['--boot', '--boot-check', 'never said', '--boot-timeout', '1s', '--at', 'later'];
+    const proved = await b2.json<VerifyAnswer>(['verify', 'data2', ...test], 3);
+    expect(proved.findings).toMatchObject([
+      {
+        severity: 'unreadable',
+        kind: 'boot',
+        message: expect.stringContaining(
+          'of volume data2 without data1, fixture of its group, which have no point of that instant',
+        ) as string,
+      },
+    ]);
+    await nothingLeft();
   });
 });
-
-/** Firmware alone takes half a minute without KVM: not by default. */
-const UEFI = process.env['B2_TEST_BOOT_UEFI'] === '1';
 
 if (UEFI) {
   requires({ ...NEEDS, paths: ['/usr/share/OVMF'] }).describe('b2 boot by UEFI', () => {

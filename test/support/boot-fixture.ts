@@ -55,7 +55,7 @@ httpd -h /www
 acpid -l /dev/null
 for d in /sys/block/vd?; do echo "disk \${d##*/} $(cat $d/serial)"; done
 if [ -b /dev/vdc ] && mkdir -p /srv && mount -t btrfs -o device=/dev/vdb,device=/dev/vdc /dev/vdb /srv; then
-  echo "srv: $(sha256sum </srv/file)"; echo x >>/srv/boots; sync
+  echo "srv: $(sha256sum </srv/file)"; echo x >>/srv/boots; echo "srv boots: $(wc -l </srv/boots)"; sync
 fi
 cat /www/index.html
 `;

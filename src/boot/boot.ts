@@ -4,7 +4,7 @@
  *     image → overlay (what the guest writes) → NBD on a private socket → QEMU
  *
  * Each disk has an overlay and an export of its own; one server and one socket serve them all.
-
+ *
  * The repository is only read. QEMU ends with this process however that ends (a parent-death signal); socket, firmware variables
  * and the rest lie in a private directory that is gone afterwards.
  */
@@ -53,6 +53,13 @@ export interface BootDisk {
 /** The serial number of a volume's disk in every machine: what `/dev/disk/by-id` of the guest has. The buses take 20 characters. */
 export function diskSerial(volumeId: string): string {
   return `b2-${volumeId.slice(0, 16)}`;
+}
+
+/** A disk as the guest sees it. */
+export interface Drive {
+  readonly serial: string;
+  /** As the captured device had them: a partition table counts in them. */
+  readonly logicalBlockBytes: number;
 }
 
 /** What a started machine must show; all of what is given. */
@@ -108,8 +115,8 @@ export interface BootStart {
   readonly firmware: Firmware;
   readonly firmwareWhy: string;
   readonly disk: DiskBus;
-  /** Of each disk, in their order. */
-  readonly serials: readonly string[];
+  /** The disks, in their order. */
+  readonly drives: readonly Drive[];
   /** Of 127.0.0.1, forwarded to `checks.port`. */
   readonly hostPort: number | undefined;
 }
@@ -171,7 +178,7 @@ export async function bootMachine(
     const [first] = disks;
     if (first === undefined) throw new Error('a machine without a disk');
     const bus = options.disk ?? 'virtio';
-    checkCount(disks.length, bus);
+    checkBus(disks, bus);
     const program = qemuProgram();
     const { firmware, why: firmwareWhy } = await wantedFirmware(first, options);
     const ovmf = firmware === 'uefi' ? findOvmf() : undefined;
@@ -197,7 +204,10 @@ export async function bootMachine(
       firmware,
       firmwareWhy,
       disk: bus,
-      serials: disks.map((d) => d.serial),
+      drives: disks.map(({ serial, image }) => ({
+        serial,
+        logicalBlockBytes: image.logicalBlockBytes,
+      })),
       hostPort: options.checks?.port === undefined ? undefined : await freePort(),
     };
     const result = await new Machine(program, directory, ovmf?.code, started, options).run();
@@ -310,7 +320,18 @@ const MOST_IDE = 4;
 /** Of one controller. */
 const SATA_PORTS = 6;
 
-function checkCount(count: number, bus: DiskBus): void {
+/** Of IDE and SATA disks in QEMU, as of the real ones of their time. */
+const ATA_BLOCK_BYTES = 512;
+
+function checkBus(disks: readonly BootDisk[], bus: DiskBus): void {
+  const count = disks.length;
+  const large = disks.find((d) => d.image.logicalBlockBytes !== ATA_BLOCK_BYTES);
+  if (large !== undefined && (bus === 'ide' || bus === 'sata'))
+    throw new B2Error(
+      'unsupported',
+      `${large.name} has blocks of ${large.image.logicalBlockBytes} bytes, which no ${bus} disk of QEMU can have`,
+      { hint: 'Give --disk virtio, scsi or nvme.' },
+    );
   const most = bus === 'ide' ? MOST_IDE : MOST_DISKS;
   if (count <= most) return;
   throw new B2Error('unsupported', `a machine takes at most ${most} disks (${bus}), not ${count}`, {
@@ -326,11 +347,19 @@ function nodeName(i: number): string {
   return `d${i}`;
 }
 
-/** QEMU's arguments for disk `i` of those with these serial numbers. */
-function diskArguments(bus: DiskBus, i: number, serial: string): readonly string[] {
+/** QEMU's arguments for disk `i`. */
+function diskArguments(
+  bus: DiskBus,
+  i: number,
+  { serial, logicalBlockBytes }: Drive,
+): readonly string[] {
   const drive = `drive=${nodeName(i)}`;
   // The firmware starts the first, whatever is on the others.
-  const rest = `,serial=${serial}${i === 0 ? ',bootindex=1' : ''}`;
+  const blocks =
+    logicalBlockBytes === ATA_BLOCK_BYTES
+      ? ''
+      : `,logical_block_size=${logicalBlockBytes},physical_block_size=${logicalBlockBytes}`;
+  const rest = `,serial=${serial}${blocks}${i === 0 ? ',bootindex=1' : ''}`;
   switch (bus) {
     case 'virtio':
       return ['-device', `virtio-blk-pci,${drive}${rest}`];
@@ -408,9 +437,9 @@ export function qemuArguments(
     ['-serial', 'chardev:con'],
     uefi,
     ['-nic', options.network === false ? 'none' : `user,model=virtio-net-pci${forward}`],
-    ...started.serials.flatMap((serial, i) => [
+    ...started.drives.flatMap((drive, i) => [
       blockArguments(directory, i),
-      diskArguments(started.disk, i, serial),
+      diskArguments(started.disk, i, drive),
     ]),
   ].flat();
 }
@@ -702,7 +731,7 @@ class Machine {
       readonly 'node-name'?: string;
       readonly stats?: { readonly rd_bytes?: number; readonly wr_bytes?: number };
     }[];
-    return this.started.serials.map((_, i) => {
+    return this.started.drives.map((_, i) => {
       const mine = answer.filter((one) => one['node-name'] === nodeName(i));
       const most = (key: 'rd_bytes' | 'wr_bytes'): number =>
         mine.reduce((bytes, { stats }) => Math.max(bytes, stats?.[key] ?? 0), 0);

@@ -142,8 +142,7 @@ export async function openTemporaryOverlay(options: {
   const path = join(directory, `b2-overlay-${suffix}`);
   let handle: FileHandle | undefined;
   try {
-    handle = await open(path, 'wx+', 0o600);
-    await unlink(path);
+    handle = await openNameless(directory, path);
     await handle.truncate(overlayLayout(base.sizeBytes).fileBytes);
     return new Overlay(base, new SystemOverlayFile(path, handle), undefined);
   } catch (error) {
@@ -151,6 +150,27 @@ export async function openTemporaryOverlay(options: {
     await base.close();
     throw ioError('make temporary overlay in', directory, error);
   }
+}
+
+/** O_TMPFILE of open(2), whose number Node does not know; the same on all machines that Node runs on. */
+const O_TMPFILE = 0o20000000 | constants.O_DIRECTORY;
+
+/** Opens a new file that never has a name, or where the file system has no such files, one that loses the name `path` at once. */
+async function openNameless(directory: string, path: string): Promise<FileHandle> {
+  try {
+    return await open(directory, O_TMPFILE | constants.O_RDWR, 0o600);
+  } catch (error) {
+    // Of a kernel, or a file system, that does not know it.
+    if (!['EISDIR', 'EOPNOTSUPP', 'EINVAL'].includes(errnoOf(error) ?? '')) throw error;
+  }
+  const handle = await open(path, 'wx+', 0o600);
+  try {
+    await unlink(path);
+  } catch (error) {
+    await handle.close();
+    throw error;
+  }
+  return handle;
 }
 
 /**

@@ -141,7 +141,7 @@ export function bootFields(
   set: PointSet,
 ): Omit<BootAnswer, 'volume' | 'volumeId' | 'point'> {
   const { accelerator, why, hostPort, screenshot, diskBytes, ...more } = result;
-  const { firmwareWhy: _why, serials: _serials, ...rest } = more;
+  const { firmwareWhy: _why, drives: _drives, ...rest } = more;
   return {
     ...rest,
     ...withBytes(machineRow(set), diskBytes),

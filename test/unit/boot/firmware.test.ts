@@ -65,7 +65,7 @@ describe('the command line of QEMU', () => {
     firmware: 'bios',
     firmwareWhy: '',
     disk: 'virtio',
-    serials: ['b2-0123456789abcdef'],
+    drives: [{ serial: 'b2-0123456789abcdef', logicalBlockBytes: 512 }],
     hostPort: undefined,
   };
 

@@ -7,6 +7,7 @@ import {
   qemuArguments,
   type BootStart,
   type DiskBus,
+  type Drive,
 } from '../../../src/boot/boot.js';
 import { acceleratorsToTry, rememberKvmFails } from '../../../src/boot/qemu.js';
 import { systemClock } from '../../../src/clock.js';
@@ -19,7 +20,7 @@ const started = (more: Partial<BootStart> = {}): BootStart => ({
   firmware: 'bios',
   firmwareWhy: '',
   disk: 'virtio',
-  serials: ['b2-0123456789abcdef'],
+  drives: [{ serial: 'b2-0123456789abcdef', logicalBlockBytes: 512 }],
   hostPort: undefined,
   ...more,
 });
@@ -97,15 +98,34 @@ describe("QEMU's command line", () => {
   });
 });
 
+function drivesOf(...serials: readonly string[]): readonly Drive[] {
+  return serials.map((serial) => ({ serial, logicalBlockBytes: 512 }));
+}
+
+describe('disks with blocks of 4096 bytes', () => {
+  it.each(['virtio', 'scsi', 'nvme'] as const)('are such disks of the guest (%s)', (disk) => {
+    const drives = [{ serial: 'a', logicalBlockBytes: 4096 }, ...drivesOf('b')];
+    const devices = valuesOf(
+      qemuArguments('/d', undefined, started({ disk, drives }), {}),
+      '-device',
+    );
+    const [first, second] = devices.filter((d) => d.includes('drive='));
+    expect(first).toContain(
+      ',serial=a,logical_block_size=4096,physical_block_size=4096,bootindex=1',
+    );
+    expect(second).not.toContain('block_size');
+  });
+});
+
 describe('several disks', () => {
   /** What every bus makes of eight (ide: four) of them. */
   function devices(disk: DiskBus, count = 8): readonly string[] {
-    const serials = Array.from({ length: count }, (_, i) => `s${i}`);
-    return valuesOf(qemuArguments('/d', undefined, started({ disk, serials }), {}), '-device');
+    const drives = drivesOf(...Array.from({ length: count }, (_, i) => `s${i}`));
+    return valuesOf(qemuArguments('/d', undefined, started({ disk, drives }), {}), '-device');
   }
 
   it('are exports of one server, in their order, of which the first is started', () => {
-    const args = qemuArguments('/d', undefined, started({ serials: ['a', 'b', 'c'] }), {});
+    const args = qemuArguments('/d', undefined, started({ drives: drivesOf('a', 'b', 'c') }), {});
     const blocks = valuesOf(args, '-blockdev').map((text) => JSON.parse(text) as object);
     expect(blocks).toMatchObject(
       [0, 1, 2].flatMap((i) => [
@@ -146,6 +166,19 @@ describe('several disks', () => {
     const serial = diskSerial('0123456789abcdef0123456789abcdef');
     expect(serial).toBe('b2-0123456789abcdef');
     expect(serial.length).toBeLessThanOrEqual(20);
+  });
+
+  it('with blocks that the bus cannot have are refused before anything is started, and closed', async () => {
+    const image = new MemoryImage([{ length: 8192, hole: true }]);
+    Object.assign(image, { logicalBlockBytes: 4096 });
+    const options = { clock: systemClock, events: () => undefined, cacheDir: '/nowhere' };
+    await expect(
+      bootMachine([{ name: 'web/sda', serial: 's', image }], { ...options, disk: 'sata' }),
+    ).rejects.toMatchObject({
+      kind: 'unsupported',
+      message: 'web/sda has blocks of 4096 bytes, which no sata disk of QEMU can have',
+    });
+    expect(image.closed).toBe(1);
   });
 
   it('that are too many for the bus are refused before anything is started, and closed', async () => {

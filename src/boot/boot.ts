@@ -1,7 +1,9 @@
 /**
- * An image as the disk of a virtual machine that runs at once: nothing is copied first.
+ * Images as the disks of a virtual machine that runs at once: nothing is copied first.
  *
  *     image → overlay (what the guest writes) → NBD on a private socket → QEMU
+ *
+ * Each disk has an overlay and an export of its own; one server and one socket serve them all.
  *
  * The repository is only read. QEMU ends with this process however that ends (a parent-death signal); socket, firmware variables
  * and the rest lie in a private directory that is gone afterwards.
@@ -37,6 +39,29 @@ import { Qmp } from './qmp.js';
 /** How the disk is attached: virtio for Linux; ide and sata for systems without its driver (Windows, very old kernels). */
 export type DiskBus = 'virtio' | 'ide' | 'sata' | 'scsi' | 'nvme';
 
+/** A disk of a machine. */
+export interface BootDisk {
+  /** For messages: the volume. */
+  readonly name: string;
+  readonly image: Image;
+  /** As the guest sees it: {@link diskSerial}. */
+  readonly serial: string;
+  /** Puts the writable overlay over the image, which is closed with it. Default: one that is thrown away. */
+  readonly overlay?: ((base: Image) => Promise<WritableImage>) | undefined;
+}
+
+/** The serial number of a volume's disk in every machine: what `/dev/disk/by-id` of the guest has. The buses take 20 characters. */
+export function diskSerial(volumeId: string): string {
+  return `b2-${volumeId.slice(0, 16)}`;
+}
+
+/** A disk as the guest sees it. */
+export interface Drive {
+  readonly serial: string;
+  /** As the captured device had them: a partition table counts in them. */
+  readonly logicalBlockBytes: number;
+}
+
 /** What a started machine must show; all of what is given. */
 export interface BootChecks {
   /** This text on its first serial port. */
@@ -55,8 +80,6 @@ export interface BootOptions {
   readonly events: EventSink;
   /** Remembers whether KVM works. */
   readonly cacheDir: string;
-  /** For messages: the volume. */
-  readonly name: string;
   readonly checks?: BootChecks;
   /** False: `checks.port` is only forwarded, and nothing is waited for. Default true. */
   readonly watch?: boolean;
@@ -82,8 +105,6 @@ export interface BootOptions {
   readonly network?: boolean;
   /** Where the picture of the screen at the end goes. */
   readonly screenshot?: string | undefined;
-  /** Puts the writable overlay over the image, which is closed with it. Default: one that is thrown away. */
-  readonly overlay?: (base: Image) => Promise<WritableImage>;
   /** True: the guest is asked to switch itself off at the end, and has 30 s for it. For overlays that are kept. */
   readonly powerDown?: boolean;
   readonly signal?: AbortSignal | undefined;
@@ -94,6 +115,8 @@ export interface BootStart {
   readonly firmware: Firmware;
   readonly firmwareWhy: string;
   readonly disk: DiskBus;
+  /** The disks, in their order. */
+  readonly drives: readonly Drive[];
   /** Of 127.0.0.1, forwarded to `checks.port`. */
   readonly hostPort: number | undefined;
 }
@@ -112,7 +135,15 @@ export interface BootResult extends BootStart {
   /** The end of what the serial port said; empty when attached. */
   readonly console: string;
   readonly screenshot: string | undefined;
-  /** What the guest has read from and written to its disk. */
+  /** What the guest has read from and written to its disks. */
+  readonly readBytes: number;
+  readonly writtenBytes: number;
+  /** The same of each disk, in their order. */
+  readonly diskBytes: readonly DiskBytes[];
+}
+
+/** What went to and from a disk. */
+export interface DiskBytes {
   readonly readBytes: number;
   readonly writtenBytes: number;
 }
@@ -131,28 +162,39 @@ const ANSWER_MS = 5000;
 const MAX_DIRECTORY_BYTES = 70;
 
 /**
- * Starts a machine on the image and watches it until all checks have passed, `timeoutMs` is over, it ends, or `signal` aborts (then
- * `interrupted`, unless it is attached or has no checks: that is how it ends). Takes `image` over. A machine that does not do as it should
- * is a result, not an error; kinds `unsupported`, `failed`, `io`, and what reading the image failed with (`damaged`).
+ * Starts a machine on the disks, the first of which it boots from, and watches it until all checks have passed, `timeoutMs` is over, it
+ * ends, or `signal` aborts (then `interrupted`, unless it is attached or has no checks: that is how it ends). Takes the images over. A machine
+ * that does not do as it should is a result, not an error; kinds `unsupported`, `failed`, `io`, and what reading an image failed with (`damaged`).
  */
-export async function bootImage(image: Image, options: BootOptions): Promise<BootResult> {
+export async function bootMachine(
+  disks: readonly BootDisk[],
+  options: BootOptions,
+): Promise<BootResult> {
   const failures: unknown[] = [];
-  let disk: WritableImage | undefined;
+  const overlays: WritableImage[] = [];
   let directory: string | undefined;
   let server: NbdServer | undefined;
   try {
+    const [first] = disks;
+    if (first === undefined) throw new Error('a machine without a disk');
+    const bus = options.disk ?? 'virtio';
+    checkBus(disks, bus);
     const program = qemuProgram();
-    const { firmware, why: firmwareWhy } = await wantedFirmware(image, options);
+    const { firmware, why: firmwareWhy } = await wantedFirmware(first, options);
     const ovmf = firmware === 'uefi' ? findOvmf() : undefined;
     const accelerator = await chooseAccelerator(options.cacheDir, options.clock);
     const parent = Buffer.byteLength(tmpdir()) <= MAX_DIRECTORY_BYTES ? tmpdir() : '/tmp';
     directory = await ownDirectory(parent);
     if (ovmf !== undefined) await copyFile(ovmf.vars, join(directory, 'vars'));
-    const base = watched(image, failures);
-    const overlay = await (options.overlay?.(base) ?? openTemporaryOverlay({ base }));
-    disk = overlay;
+    for (const { image, overlay } of disks) {
+      const base = watched(image, failures);
+      overlays.push(await (overlay?.(base) ?? openTemporaryOverlay({ base })));
+    }
     server = await serveNbd({
-      exports: [{ name: '', open: () => Promise.resolve(overlay) }],
+      exports: overlays.map((overlay, i) => ({
+        name: nodeName(i),
+        open: () => Promise.resolve(overlay),
+      })),
       listen: { socketPath: join(directory, 's') },
       events: options.events,
       clock: options.clock,
@@ -161,7 +203,11 @@ export async function bootImage(image: Image, options: BootOptions): Promise<Boo
       accelerator,
       firmware,
       firmwareWhy,
-      disk: options.disk ?? 'virtio',
+      disk: bus,
+      drives: disks.map(({ serial, image }) => ({
+        serial,
+        logicalBlockBytes: image.logicalBlockBytes,
+      })),
       hostPort: options.checks?.port === undefined ? undefined : await freePort(),
     };
     const result = await new Machine(program, directory, ovmf?.code, started, options).run();
@@ -172,11 +218,21 @@ export async function bootImage(image: Image, options: BootOptions): Promise<Boo
     try {
       await server?.close();
     } finally {
-      // The server has closed it, unless QEMU never came.
-      await (disk ?? image).close();
-      if (directory !== undefined) await rm(directory, { recursive: true, force: true });
+      try {
+        // The server has closed them, unless QEMU never came.
+        await closeAll(disks.map(({ image }, i) => overlays[i] ?? image));
+      } finally {
+        if (directory !== undefined) await rm(directory, { recursive: true, force: true });
+      }
     }
   }
+}
+
+/** Closes every one of them; then rejects with what the first failure was. */
+async function closeAll(images: readonly Image[]): Promise<void> {
+  const closed = await Promise.allSettled(images.map((image) => image.close()));
+  const failed = closed.find((one) => one.status === 'rejected');
+  if (failed !== undefined) throw failed.reason;
 }
 
 const DIRECTORY = 'b2-boot-';
@@ -238,11 +294,11 @@ function qemuProgram(): string {
 }
 
 async function wantedFirmware(
-  image: Image,
+  { image, name }: BootDisk,
   options: BootOptions,
 ): Promise<{ readonly firmware: Firmware; readonly why: string }> {
   if (options.firmware !== undefined) return { firmware: options.firmware, why: 'as asked' };
-  return firmwareOf(await readPartitionTable(readableImage(image, options.name)));
+  return firmwareOf(await readPartitionTable(readableImage(image, name)));
 }
 
 /** A port of 127.0.0.1 that nobody listens on at the moment. */
@@ -257,18 +313,90 @@ async function freePort(): Promise<number> {
   return port;
 }
 
-const DISK_ARGUMENTS: Readonly<Record<DiskBus, readonly string[]>> = {
-  virtio: ['-device', 'virtio-blk-pci,drive=d0,bootindex=1'],
-  ide: ['-device', 'ide-hd,drive=d0,bus=ide.0,bootindex=1'],
-  sata: ['-device', 'ahci,id=ahci', '-device', 'ide-hd,drive=d0,bus=ahci.0,bootindex=1'],
-  scsi: [
-    '-device',
-    'virtio-scsi-pci,id=scsi',
-    '-device',
-    'scsi-hd,drive=d0,bus=scsi.0,bootindex=1',
-  ],
-  nvme: ['-device', 'nvme,drive=d0,serial=b2,bootindex=1'],
-};
+/** Of any bus: what finds room beside the other devices of a machine (each virtio and NVMe disk takes a PCI slot). */
+const MOST_DISKS = 24;
+/** Two channels of two. */
+const MOST_IDE = 4;
+/** Of one controller. */
+const SATA_PORTS = 6;
+
+/** Of IDE and SATA disks in QEMU, as of the real ones of their time. */
+const ATA_BLOCK_BYTES = 512;
+
+function checkBus(disks: readonly BootDisk[], bus: DiskBus): void {
+  const count = disks.length;
+  const large = disks.find((d) => d.image.logicalBlockBytes !== ATA_BLOCK_BYTES);
+  if (large !== undefined && (bus === 'ide' || bus === 'sata'))
+    throw new B2Error(
+      'unsupported',
+      `${large.name} has blocks of ${large.image.logicalBlockBytes} bytes, which no ${bus} disk of QEMU can have`,
+      { hint: 'Give --disk virtio, scsi or nvme.' },
+    );
+  const most = bus === 'ide' ? MOST_IDE : MOST_DISKS;
+  if (count <= most) return;
+  throw new B2Error('unsupported', `a machine takes at most ${most} disks (${bus}), not ${count}`, {
+    hint:
+      bus === 'ide'
+        ? 'Give --disk sata.'
+        : 'Give --alone, and --with for each disk that it cannot do without.',
+  });
+}
+
+/** Of QEMU's block node of disk `i`, and of its export. */
+function nodeName(i: number): string {
+  return `d${i}`;
+}
+
+/** QEMU's arguments for disk `i`. */
+function diskArguments(
+  bus: DiskBus,
+  i: number,
+  { serial, logicalBlockBytes }: Drive,
+): readonly string[] {
+  const drive = `drive=${nodeName(i)}`;
+  // The firmware starts the first, whatever is on the others.
+  const blocks =
+    logicalBlockBytes === ATA_BLOCK_BYTES
+      ? ''
+      : `,logical_block_size=${logicalBlockBytes},physical_block_size=${logicalBlockBytes}`;
+  const rest = `,serial=${serial}${blocks}${i === 0 ? ',bootindex=1' : ''}`;
+  switch (bus) {
+    case 'virtio':
+      return ['-device', `virtio-blk-pci,${drive}${rest}`];
+    case 'ide':
+      return ['-device', `ide-hd,${drive},bus=ide.${i >> 1},unit=${i & 1}${rest}`];
+    case 'sata': {
+      const controller = `ahci${Math.floor(i / SATA_PORTS)}`;
+      const port = i % SATA_PORTS;
+      return [
+        ...(port === 0 ? ['-device', `ahci,id=${controller}`] : []),
+        '-device',
+        `ide-hd,${drive},bus=${controller}.${port}${rest}`,
+      ];
+    }
+    case 'scsi':
+      return [
+        ...(i === 0 ? ['-device', 'virtio-scsi-pci,id=scsi'] : []),
+        '-device',
+        `scsi-hd,${drive},bus=scsi.0,scsi-id=${i}${rest}`,
+      ];
+    case 'nvme':
+      return ['-device', `nvme,${drive}${rest}`];
+  }
+}
+
+/** The block nodes of disk `i`: its export, and what the device sees. */
+function blockArguments(directory: string, i: number): readonly string[] {
+  const nbd = {
+    driver: 'nbd',
+    'node-name': `n${i}`,
+    server: { type: 'unix', path: join(directory, 's') },
+    export: nodeName(i),
+    discard: 'unmap',
+  };
+  const raw = { driver: 'raw', 'node-name': nodeName(i), file: `n${i}`, discard: 'unmap' };
+  return ['-blockdev', JSON.stringify(nbd), '-blockdev', JSON.stringify(raw)];
+}
 
 /** QEMU's command line. Exported for its test. */
 export function qemuArguments(
@@ -277,7 +405,7 @@ export function qemuArguments(
   started: BootStart,
   options: Pick<
     BootOptions,
-    'attached' | 'checks' | 'cpus' | 'display' | 'memoryBytes' | 'network' | 'name'
+    'attached' | 'checks' | 'cpus' | 'display' | 'memoryBytes' | 'network'
   >,
 ): readonly string[] {
   const { accelerator } = started.accelerator;
@@ -286,14 +414,6 @@ export function qemuArguments(
     started.hostPort === undefined
       ? ''
       : `,hostfwd=tcp:127.0.0.1:${started.hostPort}-:${options.checks?.port ?? 0}`;
-  const nbd = {
-    driver: 'nbd',
-    'node-name': 'n0',
-    server: { type: 'unix', path: join(directory, 's') },
-    export: '',
-    discard: 'unmap',
-  };
-  const raw = { driver: 'raw', 'node-name': 'd0', file: 'n0', discard: 'unmap' };
   const chardev =
     options.attached === true
       ? ['-chardev', 'stdio,id=con,mux=on,signal=off', '-mon', 'chardev=con']
@@ -317,8 +437,10 @@ export function qemuArguments(
     ['-serial', 'chardev:con'],
     uefi,
     ['-nic', options.network === false ? 'none' : `user,model=virtio-net-pci${forward}`],
-    ['-blockdev', JSON.stringify(nbd), '-blockdev', JSON.stringify(raw)],
-    DISK_ARGUMENTS[started.disk],
+    ...started.drives.flatMap((drive, i) => [
+      blockArguments(directory, i),
+      diskArguments(started.disk, i, drive),
+    ]),
   ].flat();
 }
 
@@ -381,7 +503,7 @@ class Machine {
       const isAlive = child.exitCode === null && child.signalCode === null;
       const seconds = this.seconds();
       const screenshot = isAlive ? await this.screenshot(qmp) : undefined;
-      const io = isAlive ? await diskBytes(qmp) : { readBytes: 0, writtenBytes: 0 };
+      const disks = await this.diskBytes(isAlive ? qmp : undefined);
       if (!isAlive && why !== undefined) {
         const words = lastLine(said());
         if (words !== '') why = `${why}: ${words}`;
@@ -395,7 +517,9 @@ class Machine {
         seconds,
         console: this.console,
         screenshot,
-        ...io,
+        readBytes: disks.reduce((sum, d) => sum + d.readBytes, 0),
+        writtenBytes: disks.reduce((sum, d) => sum + d.writtenBytes, 0),
+        diskBytes: disks,
       };
     } finally {
       signal?.removeEventListener('abort', stop);
@@ -600,6 +724,21 @@ class Machine {
     return screenshot;
   }
 
+  /** Of each disk; zeros where nobody can be asked. */
+  private async diskBytes(qmp: Qmp | undefined): Promise<readonly DiskBytes[]> {
+    // Firmware variables are a disk as well, with another name.
+    const answer = ((await qmp?.command('query-blockstats')) ?? []) as readonly {
+      readonly 'node-name'?: string;
+      readonly stats?: { readonly rd_bytes?: number; readonly wr_bytes?: number };
+    }[];
+    return this.started.drives.map((_, i) => {
+      const mine = answer.filter((one) => one['node-name'] === nodeName(i));
+      const most = (key: 'rd_bytes' | 'wr_bytes'): number =>
+        mine.reduce((bytes, { stats }) => Math.max(bytes, stats?.[key] ?? 0), 0);
+      return { readBytes: most('rd_bytes'), writtenBytes: most('wr_bytes') };
+    });
+  }
+
   private async end(qmp: Qmp, ended: Promise<number>): Promise<void> {
     const { clock } = this.o;
     const gone = ended.then(
@@ -651,16 +790,4 @@ function answers(port: number): Promise<boolean> {
     socket.on('error', () => settle(false));
     socket.on('close', () => settle(false));
   });
-}
-
-async function diskBytes(
-  qmp: Qmp,
-): Promise<{ readonly readBytes: number; readonly writtenBytes: number }> {
-  const answer = (await qmp.command('query-blockstats')) as readonly {
-    readonly qdev?: string;
-    readonly stats?: { readonly rd_bytes?: number; readonly wr_bytes?: number };
-  }[];
-  // The one with a device: firmware variables are a disk as well, without.
-  const mine = answer.find((one) => (one.stats?.rd_bytes ?? 0) > 0);
-  return { readBytes: mine?.stats?.rd_bytes ?? 0, writtenBytes: mine?.stats?.wr_bytes ?? 0 };
 }

@@ -256,7 +256,12 @@ export async function takeSnapshot(
             device: facts.realPath,
             sizeBytes: facts.sizeBytes,
             logicalBlockBytes: facts.logicalBlockBytes,
-            facts: { identity: facts.identity, contents },
+            facts: {
+              identity: facts.identity,
+              contents,
+              // It is of its group still: this is a point that the others lack.
+              group: volume.facts['group'],
+            },
             updatedNs: clock.nowNs(),
           };
           await addSnapshot(repo, {

@@ -17,6 +17,15 @@ const options = {
     description: 'the newest exact point not after this time, a snapshot, or a point (#12)',
     default: 'latest',
   },
+  alone: {
+    description: 'without the other volumes of its group',
+  },
+  with: {
+    value: 'VOLUME',
+    many: true,
+    description:
+      'attach this volume as well, at its newest exact point not after that of the first, whatever its instant',
+  },
   check: {
     value: 'STRING',
     description: 'headless: wait for this text on the first serial port',
@@ -52,7 +61,7 @@ const options = {
   },
   disk: {
     value: 'BUS',
-    description: 'how the disk is attached: sata or ide for systems without virtio drivers',
+    description: 'how the disks are attached: sata or ide for systems without virtio drivers',
     choices: ['virtio', 'ide', 'sata', 'scsi', 'nvme'],
     default: 'virtio',
   },
@@ -75,7 +84,8 @@ const options = {
   },
   overlay: {
     value: 'FILE',
-    description: 'keep what the machine writes in this file, and go on with it the next time',
+    description:
+      'keep what the machine writes in this file (with several disks: a directory), and go on with it the next time',
     complete: 'file',
   },
 } as const satisfies OptionSpecs;
@@ -86,6 +96,9 @@ export const bootCommand = defineCommand({
   summary: 'start a virtual machine from a point of a volume, at once',
   description: [
     'Starts QEMU with the volume as it was at a point as its disk. Nothing is copied first, and nothing in the repository changes: what the machine writes goes to an overlay, which is thrown away at the end or kept with --overlay.',
+    'A volume that was captured in a group (b2 watch --group) comes with the others of the group: as the first disk, which the machine boots from, and after it the others in the order of their devices, each at the point of the very same instant. A volume of the group that has none of that instant is left out, with a warning that says what can be had instead: an older --at that all of them have, or --with VOLUME, which is of another instant and so no good for a file system or volume group that lies on both. Where --at is a time ("latest" is one), and the newest point not after it is one that others lack, as a crash or a look at the wrong moment leaves it, the newest one that more of them have is taken if it is at most a minute older, and that is said. A point that is named by its id, its snapshot or its exact time is never exchanged. Nothing of another instant is attached but what --with names; --alone leaves the group out.',
+    'The guest tells disks apart by their serial numbers, which the output names: "b2-" and the first 16 digits of the volume\'s id, as in /dev/disk/by-id/virtio-b2-....',
+    'With --overlay what is written to several disks is kept in a directory with a file for each. They belong together: b2 goes on with all of them, with the same points, or not at all.',
     'On a terminal its first serial port is shown (Ctrl-A x ends it, Ctrl-A c is the monitor of QEMU); a system that shows nothing there needs --display. Without a terminal, with --headless or with a check it runs unseen: the checks that were given must all pass within --timeout (5 minutes), then it is stopped. "login:" is a good --check for a Linux whose kernel has console=ttyS0.',
     'KVM is used where it really runs a kernel, which is tried once after each boot of this machine; else QEMU translates, which takes about ten times as long. A disk with an EFI system partition and nothing for a BIOS is started by UEFI (package ovmf).',
     'A copy of a server meets the network as that server: it may answer mail, run jobs, or reach for its database. --no-network keeps it alone.',
@@ -97,6 +110,10 @@ export const bootCommand = defineCommand({
     {
       command: 'b2 boot web1/sda --at "10m ago" --overlay /var/tmp/web1.overlay --port 22',
       text: 'A stand-in for a dead server; what it writes is kept.',
+    },
+    {
+      command: 'b2 boot web1/sda --with web1/sdc',
+      text: 'With a disk that is not of its group; which point it has, and how much older that is, is said.',
     },
     {
       command: 'b2 boot web1/sda --check login: --screenshot web1.png --no-network',

@@ -175,18 +175,35 @@ function luks(head: Uint8Array, v: DataView): Signature | undefined {
   });
 }
 
-function md1(bytes: Uint8Array, at: number): Signature | undefined {
-  const v = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
-  if (
-    at + 64 > bytes.byteLength ||
-    v.getUint32(at, true) !== MD_MAGIC ||
-    v.getUint32(at + 4, true) !== 1
-  )
-    return undefined;
+/** The last whole 64 KiB are those of a superblock of version 0.90. */
+const MD_090_BYTES = 64 * 1024;
+
+/** Version 1 says itself in which sector it lies: what lies elsewhere is of a larger device that this is a part of. */
+function md1(bytes: Uint8Array, at: number, sector: number): Signature | undefined {
+  if (at + 256 > bytes.byteLength) return undefined;
+  const v = new DataView(bytes.buffer, bytes.byteOffset + at, 256);
+  if (v.getUint32(0, true) !== MD_MAGIC) return undefined;
+  const major = v.getUint32(4, true);
+  // Of a version that is not known only this much can be told.
+  if (major > 1) return make('linux_raid_member', 'raid');
+  if (major !== 1 || v.getBigUint64(144, true) !== BigInt(sector)) return undefined;
   return make('linux_raid_member', 'raid', {
     label: labelAt(bytes, at + 32, 32),
     uuid: uuidAt(bytes, at + 16),
   });
+}
+
+/** In the byte order of the machine that wrote it. */
+function md090(bytes: Uint8Array): Signature | undefined {
+  const v = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
+  const isLittle = v.getUint32(0, true) === MD_MAGIC;
+  if (!isLittle && v.getUint32(0, false) !== MD_MAGIC) return undefined;
+  // A superblock of version 1 may lie here, too.
+  if (v.getUint32(4, isLittle) === 1) return undefined;
+  const words = [5, 13, 14, 15].map((i) => v.getUint32(i * 4, isLittle));
+  const [a = '', b = '', c = '', d = ''] = words.map((w) => w.toString(16).padStart(8, '0'));
+  const uuid = `${a}-${b.slice(0, 4)}-${b.slice(4)}-${c.slice(0, 4)}-${c.slice(4)}${d}`;
+  return make('linux_raid_member', 'raid', { uuid });
 }
 
 function others(head: Uint8Array, v: DataView): Signature | undefined {
@@ -204,7 +221,10 @@ function others(head: Uint8Array, v: DataView): Signature | undefined {
   return undefined;
 }
 
-/** Everything this module recognises in `area` of `device`; empty if nothing. */
+/**
+ * Everything this module recognises in `area` of `device`; empty if nothing. A member of a RAID comes before what lies in the array,
+ * which with metadata at the end of the member begins where the member does.
+ */
 export async function findSignatures(device: Readable, area: Area): Promise<readonly Signature[]> {
   const head = new Uint8Array(HEAD_BYTES);
   const usable = Math.max(
@@ -214,6 +234,10 @@ export async function findSignatures(device: Readable, area: Area): Promise<read
   await device.read(head.subarray(0, usable), area.offsetBytes);
   const v = new DataView(head.buffer);
   const found = [
+    md1(head, 0, 0),
+    md1(head, 4096, 8),
+    await mdAtEnd(device, area),
+    await biosRaid(device, area),
     ext(head, v),
     xfs(head, v),
     btrfs(head, v),
@@ -221,10 +245,7 @@ export async function findSignatures(device: Readable, area: Area): Promise<read
     swap(head),
     lvm(head),
     luks(head, v),
-    md1(head, 0),
-    md1(head, 4096),
     others(head, v),
-    await mdAtEnd(device, area),
   ];
   return found.filter((signature) => signature !== undefined);
 }
@@ -232,17 +253,27 @@ export async function findSignatures(device: Readable, area: Area): Promise<read
 /** MD metadata 1.0 and 0.90 lie at the end of the member. */
 async function mdAtEnd(device: Readable, area: Area): Promise<Signature | undefined> {
   const sectors = Math.floor(area.sizeBytes / 512);
-  const at10 = Math.floor((sectors - 16) / 8) * 8 * 512;
-  const at10Bytes = await readExactly(device, area.offsetBytes + at10, 256);
-  if (at10 > 0 && at10Bytes !== undefined) {
-    const signature = md1(at10Bytes, 0);
-    if (signature !== undefined) return signature;
-  }
-  const at090 = Math.floor(area.sizeBytes / 65536) * 65536 - 65536;
-  const at090Bytes = await readExactly(device, area.offsetBytes + at090, 64);
-  if (at090 < 0 || at090Bytes === undefined) return undefined;
-  const v = new DataView(at090Bytes.buffer);
-  return v.getUint32(0, true) === MD_MAGIC && v.getUint32(4, true) === 0
-    ? make('linux_raid_member', 'raid')
-    : undefined;
+  const sector10 = Math.floor((sectors - 16) / 8) * 8;
+  const at10 =
+    sector10 > 0 ? await readExactly(device, area.offsetBytes + sector10 * 512, 256) : undefined;
+  const signature = at10 === undefined ? undefined : md1(at10, 0, sector10);
+  if (signature !== undefined) return signature;
+  const at090 = Math.floor(area.sizeBytes / MD_090_BYTES) * MD_090_BYTES - MD_090_BYTES;
+  const bytes = at090 < 0 ? undefined : await readExactly(device, area.offsetBytes + at090, 64);
+  return bytes === undefined ? undefined : md090(bytes);
+}
+
+/**
+ * Containers that BIOSes and mdadm share, at the end of whole disks: Intel's (its anchor in the last sector but one, mdadm's
+ * super-intel.c) where it has volumes, and DDF of SNIA (in the last sector; super-ddf.c).
+ */
+async function biosRaid(device: Readable, area: Area): Promise<Signature | undefined> {
+  if (area.offsetBytes !== 0 || area.sizeBytes !== device.facts.sizeBytes) return undefined;
+  const end = Math.floor(area.sizeBytes / 512) * 512;
+  const bytes = area.sizeBytes < 1024 ? undefined : await readExactly(device, end - 1024, 1024);
+  if (bytes === undefined) return undefined;
+  if (latin1(bytes, 0, 24) === 'Intel Raid ISM Cfg Sig. ' && bytes[0x39] !== 0)
+    return make('isw_raid_member', 'raid');
+  const v = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
+  return v.getUint32(512, false) === 0xde11_de11 ? make('ddf_raid_member', 'raid') : undefined;
 }

@@ -10,8 +10,16 @@ import { FIND_FORMAT, FindParser } from './find-output.js';
 import { kernelLacks, openKernelEnvironment } from './kernel.js';
 import type { FindCompanions } from './companions.js';
 import { findPointAreas, type PointLayout } from './group-layout.js';
-import { elsewhere, isForLvm, whatIsLeft, whyNotShown, type FoundArea } from './layout.js';
+import {
+  elsewhere,
+  isForLvm,
+  membersBelow,
+  whatIsLeft,
+  whyNotShown,
+  type FoundArea,
+} from './layout.js';
 import { volumePieces } from './lvm.js';
+import { describeAge, describeMember } from './md.js';
 import {
   baseName,
   decodeName,
@@ -99,13 +107,9 @@ class Access implements FileAccess {
   }
 
   async #openContainers(): Promise<void> {
-    for (const area of this.#areas) {
-      const why = whyNotShown(area);
-      if (why !== undefined)
-        this.#options.events({ type: 'note', message: `${area.name}: ${why}` });
-      for (const reason of elsewhere(area))
-        this.#options.events({ type: 'warning', message: `left out: ${reason}` });
-    }
+    this.#tellNotShown(this.#areas);
+    for (const reason of this.#areas.flatMap(elsewhere))
+      this.#options.events({ type: 'warning', message: `left out: ${reason}` });
     const containers = this.#areas.filter(isForLvm);
     if (containers.length === 0) return;
     const names = containers.map((c) => c.name).join(', ');
@@ -120,7 +124,10 @@ class Access implements FileAccess {
         backend === 'kernel'
           ? await this.#openVolumes()
           : await (await this.#environment('vm')).openContainers();
-      const inside = found.filter((a) => !this.#areas.some((b) => b.name === a.name));
+      const inside = found
+        .filter((a) => !this.#areas.some((b) => b.name === a.name))
+        .map((a) => ({ ...membersBelow(this.#areas), ...a }));
+      this.#tellNotShown(inside);
       this.#areas = [...this.#areas.filter((a) => !isForLvm(a)), ...inside];
     } catch (error) {
       if (!isKind(error, 'unsupported')) throw error;
@@ -128,6 +135,23 @@ class Access implements FileAccess {
         type: 'warning',
         message: `the logical volumes in ${names} are left out: ${error.message}${error.hint === undefined ? '' : ` (${error.hint})`}`,
       });
+    }
+  }
+
+  #tellNotShown(areas: readonly FoundArea[]): void {
+    for (const area of areas) {
+      const why = whyNotShown(area);
+      if (why !== undefined)
+        this.#options.events({ type: 'note', message: `${area.name}: ${why}` });
+    }
+  }
+
+  /** What is to be known of the arrays that it lies in. Their age is another with every point. */
+  #tellMembers({ name, members = [] }: FoundArea): void {
+    for (const member of members) {
+      const type = member.caveats.length > 0 ? 'warning' : 'note';
+      this.#options.events({ type, message: `${name}: ${describeMember(member)}` });
+      this.#options.events({ type: 'detail', message: `${name}: ${describeAge(member)}` });
     }
   }
 
@@ -228,12 +252,14 @@ class Access implements FileAccess {
     if (kernel === undefined) {
       const volume = isInVm ? ', the volume by LVM in a tiny virtual machine' : '';
       note(`${area.name} (${area.type}): read by this machine's kernel (backend kernel)${volume}`);
+      this.#tellMembers(area);
       return 'kernel';
     }
     const vm = backend === 'kernel' ? 'not asked for' : await vmLacks();
     if (vm === undefined) {
       const why = backend === 'auto' ? `: ${kernel}` : '';
       note(`${area.name} (${area.type}): read in a tiny virtual machine (backend vm)${why}`);
+      this.#tellMembers(area);
       return 'vm';
     }
     throw new B2Error(
@@ -424,9 +450,9 @@ class Access implements FileAccess {
     const text = stdout.toString('latin1');
     const { volume } = area;
     if (volume === undefined) return parseExtents(text, area.offsetBytes);
-    return parseExtents(text, 0).flatMap((extent) => {
+    return parseExtents(text, area.offsetBytes - volume.offsetBytes).flatMap((extent) => {
       let { offset } = extent;
-      return [...volumePieces(volume, extent.imageOffset, extent.length)].map((piece) => {
+      return [...volumePieces(volume.volume, extent.imageOffset, extent.length)].map((piece) => {
         const found = { offset, length: piece.length, imageOffset: piece.imageOffset };
         offset += piece.length;
         return found;
@@ -465,6 +491,7 @@ export function parseExtents(text: string, offsetBytes: number): readonly FileEx
 
 function publicPart(area: FoundArea): FoundFileSystem {
   const { name, type, label, uuid, volume, isInVm, parts } = area;
+  const arrays = (area.members ?? []).flatMap(({ array }) => array ?? []);
   const isSpread = volume !== undefined || isInVm === true || parts !== undefined;
   const { offsetBytes, sizeBytes } = isSpread ? { offsetBytes: 0, sizeBytes: 0 } : area;
   return {
@@ -474,6 +501,7 @@ function publicPart(area: FoundArea): FoundFileSystem {
     ...(uuid === undefined ? {} : { uuid }),
     offsetBytes,
     sizeBytes,
+    ...(arrays.length === 0 ? {} : { arrays }),
   };
 }
 

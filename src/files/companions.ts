@@ -8,6 +8,7 @@ import type { CommitRecord } from '../format/segment.js';
 import type { Image } from '../image.js';
 import { VolumeHistory } from '../repo/history.js';
 import { openImage } from '../repo/point.js';
+import { groupOf } from '../repo/point-set.js';
 import type { Repository } from '../repo/repository.js';
 import { Timeline } from '../repo/timeline.js';
 import { listVolumes, type VolumeMeta } from '../repo/volume.js';
@@ -40,22 +41,9 @@ export type FindCompanions = () => Promise<Companions | undefined>;
 /** What of a point says which instant it is of. */
 export type InstantOf = Pick<CommitRecord, 'seq' | 'instantNs' | 'pointClass'>;
 
-/** The other volumes of the group that `volume` is of, as `b2 points` counts them: of the same host, with the same name of a group. */
-export function othersOf(
-  volume: VolumeMeta,
-  volumes: readonly VolumeMeta[],
-): readonly VolumeMeta[] {
-  const group = groupOf(volume);
-  if (group === undefined) return [];
-  return volumes
-    .filter((v) => v.id !== volume.id && v.host === volume.host && groupOf(v) === group)
-    .sort((a, b) => (a.id < b.id ? -1 : 1));
-}
-
-/** The group that a volume makes its points with; undefined without one. */
-export function groupOf(volume: VolumeMeta): string | undefined {
-  const { group } = volume.facts;
-  return typeof group === 'string' && group !== '' ? group : undefined;
+/** Name of the group that a volume makes its points with; undefined without one. */
+export function groupNameOf(volume: VolumeMeta): string | undefined {
+  return groupOf(volume, [])?.name;
 }
 
 /** A volume whose points are looked through. Methods reject where it cannot be read. */
@@ -128,9 +116,11 @@ export class GroupVolumes {
   /** The other volumes, in the order of {@link Companion.index}. */
   others(): Promise<readonly VolumeMeta[]> {
     this.#others ??=
-      groupOf(this.#volume) === undefined
+      groupNameOf(this.#volume) === undefined
         ? Promise.resolve([])
-        : listVolumes(this.#repo, this.#warn).then((all) => othersOf(this.#volume, all));
+        : listVolumes(this.#repo, this.#warn).then(
+            (all) => groupOf(this.#volume, all)?.others ?? [],
+          );
     return this.#others;
   }
 
@@ -149,7 +139,7 @@ export class GroupVolumes {
 
   /** For {@link FindCompanions}. */
   async at(point: InstantOf): Promise<Companions | undefined> {
-    const group = groupOf(this.#volume);
+    const group = groupNameOf(this.#volume);
     if (group === undefined) return undefined;
     return companionsAt(group, await this.others(), point, (meta) => ({
       pointsAt: async (instantNs) =>

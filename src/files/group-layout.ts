@@ -10,7 +10,7 @@ import type { Image, ImageExtent } from '../image.js';
 import { readBtrfs } from './btrfs.js';
 import type { Companion, Companions, FindCompanions } from './companions.js';
 import { composeImages, openComposed, placeImages } from './composed-image.js';
-import { areasOn, findAreas, volumeImage, type FoundArea } from './layout.js';
+import { areasOn, findAreas, newestOnly, volumeImage, type FoundArea } from './layout.js';
 import { findLogicalVolumes } from './lvm.js';
 
 /** A point whose areas are wanted. */
@@ -145,10 +145,13 @@ async function composed(
   const theirs = looked.flatMap(({ areas }, i) =>
     areas.map((a) => ({ ...a, offsetBytes: a.offsetBytes + (offsets[i + 1] ?? 0) })),
   );
+  // Of one array (MD) with members in several volumes one is enough.
+  const both = newestOnly([...own, ...theirs]).filter((a) => a.holds === 'container');
+  const names = new Set(own.map((a) => a.name));
   const { containers, doubts } = await ofOwnGroups(
     all,
-    own.filter((a) => a.holds === 'container'),
-    theirs.filter((a) => a.holds === 'container'),
+    both.filter((a) => names.has(a.name)),
+    both.filter((a) => !names.has(a.name)),
   );
   const found = await findAreas(all, name, [...own, ...containers]);
   const reason = [...doubts, why].join('; ');
@@ -231,7 +234,7 @@ async function gatherBtrfs(
     const device =
       volume === undefined
         ? await readBtrfs(image, offsetBytes)
-        : await readBtrfs(volumeImage(image, volume));
+        : await readBtrfs(volumeImage(image, volume.volume), offsetBytes - volume.offsetBytes);
     if (device === undefined || device.devices !== area.devices) continue;
     byFsid.set(device.fsid, [...(byFsid.get(device.fsid) ?? []), { area, device: device.device }]);
   }

@@ -408,7 +408,7 @@ function volumesOf(
 const INTERNAL: ReadonlySet<unknown> = new Set(['snapshot', 'thin-pool', 'cache-pool', 'vdo-pool']);
 
 /** Names of file systems and of files beside them that a volume group's name could be taken for. */
-const TAKEN = /^(p[1-9]\d*|disk)(\.img)?$/;
+const TAKEN = /^((p[1-9]\d*)+|disk)(\.img)?$/;
 
 /**
  * Reads the metadata of every physical volume of an image. What cannot be made sense of is in `left`; what of the image cannot be

@@ -9,6 +9,8 @@
  */
 import type { Readable } from 'node:stream';
 
+import type { MdArray } from './md.js';
+
 /**
  * Who reads the file system: `kernel` is the kernel of this machine (root, in a mount namespace of its own), `vm` the kernel of
  * a tiny virtual machine (any user).
@@ -17,15 +19,17 @@ export type BackendName = 'kernel' | 'vm';
 
 /** A file system in an image, or something that holds file systems (an LVM physical volume). JSON-able. */
 export interface FoundFileSystem {
-  /** How paths name it: `p2` for a partition, `disk` for a device without a partition table, `VG/LV` for a logical volume. */
+  /** How paths name it: `p2` for a partition, `p2p1` for one in an array (MD) in that, `disk` for a device without a partition table, `VG/LV` for a logical volume. */
   readonly name: string;
   /** As blkid names it: `ext4`, `xfs`, `btrfs`, `vfat`, `ntfs`, … */
   readonly type: string;
   readonly label?: string;
   readonly uuid?: string;
-  /** Of the partition or device that it lies in; of a logical volume, or over several devices, which lies in many places: 0. */
+  /** Of the partition, device or array (MD) that it lies in; of a logical volume, or over several devices, which lies in many places: 0. */
   readonly offsetBytes: number;
   readonly sizeBytes: number;
+  /** The arrays (MD) that it lies in and of which one member is in the image, the outermost first; absent where there is none. */
+  readonly arrays?: readonly MdArray[];
 }
 
 export type EntryKind =

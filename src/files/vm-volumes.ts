@@ -12,7 +12,7 @@ import { B2Error } from '../errors.js';
 import type { EventSink } from '../events.js';
 import type { Image, ImageExtent } from '../image.js';
 import { checkRange } from '../nbd/writable.js';
-import { wholeFileSystem, type FoundArea } from './layout.js';
+import { membersBelow, wholeFileSystem, type FoundArea } from './layout.js';
 import type { LeftVolume } from './lvm.js';
 import {
   openVmEnvironment,
@@ -94,7 +94,7 @@ export async function openVmVolumes(options: VmVolumesOptions): Promise<VmVolume
       volumes.filter((v) => !known.has(v.name)),
       image.logicalBlockBytes,
     );
-    await volumesImage.look(left);
+    await volumesImage.look(left, membersBelow(options.areas));
     return volumesImage;
   } catch (error) {
     await environment.close();
@@ -177,15 +177,24 @@ class VolumesOfVm implements VmVolumes {
     this.sizeBytes = Math.max(next, ALIGNMENT);
   }
 
-  /** Finds out what is in the volumes. */
-  async look(left: readonly LeftVolume[]): Promise<void> {
+  /** Finds out what is in the volumes. `below`: what they lie on. */
+  async look(left: readonly LeftVolume[], below: Pick<FoundArea, 'members'>): Promise<void> {
     const areas: FoundArea[] = [];
     const unreadable: LeftVolume[] = [];
     for (const placed of this.#placed) {
-      const { name, offsetBytes, sizeBytes } = placed;
+      const { name, offsetBytes } = placed;
       try {
         const area = await wholeFileSystem(this.#volumeImage(placed), name);
-        if (area !== undefined) areas.push({ ...area, name, offsetBytes, sizeBytes, isInVm: true });
+        if (area === undefined) continue;
+        const at = { offsetBytes: offsetBytes + area.offsetBytes, sizeBytes: area.sizeBytes };
+        const members = [...(below.members ?? []), ...(area.members ?? [])];
+        areas.push({
+          ...area,
+          name,
+          ...at,
+          ...(members.length === 0 ? {} : { members }),
+          isInVm: true,
+        });
       } catch (error) {
         if (!(error instanceof VolumeReadError)) throw error;
         unreadable.push({ place: '', volume: name, reason: unreadableVolume(name) });

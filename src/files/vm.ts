@@ -42,7 +42,7 @@ import {
 import { FrameParser } from './frames.js';
 import { BlockClient } from './vm-blocks.js';
 import { buildGuest, findGuestKernel, findStaticBusybox, ModuleTree } from './guest.js';
-import { volumesIn, wholeFileSystem, type FoundArea } from './layout.js';
+import { volumesIn, whyNotShown, wholeFileSystem, type FoundArea } from './layout.js';
 import type { LeftVolume } from './lvm.js';
 import { script } from './names.js';
 import { throwAwayOverlay } from './overlay.js';
@@ -535,18 +535,34 @@ exit $status
     const tell = (reason: string): void =>
       this.#options.events({ type: 'warning', message: `left out: ${reason}` });
     for (const { reason } of left) tell(reason);
+    const known = new Set(this.#options.areas.map((a) => a.name));
     for (const { name, device, sizeBytes } of volumes) {
-      const head = await outputOf(
-        this.run(script`dd ${`if=/dev/${device}`} bs=${`${SIGNATURE_BYTES}`} count=1\n`),
+      // Read without LVM already.
+      if (known.has(name)) continue;
+      const edge = Math.min(SIGNATURE_BYTES, sizeBytes);
+      const from = `if=/dev/${device}`;
+      const skip = `skip=${Math.floor((sizeBytes - edge) / SECTOR_BYTES)}`;
+      const edges = await outputOf(
+        this.run(
+          script`dd ${from} bs=${`${edge}`} count=1 && dd ${from} bs=${`${SECTOR_BYTES}`} ${skip}\n`,
+        ),
       );
-      if (head.status !== 0) {
+      if (edges.status !== 0) {
         const [first] = this.failures;
         if (first instanceof B2Error) throw first;
         tell(unreadableVolume(name));
         continue;
       }
-      const area = await wholeFileSystem(imageOfHead(head.stdout, sizeBytes), name);
-      if (area !== undefined) areas.push({ ...area, name, sizeBytes: 0 });
+      const area = await wholeFileSystem(imageOfEdges(edges.stdout, edge, sizeBytes), name);
+      if (area === undefined) continue;
+      const why = whyNotShown(area);
+      if (why !== undefined) tell(`${name}: ${why}`);
+      // The guest has the volume, not the array in it.
+      else if (area.members !== undefined)
+        tell(
+          `${name}: it is a member of an array (MD), which is not looked into in volumes that only LVM can put together; --backend kernel does`,
+        );
+      else areas.push({ ...area, name, sizeBytes: 0 });
     }
     return areas;
   }
@@ -650,17 +666,21 @@ export function unreadableVolume(name: string): string {
   return `${name}: LVM has started it, but nothing of it can be read (a snapshot whose space was used up is lost, for one)`;
 }
 
-/** As much of a volume's beginning as signatures lie in. */
+/** As much of a volume's beginning, and of its end, as signatures lie in. */
 const SIGNATURE_BYTES = 1024 * 1024;
+const SECTOR_BYTES = 512;
 
-/** An image of which only the beginning is known. */
-function imageOfHead(head: Buffer, sizeBytes: number): Image {
+/** An image of which only the first and the last `edge` bytes are known: one behind the other in `known`. */
+export function imageOfEdges(known: Buffer, edge: number, sizeBytes: number): Image {
   return {
     sizeBytes,
-    logicalBlockBytes: 512,
+    logicalBlockBytes: SECTOR_BYTES,
     read: (into, offset) => {
       into.fill(0);
-      head.copy(into, 0, Math.min(offset, head.length));
+      known.copy(into, 0, Math.min(offset, edge), edge);
+      const tail = sizeBytes - edge;
+      const at = Math.max(0, tail - offset);
+      if (at < into.length) known.copy(into, at, edge + Math.max(0, offset - tail));
       return Promise.resolve();
     },
     extents: (offset, length) => Promise.resolve([{ offset, length, hole: false }]),

@@ -17,6 +17,7 @@ import { findPointAreas } from '../files/group-layout.js';
 import { elsewhere, isForLvm, whatIsLeft, whyNotShown, type FoundArea } from '../files/layout.js';
 import { vmVolumesLack, VM_HINT } from '../files/vm.js';
 import { openVmVolumes, type VmVolumes } from '../files/vm-volumes.js';
+import { describeMember } from '../files/md.js';
 import { decodeName, encodeName } from '../files/names.js';
 import type { Image } from '../image.js';
 import type { NodeKind } from './protocol.js';
@@ -282,6 +283,13 @@ export class FilesView {
       const why = leftOut(area, lacks);
       if (why !== undefined) this.#tellOnce(source, `${area.name}: ${why}`);
       for (const reason of elsewhere(area)) this.#tellOnce(source, `left out: ${reason}`);
+      if (area.why !== undefined || area.holds === 'none') continue;
+      for (const member of area.members ?? [])
+        this.#tellOnce(
+          source,
+          `${area.name}: ${describeMember(member)}`,
+          member.caveats.length > 0 ? 'warning' : 'note',
+        );
     }
     const shown = all.filter((area) => area.holds === 'files' && whyNotShown(area) === undefined);
     const forVm = lacks === undefined ? volumes : [];
@@ -289,11 +297,11 @@ export class FilesView {
   }
 
   /** Once for a volume, not for each of its points. */
-  #tellOnce(source: FilesSource, text: string): void {
+  #tellOnce(source: FilesSource, text: string, type: 'note' | 'warning' = 'warning'): void {
     const what = `${source.volume}, ${text}`;
     if (this.#toldOf.has(what)) return;
     this.#toldOf.add(what);
-    this.#options.events({ type: 'warning', message: what });
+    this.#options.events({ type, message: what });
   }
 
   async #cannotStartVm(): Promise<string | undefined> {
@@ -441,7 +449,11 @@ export class FilesView {
       signal: this.#ending.signal,
     });
     for (const { reason } of volumes.left) this.#tellOnce(source, `left out: ${reason}`);
-    const areas = volumes.areas.filter((a) => whyNotShown(a) === undefined);
+    for (const area of volumes.areas) {
+      const why = whyNotShown(area);
+      if (why !== undefined) this.#tellOnce(source, `left out: ${area.name}: ${why}`);
+    }
+    const areas = volumes.areas.filter((a) => a.holds === 'files' && whyNotShown(a) === undefined);
     const environment = await openKernelEnvironment(volumes, areas, clock, events);
     if (this.#inVm.size >= REMEMBERED_POINTS) this.#inVm.clear();
     this.#inVm.set(source.key, areas);

@@ -14,11 +14,12 @@ import { readPartitionTable } from '../devices/table.js';
 import { B2Error, isKind, messageOf } from '../errors.js';
 import { PointClass } from '../format/commit.js';
 import type { CommitRecord } from '../format/segment.js';
-import { companionsAt, groupOf, othersOf, pointsAt, type Companions } from '../files/companions.js';
+import { companionsAt, pointsAt, type Companions } from '../files/companions.js';
 import { readableImage } from '../files/layout.js';
 import type { Image, Lending } from '../image.js';
 import { choosePoint } from '../repo/point.js';
 import type { Repository } from '../repo/repository.js';
+import { groupOf } from '../repo/point-set.js';
 import { listVolumes, type VolumeMeta } from '../repo/volume.js';
 import type { When } from '../when.js';
 import type { FilesSource, FilesView } from './files-view.js';
@@ -544,11 +545,10 @@ export class MountTree {
 
   /** The other volumes of the group that a point's volume is of, at its instant. */
   async #companions(view: VolumeView, seq: number): Promise<Companions | undefined> {
-    const group = groupOf(view.meta);
+    const group = groupOf(view.meta, await this.#allVolumes());
     const commit = group === undefined ? undefined : await view.point(seq);
     if (group === undefined || commit === undefined) return undefined;
-    const others = othersOf(view.meta, await this.#allVolumes());
-    return companionsAt(group, others, commit, (meta) => {
+    return companionsAt(group.name, group.others, commit, (meta) => {
       const other = this.#view(meta);
       return {
         pointsAt: async (instantNs) => {

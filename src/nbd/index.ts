@@ -4,6 +4,7 @@
  */
 export { withNbdExport, type WithNbdExportOptions } from './export.js';
 export {
+  makeOverlay,
   openOverlay,
   openTemporaryOverlay,
   type OpenOverlayOptions,

@@ -49,6 +49,8 @@ export interface OverlayIdentity {
   readonly seq: number;
   /** Hash of the commit, hexadecimal. */
   readonly hash: string;
+  /** Of overlays that belong together, as disks of one machine: what they all say. Each is of use only with the others. */
+  readonly set?: string | undefined;
 }
 
 /** The file under an overlay. Errors are B2Errors that name it. */
@@ -70,12 +72,14 @@ export interface OpenOverlayOptions {
   /** The overlay closes it when it is closed, and also when opening fails. */
   readonly base: Image;
   readonly identity: OverlayIdentity;
+  /** True: it must be there already (kind `not-found`). */
+  readonly mustExist?: boolean;
   readonly random?: Random;
 }
 
 /**
  * Opens the overlay in the file `path`, or makes it (mode 0600, sparse) where there is none. Rejects with kind
- * `refused` if it belongs to another point or is no overlay, `held` if another process has it open, `damaged` if what
+ * `refused` if it belongs to another point or set or is no overlay, `held` if another process has it open, `damaged` if what
  * a flush promised is not there any more.
  */
 export async function openOverlay(options: OpenOverlayOptions): Promise<WritableImage> {
@@ -84,8 +88,10 @@ export async function openOverlay(options: OpenOverlayOptions): Promise<Writable
   const random = options.random ?? systemRandom;
   let handle: FileHandle | undefined;
   try {
-    handle =
-      (await openIfExists(path)) ?? (await createOverlay(path, base.sizeBytes, identity, random));
+    handle = await openIfExists(path);
+    if (handle === undefined && options.mustExist === true)
+      throw new B2Error('not-found', `the overlay ${path} is not there`);
+    handle ??= await createOverlay(path, base.sizeBytes, identity, random);
     const stat = await handle.stat();
     if (!stat.isFile())
       throw new B2Error('refused', `${path} is not a regular file: an overlay must be one`);
@@ -107,6 +113,20 @@ export async function openOverlay(options: OpenOverlayOptions): Promise<Writable
   }
 }
 
+/** Makes the file of an overlay for an image of `sizeBytes`, durably, without opening it. Kind `exists` if something is there. */
+export async function makeOverlay(
+  path: string,
+  sizeBytes: number,
+  identity: OverlayIdentity,
+  random: Random = systemRandom,
+): Promise<void> {
+  try {
+    await (await createOverlay(path, sizeBytes, identity, random)).close();
+  } catch (error) {
+    throw ioError('make overlay', path, error);
+  }
+}
+
 /**
  * An overlay in a file without a name in `directory` (default: that for temporary files). Its space is free when it is
  * closed or the process ends, however it ends. A flush does nothing: there is nothing to come back to.
@@ -122,8 +142,7 @@ export async function openTemporaryOverlay(options: {
   const path = join(directory, `b2-overlay-${suffix}`);
   let handle: FileHandle | undefined;
   try {
-    handle = await open(path, 'wx+', 0o600);
-    await unlink(path);
+    handle = await openNameless(directory, path);
     await handle.truncate(overlayLayout(base.sizeBytes).fileBytes);
     return new Overlay(base, new SystemOverlayFile(path, handle), undefined);
   } catch (error) {
@@ -131,6 +150,27 @@ export async function openTemporaryOverlay(options: {
     await base.close();
     throw ioError('make temporary overlay in', directory, error);
   }
+}
+
+/** O_TMPFILE of open(2), whose number Node does not know; the same on all machines that Node runs on. */
+const O_TMPFILE = 0o20000000 | constants.O_DIRECTORY;
+
+/** Opens a new file that never has a name, or where the file system has no such files, one that loses the name `path` at once. */
+async function openNameless(directory: string, path: string): Promise<FileHandle> {
+  try {
+    return await open(directory, O_TMPFILE | constants.O_RDWR, 0o600);
+  } catch (error) {
+    // Of a kernel, or a file system, that does not know it.
+    if (!['EISDIR', 'EOPNOTSUPP', 'EINVAL'].includes(errnoOf(error) ?? '')) throw error;
+  }
+  const handle = await open(path, 'wx+', 0o600);
+  try {
+    await unlink(path);
+  } catch (error) {
+    await handle.close();
+    throw error;
+  }
+  return handle;
 }
 
 /**
@@ -158,8 +198,8 @@ async function openIfExists(path: string): Promise<FileHandle | undefined> {
 }
 
 function identityText(identity: OverlayIdentity): string {
-  const { repository, volume, seq, hash } = identity;
-  return JSON.stringify({ repository, volume, seq, hash });
+  const { repository, volume, seq, hash, set } = identity;
+  return JSON.stringify({ repository, volume, seq, hash, set });
 }
 
 /** The file appears under its name whole: header durable, then renamed, then the directory durable. */
@@ -210,6 +250,21 @@ function checkHeader(
       throw damage(path, 0, 'the header fails its checksum');
     default:
   }
+  const set = identityOf(header.identity)?.set;
+  if (set !== identity.set) {
+    throw new B2Error(
+      'refused',
+      identity.set === undefined
+        ? `the overlay ${path} is one of several disks of a machine: written by itself it would not fit the others any more`
+        : `the overlay ${path} does not belong to those of the other disks`,
+      {
+        hint:
+          identity.set === undefined
+            ? 'Start that machine again ("b2 boot --overlay" with the directory of them all), or name another file.'
+            : 'Put back the one that does, or start over with a new name.',
+      },
+    );
+  }
   if (header.identity !== identityText(identity) || header.sizeBytes !== sizeBytes) {
     throw new B2Error(
       'refused',
@@ -223,14 +278,19 @@ function checkHeader(
   return header.id;
 }
 
+/** What the file says it is; undefined where that is no JSON. */
+function identityOf(text: string): Partial<Record<keyof OverlayIdentity, unknown>> | undefined {
+  try {
+    return Object(JSON.parse(text)) as Partial<Record<keyof OverlayIdentity, unknown>>;
+  } catch {
+    return undefined;
+  }
+}
+
 /** An identity for people, whatever the file says it is. */
 function pointText(identity: string, sizeBytes: number): string {
-  let found: Partial<Record<keyof OverlayIdentity, unknown>> = {};
-  try {
-    found = Object(JSON.parse(identity));
-  } catch {
-    return `"${identity}"`;
-  }
+  const found = identityOf(identity);
+  if (found === undefined) return `"${identity}"`;
   const short = (id: unknown): string => String(id).slice(0, 8);
   return (
     `#${String(found.seq)} (hash ${short(found.hash)}) of volume ${short(found.volume)} ` +

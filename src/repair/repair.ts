@@ -715,7 +715,7 @@ class Repair {
           device: text('device'),
           sizeBytes: newest.sizeBytes,
           logicalBlockBytes: bytes === 4096 ? 4096 : 512,
-          facts: {},
+          facts: text('group') === '' ? {} : { group: text('group') },
           updatedNs: this.repo.env.clock.nowNs(),
         }),
     );

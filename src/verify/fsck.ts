@@ -18,6 +18,7 @@ import {
   type KernelEnvironment,
 } from '../files/kernel.js';
 import { elsewhere, isForLvm, whatIsLeft, whyNotShown, type FoundArea } from '../files/layout.js';
+import { describeAge, describeMember } from '../files/md.js';
 import { findProgram, outputOf } from '../files/tools.js';
 import { openVmVolumes, VolumeReadError, type VmVolumes } from '../files/vm-volumes.js';
 import type { Image } from '../image.js';
@@ -161,7 +162,7 @@ export async function checkFileSystems(
         const check = await checkOne(environment, area);
         if (check.state !== 'sound' && environment.failures.length > 0)
           throw environment.failures[0];
-        const made = { name: area.name, type: area.type, ...check };
+        const made = { name: area.name, type: area.type, ...withMembers(area, check) };
         checks.push(made);
         if (key !== undefined) checked.set(key, [made]);
       }
@@ -241,6 +242,7 @@ async function checkVmVolumes(
         checks.push({ name: area.name, type: area.type, state: 'unchecked', message: why });
         continue;
       }
+      if (area.holds !== 'files') continue;
       const done = new AbortController();
       const limit = clock.sleep(VM_CHECK_MS, done.signal).then(() => {
         if (done.signal.aborted) return;
@@ -258,7 +260,8 @@ async function checkVmVolumes(
         check = { state: 'unchecked', message: messageOf(failure) };
       }
       const how = check.how === undefined ? {} : { how: `${check.how}; ${BY_VM}` };
-      checks.push({ name: area.name, type: area.type, ...check, ...how });
+      const all = withMembers(area, { ...check, ...how });
+      checks.push({ name: area.name, type: area.type, ...all });
     }
     return checks;
   } finally {
@@ -266,10 +269,16 @@ async function checkVmVolumes(
   }
 }
 
-async function checkOne(
-  environment: KernelEnvironment,
-  area: FoundArea,
-): Promise<Omit<FileSystemCheck, 'name' | 'type'>> {
+type Check = Omit<FileSystemCheck, 'name' | 'type'>;
+
+/** Says of what lies in an array that it is of one member of it. */
+function withMembers({ members = [] }: FoundArea, check: Check): Check {
+  if (check.how === undefined || members.length === 0) return check;
+  const said = members.map((m) => `${describeMember(m)} (${describeAge(m)})`);
+  return { ...check, how: [check.how, ...said].join('; ') };
+}
+
+async function checkOne(environment: KernelEnvironment, area: FoundArea): Promise<Check> {
   const checker = CHECKERS[area.type];
   const lack = await kernelLacks(area);
   if (checker === undefined && lack !== undefined) return { state: 'unchecked', message: lack };
@@ -303,7 +312,7 @@ async function runChecker(
   area: FoundArea,
   checker: Checker,
   mounted: string | undefined,
-): Promise<Omit<FileSystemCheck, 'name' | 'type'>> {
+): Promise<Check> {
   // Written once and unmounted, a file system has no journal left to replay.
   const before =
     mounted === undefined

@@ -1,5 +1,5 @@
 /** Restore tests of points: their file systems are checked, a machine is started from them. What is wrong becomes a finding. */
-import { bootImage, type BootResult } from '../boot/boot.js';
+import { bootMachine, type BootDisk, type BootResult } from '../boot/boot.js';
 import type { Clock } from '../clock.js';
 import { isKind, messageOf } from '../errors.js';
 import type { EventSink } from '../events.js';
@@ -69,40 +69,50 @@ export async function testFileSystems(
   return { checks, findings };
 }
 
-/** Starts a machine from the image, which is taken over, alone on no network, and waits for the text on its console. */
+/**
+ * Starts a machine from the disks, which are taken over, alone on no network, and waits for the text on its console. `point` is that of the
+ * first; `lacking` are the volumes of its group that have no point of that instant.
+ */
 export async function testBoot(
-  image: Image,
+  disks: readonly BootDisk[],
   point: TestedPoint,
   options: RestoreTestOptions & {
     readonly console: string;
     readonly timeoutMs: number;
     readonly memoryBytes?: number | undefined;
     readonly screenshot?: string | undefined;
+    readonly lacking?: readonly string[];
   },
 ): Promise<{ readonly result: BootResult | undefined; readonly findings: readonly Finding[] }> {
-  const { console: text, ...rest } = options;
+  const { console: text, lacking = [], ...rest } = options;
   let result: BootResult;
   try {
-    result = await bootImage(image, {
-      ...rest,
-      name: point.volume,
-      checks: { console: text },
-      network: false,
-    });
+    result = await bootMachine(disks, { ...rest, checks: { console: text }, network: false });
   } catch (error) {
     return { result: undefined, findings: [readFailure(point, 'boot', error)] };
   }
   if (result.ok) return { result, findings: [] };
+  const what = `no machine started from point #${point.seq} of volume ${point.volume}`;
+  const look = `Look at it: "b2 boot ${point.volume} --at #${point.seq}".`;
   return {
     result,
     findings: [
-      {
-        severity: 'damage',
-        kind: 'boot',
-        object: objectOf(point),
-        message: `no machine started from point #${point.seq} of volume ${point.volume}: ${result.why ?? ''}`,
-        hint: `Look at it: "b2 boot ${point.volume} --at #${point.seq}". The console must be on the serial port (console=ttyS0).`,
-      },
+      lacking.length === 0
+        ? {
+            severity: 'damage',
+            kind: 'boot',
+            object: objectOf(point),
+            message: `${what}: ${result.why ?? ''}`,
+            hint: `${look} The console must be on the serial port (console=ttyS0).`,
+          }
+        : {
+            // It may need them: that it does not start by itself proves nothing.
+            severity: 'unreadable',
+            kind: 'boot',
+            object: objectOf(point),
+            message: `${what} without ${lacking.join(', ')} of its group, which ${lacking.length === 1 ? 'has' : 'have'} no point of that instant: ${result.why ?? ''}`,
+            hint: `${look} A point that all of the group have ("b2 points ${point.volume}", GROUP) proves more.`,
+          },
     ],
   };
 }

@@ -82,7 +82,12 @@ function namespaces(servers: ReadonlySet<number>): ReadonlySet<string> {
 function looped(): readonly string[] {
   return readdirSync('/sys/block').filter((name) => {
     const file = `/sys/block/${name}/loop/backing_file`;
-    return existsSync(file) && readFileSync(file, 'utf8').startsWith('/mnt/disk');
+    try {
+      return readFileSync(file, 'utf8').startsWith('/mnt/disk');
+    } catch {
+      // None, or one that goes this moment.
+      return false;
+    }
   });
 }
 

@@ -2,6 +2,7 @@
  * A small Debian-like disk that really boots, by BIOS (MBR, SYSLINUX) or by UEFI (GPT, the firmware's shell starts the kernel): a FAT
  * with this machine's kernel and an initrd, and an ext4 root with busybox, which counts its boots, writes to its disk, serves its
  * count of boots by HTTP on port 80, goes off at its power button, and shows a login prompt on the serial port. Made without root and mounts.
+ * Where it finds two more disks it mounts the btrfs on both (module `btrfs`), says the hash of `file` in it, and writes there.
  */
 import { execFileSync } from 'node:child_process';
 import { cpSync, mkdirSync, readFileSync, symlinkSync, truncateSync, writeFileSync } from 'node:fs';
@@ -52,19 +53,24 @@ ip link set lo up; ip addr add 10.0.2.15/24 dev eth0 && ip link set eth0 up
 mkdir -p /www; echo "boots: $(wc -l </boots)" >/www/index.html
 httpd -h /www
 acpid -l /dev/null
+for d in /sys/block/vd?; do echo "disk \${d##*/} $(cat $d/serial)"; done
+if [ -b /dev/vdc ] && mkdir -p /srv && mount -t btrfs -o device=/dev/vdb,device=/dev/vdc /dev/vdb /srv; then
+  echo "srv: $(sha256sum </srv/file)"; echo x >>/srv/boots; echo "srv boots: $(wc -l </srv/boots)"; sync
+fi
 cat /www/index.html
 `;
 const APPLETS =
-  'sh mount umount ls cat echo getty login init poweroff reboot sync md5sum hostname wc ip mkdir httpd acpid run-parts';
+  'sh mount umount ls cat echo getty login init poweroff reboot sync md5sum hostname wc ip mkdir httpd acpid run-parts sha256sum';
 
 /** What the kernel is started with. */
 const COMMAND_LINE =
   'console=tty0 console=ttyS0,115200 panic=-1 net.ifnames=0 mitigations=off nokaslr loglevel=3';
 
-/** Makes the disk; returns its path. */
+/** Makes the disk; returns its path. `modules`: more modules of the kernel that it loads. */
 export async function bootableDisk(
   dir: TempDir,
   firmware: 'bios' | 'uefi' = 'bios',
+  modules: readonly string[] = [],
 ): Promise<string> {
   const kernel = await findGuestKernel();
   const busybox = findStaticBusybox();
@@ -84,7 +90,7 @@ export async function bootableDisk(
   );
   // The FAT.
   const initrd = join(work, 'initrd.gz');
-  writeFileSync(initrd, await initialArchive(kernel.modules, busybox));
+  writeFileSync(initrd, await initialArchive(kernel.modules, busybox, modules));
   const config = join(work, firmware === 'bios' ? 'syslinux.cfg' : 'startup.nsh');
   writeFileSync(
     config,
@@ -141,7 +147,11 @@ export async function bootableDisk(
   return disk;
 }
 
-async function initialArchive(modules: string, busybox: string): Promise<Buffer> {
+async function initialArchive(
+  modules: string,
+  busybox: string,
+  more: readonly string[],
+): Promise<Buffer> {
   const tree = await ModuleTree.read(modules);
   const files = tree.order([
     'virtio_pci',
@@ -151,6 +161,7 @@ async function initialArchive(modules: string, busybox: string): Promise<Buffer>
     'ext4',
     'button',
     'evdev',
+    ...more,
   ]);
   const directory = (path: string): CpioEntry => ({
     path,

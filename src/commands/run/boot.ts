@@ -1,23 +1,35 @@
 import { B2Error, ExitCode, messageOf } from '../../errors.js';
 import {
-  bootImage,
+  bootMachine,
   type BootChecks,
   type BootResult,
   type CheckName,
   type DiskBus,
+  type DiskBytes,
 } from '../../boot/boot.js';
 import { formatBytes, formatTimeLocal, printable } from '../../human.js';
-import { openOverlay } from '../../nbd/index.js';
-import { VolumeHistory } from '../../repo/history.js';
-import { allowReadAhead, choosePoint, openImage } from '../../repo/point.js';
+import { allowReadAhead } from '../../repo/point.js';
+import { choosePointSet, type PointSet } from '../../repo/point-set.js';
+import { findVolume } from '../../repo/volume.js';
 import type { Style } from '../../ui/style.js';
 import { parseWhen } from '../../when.js';
 import type { BootInput } from '../boot.js';
 import type { CommandContext, Outcome } from '../spec.js';
-import { pointRow, type PointRow } from './rows.js';
-import { volumeNamed, withRepository } from './session.js';
+import {
+  firstPoint,
+  machineRow,
+  openDisks,
+  otherDiskLines,
+  tellTo,
+  withBytes,
+  type BootDiskRow,
+  type MachineRow,
+} from './boot-disks.js';
+import type { PointRow } from './rows.js';
+import { volumesOf, withRepository } from './session.js';
 
-export interface BootAnswer {
+/** `volume` and `point` are those of the first disk. */
+export interface BootAnswer extends MachineRow {
   readonly volume: string;
   readonly volumeId: string;
   readonly point: PointRow;
@@ -31,8 +43,10 @@ export interface BootAnswer {
   readonly seconds: number;
   readonly hostPort?: number;
   readonly screenshot?: string;
+  /** Of all disks together; each one's are in `disks`. */
   readonly readBytes: number;
   readonly writtenBytes: number;
+  readonly disks: readonly (BootDiskRow & Partial<DiskBytes>)[];
   /** The end of what its serial port said. */
   readonly console: string;
 }
@@ -56,21 +70,22 @@ export function run(context: CommandContext, input: BootInput): Promise<Outcome<
   if (options.port !== undefined && options['no-network'])
     throw new B2Error('usage', '--port needs a network, and --no-network takes it away');
   return withRepository(context, async (repo) => {
-    const warn = (message: string): void => context.events({ type: 'warning', message });
+    const tell = tellTo(context.events);
     allowReadAhead(repo, repo.store.url, (error) =>
-      warn(`reading ahead has ended: ${messageOf(error)}`),
+      tell.warn(`reading ahead has ended: ${messageOf(error)}`),
     );
-    const volume = await volumeNamed(context, repo, input.arguments.volume);
-    const history = await VolumeHistory.open(repo, volume.id);
+    const volumes = await volumesOf(context, repo);
+    const volume = findVolume(volumes, input.arguments.volume);
+    const beside = options.with.map((text) => findVolume(volumes, text));
+    const when = parseWhen(options.at, context.clock.nowNs());
+    const { alone } = options;
+    const set = await choosePointSet(repo, volumes, volume, when, { alone, beside, ...tell });
     try {
-      const when = parseWhen(options.at, context.clock.nowNs());
-      const { commit, snapshot } = await choosePoint(history, volume, when, warn);
-      const overlay = options.overlay;
-      const result = await bootImage(await openImage(history, volume, commit.seq), {
+      const { commit } = set.first;
+      const result = await bootMachine(await openDisks(repo, set, options.overlay), {
         clock: context.clock,
         events: context.events,
         cacheDir: context.settings.cacheDir,
-        name: volume.name,
         checks: hasChecks ? checks : { port: options.port },
         watch: hasChecks,
         timeoutMs: options.timeout ?? (hasChecks ? DEFAULT_BOOT_MS : undefined),
@@ -80,7 +95,8 @@ export function run(context: CommandContext, input: BootInput): Promise<Outcome<
           const record = {
             type: 'booting',
             volume: volume.name,
-            point: pointRow(commit, snapshot === undefined ? [] : [snapshot.name]),
+            point: firstPoint(set),
+            ...machineRow(set),
             accelerator: accelerator.accelerator,
             firmware,
             ...(hostPort === undefined ? {} : { hostPort }),
@@ -88,10 +104,11 @@ export function run(context: CommandContext, input: BootInput): Promise<Outcome<
           const port =
             hostPort === undefined ? '' : `, port ${options.port} at 127.0.0.1:${hostPort}`;
           const keys = isAttached ? ' (Ctrl-A x ends it)' : '';
-          context.output.line(
-            record,
+          const lines = [
             `booting ${volume.name} at ${formatTimeLocal(commit.instantNs)} (#${commit.seq}): ${accelerator.accelerator.toUpperCase()} (${accelerator.why}), ${firmware.toUpperCase()}${port}${keys}`,
-          );
+            ...otherDiskLines(set),
+          ];
+          context.output.line(record, lines.join('\n'));
         },
         memoryBytes: options.memory,
         cpus: options.cpus,
@@ -100,44 +117,34 @@ export function run(context: CommandContext, input: BootInput): Promise<Outcome<
         display: options.display,
         network: !options['no-network'],
         screenshot: options.screenshot,
-        powerDown: overlay !== undefined,
-        ...(overlay === undefined
-          ? {}
-          : {
-              overlay: (base) =>
-                openOverlay({
-                  path: overlay,
-                  base,
-                  identity: {
-                    repository: repo.config.id,
-                    volume: volume.id,
-                    seq: commit.seq,
-                    hash: commit.hash.toString('hex'),
-                  },
-                }),
-            }),
+        powerDown: options.overlay !== undefined,
         signal: context.signal,
       });
       return {
         data: {
           volume: volume.name,
           volumeId: volume.id,
-          point: pointRow(commit, snapshot === undefined ? [] : [snapshot.name]),
-          ...bootFields(result),
+          point: firstPoint(set),
+          ...bootFields(result, set),
         },
         code: result.ok ? ExitCode.ok : ExitCode.failed,
       };
     } finally {
-      await history.close();
+      await set.close();
     }
   });
 }
 
 /** The result as the fields of an answer. */
-export function bootFields(result: BootResult): Omit<BootAnswer, 'volume' | 'volumeId' | 'point'> {
-  const { accelerator, why, hostPort, screenshot, firmwareWhy: _, ...rest } = result;
+export function bootFields(
+  result: BootResult,
+  set: PointSet,
+): Omit<BootAnswer, 'volume' | 'volumeId' | 'point'> {
+  const { accelerator, why, hostPort, screenshot, diskBytes, ...more } = result;
+  const { firmwareWhy: _why, drives: _drives, ...rest } = more;
   return {
     ...rest,
+    ...withBytes(machineRow(set), diskBytes),
     accelerator: accelerator.accelerator,
     acceleratorWhy: accelerator.why,
     ...(why === undefined ? {} : { why }),

@@ -2,7 +2,7 @@ import { createHash } from 'node:crypto';
 
 import { B2Error, ExitCode, isKind, messageOf } from '../../errors.js';
 import type { EventSink } from '../../events.js';
-import { groupOf } from '../../files/companions.js';
+import { groupNameOf } from '../../files/companions.js';
 import { sameBlocks } from '../../files/diff-blocks.js';
 import { compareTrees, withContent, type Aspect, type Change } from '../../files/diff.js';
 import { findPointAreas } from '../../files/group-layout.js';
@@ -261,7 +261,7 @@ async function liesOnOthers(
   { volume, history }: VolumePath,
   { seq }: CommitRecord,
 ): Promise<boolean> {
-  if (groupOf(volume) === undefined) return false;
+  if (groupNameOf(volume) === undefined) return false;
   const openIt = (): Promise<Image> => openImage(history, volume, seq);
   return (await findPointAreas({ openImage: openIt, name: volume.name })).isSpread;
 }

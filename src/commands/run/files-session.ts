@@ -3,6 +3,7 @@ import { B2Error } from '../../errors.js';
 import type { EventSink } from '../../events.js';
 import { openFileAccess } from '../../files/access.js';
 import { GroupVolumes } from '../../files/companions.js';
+import type { MdArray } from '../../files/md.js';
 import type { BackendName, FileAccess, FileEntry, FoundFileSystem } from '../../files/types.js';
 import { formatTimeLocal, formatTimeNs } from '../../human.js';
 import type { CommitRecord } from '../../format/segment.js';
@@ -133,6 +134,8 @@ export interface FileSystemRow {
   readonly uuid?: string;
   /** Not of a logical volume. */
   readonly sizeBytes?: number;
+  /** The arrays (MD) that it lies in and of which one member was read, the outermost first. */
+  readonly arrays?: readonly MdArray[];
 }
 
 export function fileSystemRow(f: FoundFileSystem): FileSystemRow {
@@ -142,5 +145,6 @@ export function fileSystemRow(f: FoundFileSystem): FileSystemRow {
     ...(f.label === undefined ? {} : { label: f.label }),
     ...(f.uuid === undefined ? {} : { uuid: f.uuid }),
     ...(f.sizeBytes === 0 ? {} : { sizeBytes: f.sizeBytes }),
+    ...(f.arrays === undefined ? {} : { arrays: f.arrays }),
   };
 }

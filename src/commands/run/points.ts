@@ -3,6 +3,7 @@ import { B2Error } from '../../errors.js';
 import { PointClass } from '../../format/commit.js';
 import { formatBytes, formatTimeNs } from '../../human.js';
 import { choosePoint } from '../../repo/point.js';
+import { groupOf } from '../../repo/point-set.js';
 import { VolumeHistory } from '../../repo/history.js';
 import type { Repository } from '../../repo/repository.js';
 import { Timeline } from '../../repo/timeline.js';
@@ -45,15 +46,13 @@ async function sharedWith(
   volume: VolumeMeta,
   points: readonly PointRow[],
 ): Promise<{ readonly name: string; readonly others: readonly Other[] } | undefined> {
-  const { group } = volume.facts;
-  if (typeof group !== 'string' || group === '') return undefined;
+  const group = groupOf(volume, await volumesOf(context, repo));
+  if (group === undefined) return undefined;
   const instants = points.map((p) => parseTimeNs(p.time));
   const sinceNs = instants.reduce((a, b) => (a < b ? a : b), instants[0] ?? 0n);
   const untilNs = instants.reduce((a, b) => (a > b ? a : b), instants[0] ?? 0n);
   const others: Other[] = [];
-  for (const other of await volumesOf(context, repo)) {
-    if (other.id === volume.id || other.host !== volume.host || other.facts['group'] !== group)
-      continue;
+  for (const other of group.others) {
     const times = new Set<string>();
     const history = await VolumeHistory.open(repo, other.id);
     try {
@@ -65,7 +64,7 @@ async function sharedWith(
     }
     others.push({ name: other.name, times });
   }
-  return others.length === 0 ? undefined : { name: group, others };
+  return others.length === 0 ? undefined : { name: group.name, others };
 }
 
 /** The instant that a bound (`--since`, `--until`) means: a time, or that of a named point. */

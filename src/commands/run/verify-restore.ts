@@ -1,9 +1,10 @@
 /** `b2 verify --fsck` and `--boot`: restore tests of one point of each volume. */
 import { B2Error, messageOf } from '../../errors.js';
-import { groupOf, GroupVolumes, type Companions } from '../../files/companions.js';
+import { groupNameOf, GroupVolumes, type Companions } from '../../files/companions.js';
 import { PointClass } from '../../format/commit.js';
 import { VolumeHistory } from '../../repo/history.js';
-import { allowReadAhead, choosePoint, openImage } from '../../repo/point.js';
+import { allowReadAhead, openImage } from '../../repo/point.js';
+import { choosePointSet } from '../../repo/point-set.js';
 import type { Repository } from '../../repo/repository.js';
 import { Timeline } from '../../repo/timeline.js';
 import type { VolumeMeta } from '../../repo/volume.js';
@@ -14,7 +15,8 @@ import { parseWhen, type When } from '../../when.js';
 import type { CommandContext } from '../spec.js';
 import type { VerifyInput } from '../verify.js';
 import { bootFields, type BootAnswer } from './boot.js';
-import { pointRow, type PointRow } from './rows.js';
+import { firstPoint, openDisks, tellTo } from './boot-disks.js';
+import type { PointRow } from './rows.js';
 
 /** What was tested of one volume. */
 export interface RestoreTest {
@@ -27,12 +29,13 @@ export interface RestoreTest {
   readonly boot?: Omit<BootAnswer, 'volume' | 'volumeId' | 'point'>;
 }
 
-/** Tests one point of each volume, one after the other. */
+/** Tests one point of each volume, one after the other. `known` are all volumes of the repository: a machine has those of its group. */
 export async function restoreTests(
   context: CommandContext,
   input: VerifyInput,
   repo: Repository,
   volumes: readonly VolumeMeta[],
+  known: readonly VolumeMeta[],
 ): Promise<{ readonly tests: readonly RestoreTest[]; readonly findings: readonly Finding[] }> {
   const { options } = input;
   const tests: RestoreTest[] = [];
@@ -43,14 +46,17 @@ export async function restoreTests(
     context.events({ type: 'warning', message: `reading ahead has ended: ${messageOf(error)}` }),
   );
   for (const volume of volumes) {
-    const history = await VolumeHistory.open(repo, volume.id);
+    const isRandom = options['random-point'];
+    const when = isRandom
+      ? await randomPoint(context, repo, volume)
+      : parseWhen(options.at, context.clock.nowNs());
+    const set = await choosePointSet(repo, known, volume, when, {
+      alone: !options.boot,
+      whole: isRandom,
+      ...tellTo(context.events),
+    });
     try {
-      const when = options['random-point']
-        ? await randomPoint(context, history, volume)
-        : parseWhen(options.at, context.clock.nowNs());
-      const { commit, snapshot } = await choosePoint(history, volume, when, (message) =>
-        context.events({ type: 'warning', message }),
-      );
+      const { commit, history } = set.first;
       const point = { volumeId: volume.id, volume: volume.name, seq: commit.seq };
       const { clock, events, signal } = context;
       const { cacheDir } = context.settings;
@@ -61,7 +67,7 @@ export async function restoreTests(
         const group = new GroupVolumes(repo, volume, (message) =>
           events({ type: 'warning', message }),
         );
-        const instant = `${volume.host} ${groupOf(volume)} ${commit.instantNs}`;
+        const instant = `${volume.host} ${groupNameOf(volume)} ${commit.instantNs}`;
         const checked = checkedAt.get(instant) ?? (new Map() as SharedChecks);
         checkedAt.set(instant, checked);
         const companions = (): Promise<Companions | undefined> => group.at(commit);
@@ -75,27 +81,27 @@ export async function restoreTests(
         }
       }
       if (options.boot) {
-        const image = await openImage(history, volume, commit.seq);
-        const tested = await testBoot(image, point, {
+        const tested = await testBoot(await openDisks(repo, set), point, {
           clock,
           events,
           signal,
           cacheDir,
           console: options['boot-check'],
           timeoutMs: options['boot-timeout'],
+          lacking: set.left.map((l) => l.volume.name),
         });
-        if (tested.result !== undefined) boot = bootFields(tested.result);
+        if (tested.result !== undefined) boot = bootFields(tested.result, set);
         findings.push(...tested.findings);
       }
       tests.push({
         volumeId: volume.id,
         volume: volume.name,
-        point: pointRow(commit, snapshot === undefined ? [] : [snapshot.name]),
+        point: firstPoint(set),
         ...(fileSystems === undefined ? {} : { fileSystems }),
         ...(boot === undefined ? {} : { boot }),
       });
     } finally {
-      await history.close();
+      await set.close();
     }
   }
   return { tests, findings };
@@ -104,19 +110,24 @@ export async function restoreTests(
 /** The point of a time that is as likely as any other since the first point. */
 async function randomPoint(
   context: CommandContext,
-  history: VolumeHistory,
+  repo: Repository,
   volume: VolumeMeta,
 ): Promise<When> {
-  const timeline = new Timeline(history.sources);
-  const newest = await timeline.latest(PointClass.crash);
-  let oldest: bigint | undefined;
-  for await (const commit of timeline.list()) {
-    oldest = commit.instantNs;
-    break;
+  const history = await VolumeHistory.open(repo, volume.id);
+  try {
+    const timeline = new Timeline(history.sources);
+    const newest = await timeline.latest(PointClass.crash);
+    let oldest: bigint | undefined;
+    for await (const commit of timeline.list()) {
+      oldest = commit.instantNs;
+      break;
+    }
+    if (newest === undefined || oldest === undefined)
+      throw new B2Error('not-found', `volume ${volume.name} has no exact point yet`);
+    const dice = Buffer.from(context.random(8)).readBigUInt64LE();
+    const span = newest.instantNs - oldest + 1n;
+    return { kind: 'instant', ns: oldest + (dice % span) };
+  } finally {
+    await history.close();
   }
-  if (newest === undefined || oldest === undefined)
-    throw new B2Error('not-found', `volume ${volume.name} has no exact point yet`);
-  const dice = Buffer.from(context.random(8)).readBigUInt64LE();
-  const span = newest.instantNs - oldest + 1n;
-  return { kind: 'instant', ns: oldest + (dice % span) };
 }

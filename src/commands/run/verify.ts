@@ -118,7 +118,7 @@ async function check(
     options.fsck || options.boot
       ? await (
           await import('./verify-restore.js')
-        ).restoreTests(context, input, repo, wanted.length === 0 ? known : wanted)
+        ).restoreTests(context, input, repo, wanted.length === 0 ? known : wanted, known)
       : undefined;
   const findings = [...report.findings, ...(restored?.findings ?? [])];
   const watched = watchedVolumes(await runningWatches(context), repo.id);
@@ -420,12 +420,14 @@ function restoreLines(tests: readonly RestoreTest[], style: Style): readonly str
       return `${of}: ${check.name} (${check.type}) ${state}: ${check.how ?? check.message ?? ''}`;
     });
     if (fileSystems?.length === 0) lines.push(`${of}: there is no file system to check`);
-    if (boot !== undefined)
+    if (boot !== undefined) {
+      const others = boot.disks.slice(1).map((d) => ` with ${d.volume} at ${d.point.id}`);
       lines.push(
         boot.ok
-          ? `${of}: ${style.green('starts')}, ${boot.seconds.toFixed(1)} s (${boot.accelerator})`
-          : `${of}: ${style.red('does not start')}: ${boot.why ?? ''}`,
+          ? `${of}${others.join(',')}: ${style.green('starts')}, ${boot.seconds.toFixed(1)} s (${boot.accelerator})`
+          : `${of}${others.join(',')}: ${style.red('does not start')}: ${boot.why ?? ''}`,
       );
+    }
     return lines;
   });
 }

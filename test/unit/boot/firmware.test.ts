@@ -65,12 +65,13 @@ describe('the command line of QEMU', () => {
     firmware: 'bios',
     firmwareWhy: '',
     disk: 'virtio',
+    drives: [{ serial: 'b2-0123456789abcdef', logicalBlockBytes: 512 }],
     hostPort: undefined,
   };
 
   it('has one disk, on the private socket, and no network where none is wanted', () => {
-    const args = qemuArguments('/p', undefined, started, { name: 'v', network: false });
-    expect(args).toContain('virtio-blk-pci,drive=d0,bootindex=1');
+    const args = qemuArguments('/p', undefined, started, { network: false });
+    expect(args).toContain('virtio-blk-pci,drive=d0,serial=b2-0123456789abcdef,bootindex=1');
     expect(args.filter((a) => a === '-blockdev')).toHaveLength(2);
     expect(args.join(' ')).toContain('"server":{"type":"unix","path":"/p/s"}');
     expect(args[args.indexOf('-nic') + 1]).toBe('none');
@@ -82,14 +83,14 @@ describe('the command line of QEMU', () => {
       '/p',
       '/ovmf/code',
       { ...started, hostPort: 4022, disk: 'nvme' },
-      { name: 'v', checks: { port: 22 }, attached: true },
+      { checks: { port: 22 }, attached: true },
     );
     expect(args[args.indexOf('-nic') + 1]).toBe(
       'user,model=virtio-net-pci,hostfwd=tcp:127.0.0.1:4022-:22',
     );
     expect(args).toContain('if=pflash,unit=0,format=raw,readonly=on,file=/ovmf/code');
     expect(args).toContain('if=pflash,unit=1,format=raw,file=/p/vars');
-    expect(args).toContain('nvme,drive=d0,serial=b2,bootindex=1');
+    expect(args).toContain('nvme,drive=d0,serial=b2-0123456789abcdef,bootindex=1');
     expect(args.join(' ')).toMatch(/stdio,id=con,mux=on/);
   });
 });

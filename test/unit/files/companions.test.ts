@@ -2,7 +2,7 @@
 import { expect, it } from 'vitest';
 
 import { B2Error } from '../../../src/errors.js';
-import { companionsAt, othersOf, type OtherVolume } from '../../../src/files/companions.js';
+import { companionsAt, type OtherVolume } from '../../../src/files/companions.js';
 import { PointClass } from '../../../src/format/commit.js';
 import type { VolumeMeta } from '../../../src/repo/volume.js';
 import { MemoryImage } from '../../support/image-memory.js';
@@ -13,25 +13,7 @@ const volume = (id: string, name: string, group?: string): VolumeMeta => ({
   facts: group === undefined ? {} : { group },
 });
 
-const [a, b, c] = [
-  volume('a', 'web/sda', 'data'),
-  volume('b', 'web/sdb', 'data'),
-  volume('c', 'web/sdc', 'data'),
-];
-
-it('a group is of one host and one name', () => {
-  const all = [
-    c,
-    volume('d', 'web/sdd', 'other'),
-    b,
-    volume('e', 'db/sda', 'data'),
-    a,
-    volume('f', 'web/sdf'),
-  ];
-  expect(othersOf(a, all)).toEqual([b, c]);
-  expect(othersOf(volume('f', 'web/sdf'), all)).toEqual([]);
-  expect(othersOf(volume('1', 'web/x', ''), [...all, volume('2', 'web/y', '')])).toEqual([]);
-});
+const [b, c] = [volume('b', 'web/sdb', 'data'), volume('c', 'web/sdc', 'data')];
 
 it('only the one exact point of exactly that instant is taken; what is missing is named with the reason', async () => {
   const points: Readonly<Record<string, readonly (readonly [bigint, number])[]>> = {

@@ -103,7 +103,7 @@ describe('a volume group on two volumes', () => {
       expect(shown(layout)).toEqual(['vg/both', 'vg/home', 'vg/away']);
       expect(layout.others).toEqual(['web/other']);
       expect([layout.missing, reasons(layout)]).toEqual([[], []]);
-      const volume = layout.areas.find((x) => x.name === 'vg/both')?.volume;
+      const volume = layout.areas.find((x) => x.name === 'vg/both')?.volume?.volume;
       if (volume === undefined) throw new Error('it is no volume');
       const image = await layout.openImage();
       const found = Buffer.alloc(volume.sizeBytes);

@@ -3,7 +3,7 @@ import { expect, it } from 'vitest';
 
 import type { FoundArea } from '../../../src/files/layout.js';
 import { BlockClient, GuestReadError, MAX_REQUEST_BYTES } from '../../../src/files/vm-blocks.js';
-import { parseVolumes } from '../../../src/files/vm.js';
+import { imageOfEdges, parseVolumes } from '../../../src/files/vm.js';
 import { ManualClock } from '../../support/manual-clock.js';
 import { systemClock } from '../../../src/clock.js';
 
@@ -151,4 +151,31 @@ it('what LVM lists: sizes are those of the devices, pools are none, what did not
       },
     ],
   });
+});
+
+it('of a volume that is not looked through the beginning and the end are known', async () => {
+  const [edge, sizeBytes] = [16, 100];
+  const known = Buffer.from(Array.from({ length: 2 * edge }, (_, i) => i + 1));
+  const whole = Buffer.alloc(sizeBytes);
+  known.copy(whole, 0, 0, edge);
+  known.copy(whole, sizeBytes - edge, edge);
+  const image = imageOfEdges(known, edge, sizeBytes);
+  for (const [from, to] of [
+    [0, 100],
+    [3, 9],
+    [10, 90],
+    [20, 80],
+    [80, 100],
+    [84, 85],
+    [99, 100],
+  ] as const) {
+    const into = Buffer.alloc(to - from, 0xff);
+    await image.read(into, from);
+    expect(into).toEqual(whole.subarray(from, to));
+  }
+  // One that is all edge comes twice.
+  const small = imageOfEdges(Buffer.concat([whole, whole]), sizeBytes, sizeBytes);
+  const into = Buffer.alloc(50);
+  await small.read(into, 50);
+  expect(into).toEqual(whole.subarray(50));
 });

@@ -1,5 +1,6 @@
 import { describe, expect, it } from 'vitest';
 import { ignoreEvents } from '../../../src/events.js';
+import { Coverage, PointClass } from '../../../src/format/commit.js';
 import { FrameType } from '../../../src/format/frame.js';
 import { packIdOf, packName } from '../../../src/format/names.js';
 import { OpenPack } from '../../../src/repo/pack-reader.js';
@@ -146,6 +147,33 @@ describe('repair brings back', () => {
     await captureAgain(made);
     expect(await broken(repo, model)).toEqual([]);
     expect(damage(await check(repo))).toEqual([]);
+  });
+
+  it('the name of a volume, and of the group that its newest point was made with', async () => {
+    const made = await make(4);
+    const { store, repo, model } = made;
+    const { writer, history } = await VolumeWriter.claim(repo, model.volumeId);
+    await history.close();
+    const nowNs = repo.env.clock.nowNs();
+    await writer.commit({
+      pointClass: PointClass.crash,
+      coverage: Coverage.exact,
+      full: false,
+      instantNs: nowNs,
+      startedNs: nowNs,
+      sizeBytes: DEVICE_BYTES,
+      extents: [],
+      storedBytes: 0,
+      facts: { volume: 'web/sdb', host: 'web', group: 'data' },
+    });
+    await writer.close();
+    await store.delete(`volumes/${model.volumeId}/meta`);
+    await mend(made);
+    expect(await readVolumeMeta(repo, model.volumeId)).toMatchObject({
+      name: 'web/sdb',
+      host: 'web',
+      facts: { group: 'data' },
+    });
   });
 
   it('every kind of object below volumes/ that is damaged or deleted', async () => {

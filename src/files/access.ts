@@ -80,6 +80,8 @@ class Access implements FileAccess {
   /** Where logical volumes are mounted that are read through a tiny virtual machine. */
   #volumes: Environment | undefined;
   #containers: Promise<void> | undefined;
+  /** Ends the start of a tiny virtual machine, for which nobody waits any more. */
+  readonly #closing = new AbortController();
 
   readonly notShown: readonly string[];
   /** The image is made of several. */
@@ -163,7 +165,9 @@ class Access implements FileAccess {
         hint: '--backend vm needs no root.',
       });
     const image = await openImage();
-    const volumes = await openVmVolumes({ image, areas: this.#areas, clock, events, cacheDir });
+    const { signal } = this.#closing;
+    const areas = this.#areas;
+    const volumes = await openVmVolumes({ image, areas, clock, events, cacheDir, signal });
     for (const { reason } of volumes.left)
       events({ type: 'warning', message: `left out: ${reason}` });
     this.#volumes = await openKernelEnvironment(volumes, volumes.areas, clock, events);
@@ -215,7 +219,8 @@ class Access implements FileAccess {
       (a) => a.holds === 'files' || (isWanted && a.holds === 'container'),
     );
     const image = await openImage();
-    return openVmEnvironment({ image, areas, clock, events, cacheDir, purpose: 'files' });
+    const { signal } = this.#closing;
+    return openVmEnvironment({ image, areas, clock, events, cacheDir, purpose: 'files', signal });
   }
 
   /** The environment with the file system mounted, and its directory there. */
@@ -461,6 +466,7 @@ class Access implements FileAccess {
   }
 
   async close(): Promise<void> {
+    this.#closing.abort();
     for (const environment of this.#environments.values()) {
       await environment.then(
         (e) => e.close(),

@@ -175,6 +175,9 @@ async function start(options: VmOptions, guest: Guest, directory: string): Promi
   for (const accelerator of accelerators) {
     const line = await startWith(options, guest, directory, accelerator);
     if (line !== undefined) return line;
+    // Killed by us: that says nothing of the accelerator.
+    if (options.signal?.aborted === true)
+      throw new B2Error('interrupted', 'the tiny virtual machine was ended while it started');
     if (accelerator === 'kvm') await rememberKvmFails(cacheDir);
   }
   const log = await readFile(join(directory, 'console'), 'latin1').catch(() => '');
@@ -293,11 +296,11 @@ async function startWith(
   late.abort();
   if (!isEnding) child.kill('SIGKILL');
   const status = await ended;
-  if (isEnding && status !== 0 && accelerator === 'tcg') {
-    const signal = status > 128 ? ' (it was killed: for lack of memory, perhaps)' : '';
+  if (isEnding && status !== 0 && accelerator === 'tcg' && signal?.aborted !== true) {
+    const killed = status > 128 ? ' (it was killed: for lack of memory, perhaps)' : '';
     throw new B2Error(
       'failed',
-      `QEMU ended while the tiny virtual machine started: ${lastLine(said()) || `status ${status}${signal}`}`,
+      `QEMU ended while the tiny virtual machine started: ${lastLine(said()) || `status ${status}${killed}`}`,
     );
   }
   return undefined;

@@ -3,6 +3,7 @@ import { execFileSync } from 'node:child_process';
 import {
   chmodSync,
   chownSync,
+  existsSync,
   mkdirSync,
   readFileSync,
   readdirSync,
@@ -197,6 +198,25 @@ requires(needs).describe('in a tiny virtual machine', () => {
       message: 'QEMU ended while the tiny virtual machine started: no such machine',
     });
   });
+
+  it.each(['SIGTERM', 'SIGINT'] as const)(
+    'ends at once on %s while the machine starts, and with it the machine',
+    async (signal) => {
+      const said = dir.join(`pid.${signal}`);
+      mkdirSync(dir.join(signal));
+      // It never comes to life.
+      const fake = `#!/bin/sh\necho $$ >'${said}.part'\nmv '${said}.part' '${said}'\nexec sleep 600\n`;
+      writeFileSync(dir.join(signal, 'qemu-system-x86_64'), fake, { mode: 0o755 });
+      const PATH = `${dir.join(signal)}:${process.env['PATH']}`;
+      const started = b2.start(['ls', 'web/sda:p4:/', '--backend', 'vm'], { PATH });
+      await expect.poll(() => existsSync(said), { timeout: 60_000 }).toBe(true);
+      started.child.kill(signal);
+      const { code, stdout, stderr } = await started.ended;
+      expect({ code, stdout }).toEqual({ code: 130, stdout: '' });
+      expect(stderr).toContain(`interrupted (${signal})`);
+      expect(() => process.kill(Number(readFileSync(said, 'utf8')), 0)).toThrow('ESRCH');
+    },
+  );
 
   it('reads FAT, with the whole names', async () => {
     const printed = await b2.run('cat', 'web/sda:EFI:/Grub ä.cfg', '--backend', 'vm');

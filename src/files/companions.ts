@@ -8,7 +8,7 @@ import type { CommitRecord } from '../format/segment.js';
 import type { Image } from '../image.js';
 import { VolumeHistory } from '../repo/history.js';
 import { openImage } from '../repo/point.js';
-import { groupOf } from '../repo/point-set.js';
+import { groupOf, REACH_NS } from '../repo/point-set.js';
 import type { Repository } from '../repo/repository.js';
 import { Timeline } from '../repo/timeline.js';
 import { listVolumes, type VolumeMeta } from '../repo/volume.js';
@@ -146,6 +146,31 @@ export class GroupVolumes {
         pointsAt(new Timeline((await this.history(meta)).sources), instantNs),
       openImage: async (seq) => openImage(await this.history(meta), meta, seq),
     }));
+  }
+
+  /**
+   * The newest point of the volume that is older than `point`, by no more than {@link REACH_NS}, and whose instant all others have: points of
+   * a group become durable one volume after the other, and a look or a crash can fall in between. Undefined where there is none, or one of
+   * the others cannot be read.
+   */
+  async sharedBefore(history: VolumeHistory, point: InstantOf): Promise<CommitRecord | undefined> {
+    const range = { sinceNs: point.instantNs - REACH_NS, untilNs: point.instantNs };
+    const instants: Set<bigint>[] = [];
+    try {
+      for (const meta of await this.others()) {
+        const known = new Set<bigint>();
+        const timeline = new Timeline((await this.history(meta)).sources);
+        for await (const c of timeline.list(range)) known.add(c.instantNs);
+        instants.push(known);
+      }
+    } catch (error) {
+      if (error instanceof B2Error) return undefined;
+      throw error;
+    }
+    const own = new Timeline(history.sources).list({ ...range, newestFirst: true });
+    for await (const c of own)
+      if (c.seq < point.seq && instants.every((known) => known.has(c.instantNs))) return c;
+    return undefined;
   }
 
   async close(): Promise<void> {

@@ -113,6 +113,18 @@ requires(needs).describe('files of a volume group on two disks', () => {
     expect(ended.stderr).toContain('read together with lab/b, at the same instant');
   });
 
+  it('takes the newest point that both have where a time was meant, and none for another that was named', async () => {
+    const [wanted = ''] = sums.find(([, path]) => path === 'striped/late') ?? [];
+    const ended = await b2.run('cat', 'lab/b:twovg/striped:/late');
+    expect([ended.code, sha256(Buffer.from(ended.stdout))]).toEqual([0, wanted]);
+    expect(ended.stderr).toContain('what lies on several disks is read from point #1, ');
+    // LVM itself is asked for the rest of that group.
+    if (!FULL) return;
+    const named = await b2.run('cat', 'lab/b:twovg/striped:/late', '--at', '#2');
+    expect([named.code, named.stdout]).toEqual([4, '']);
+    expect(named.stderr).toContain('lab/a has no point of that instant');
+  });
+
   it.runIf(FULL)('b2 verify --fsck checks each of them once for both', async () => {
     interface Verified {
       readonly restoreTests: readonly {

@@ -28,12 +28,29 @@ export interface OpenedFiles {
   readonly path: string | undefined;
 }
 
+export interface FilesOfOptions {
+  readonly backend: FilesOptions['backend'];
+  readonly events: EventSink;
+  /** True: where something lies on other volumes of the group that lack the point, {@link OlderPoint} is thrown if there is one that all have. */
+  readonly mayGoBack?: boolean;
+}
+
+/** A slightly older point shows more than the one that was asked for. Thrown before `fn` is called. */
+class OlderPoint extends Error {
+  readonly commit: CommitRecord;
+
+  constructor(commit: CommitRecord) {
+    super(`point #${commit.seq}`);
+    this.commit = commit;
+  }
+}
+
 /** Opens the files of a point, and closes them when `fn` has ended. The first signal ends what is under way: kind `interrupted`. */
 export async function withFilesOf<T>(
   context: CommandContext,
   { volume, history }: Pick<VolumePath, 'volume' | 'history'>,
   commit: CommitRecord,
-  options: { readonly backend: FilesOptions['backend']; readonly events: EventSink },
+  options: FilesOfOptions,
   fn: (access: FileAccess) => Promise<T>,
 ): Promise<T> {
   const { clock, settings, signal } = context;
@@ -42,7 +59,16 @@ export async function withFilesOf<T>(
   );
   const access = await openFileAccess({
     openImage: () => openImage(history, volume, commit.seq),
-    companions: () => group.at(commit),
+    companions: async () => {
+      const found = await group.at(commit);
+      const isLacking = found !== undefined && found.missing.length > 0;
+      const older =
+        isLacking && options.mayGoBack === true
+          ? await group.sharedBefore(history, commit)
+          : undefined;
+      if (older !== undefined) throw new OlderPoint(older);
+      return found;
+    },
     name: `${volume.name} at #${commit.seq}, ${formatTimeLocal(commit.instantNs)}`,
     backend: options.backend,
     clock,
@@ -86,9 +112,25 @@ export function withFiles<T>(
       type: 'note',
       message: `point #${commit.seq} of ${volume.name}, ${formatTimeLocal(commit.instantNs)}${snapshot === undefined ? '' : ` (snapshot ${snapshot.name})`}`,
     });
-    return withFilesOf(context, opened, commit, { backend: options.backend, events }, (access) =>
-      fn({ access, volume, commit, snapshot, path }),
-    );
+    // A point that is named is never exchanged.
+    const mayGoBack =
+      when.kind === 'latest' || (when.kind === 'instant' && when.ns !== commit.instantNs);
+    const common = { backend: options.backend, events };
+    try {
+      return await withFilesOf(context, opened, commit, { ...common, mayGoBack }, (access) =>
+        fn({ access, volume, commit, snapshot, path }),
+      );
+    } catch (error) {
+      if (!(error instanceof OlderPoint)) throw error;
+      const older = error.commit;
+      events({
+        type: 'note',
+        message: `what lies on several disks is read from point #${older.seq}, ${formatTimeLocal(older.instantNs)}: not all volumes of the group have #${commit.seq}`,
+      });
+      return await withFilesOf(context, opened, older, common, (access) =>
+        fn({ access, volume, commit: older, snapshot: undefined, path }),
+      );
+    }
   });
 }
 

@@ -322,7 +322,7 @@ async function growMounted(
       await must(context, 'unshare', [
         '--mount',
         '--propagation',
-        'private',
+        'slave', // what this machine unmounts meanwhile is not held here
         '--',
         'sh',
         '-c',

@@ -4,7 +4,7 @@ import { truncateSync, writeFileSync } from 'node:fs';
 
 import { LOOP_NEEDS } from './loop.js';
 import { findTool, type Needs } from './requires.js';
-import type { TempDir } from './tmp.js';
+import { deletePartitions, type TempDir } from './tmp.js';
 
 /** What {@link addPartitions} and {@link tool} need besides loop devices. */
 export const DISK_NEEDS: Needs = {
@@ -73,7 +73,7 @@ export function imageFile(dir: TempDir, name: string, content: number | Uint8Arr
  */
 export function addPartitions(dir: TempDir, device: string, count: number): readonly string[] {
   tool('partx', ['--add', device]);
-  dir.onRemove(() => void tool('partx', ['--delete', device]));
+  dir.onRemove(() => deletePartitions(device));
   return Array.from({ length: count }, (_, i) => `${device}p${i + 1}`);
 }
 

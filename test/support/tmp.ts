@@ -56,14 +56,32 @@ export function loopsBelow(dir: string): readonly string[] {
     .map((name) => `/dev/${name}`);
 }
 
+/** So often, and with such pauses, a device that somebody else looks into (blkid, a mount namespace in the making) is asked for again. */
+const BUSY_TRIES = 100;
+const BUSY_PAUSE_MS = 100;
+
+/**
+ * Removes the nodes of a loop device's partitions, if there are any: made by partx, they would outlive it and stand in the way of its next
+ * user. Waits ten seconds for others that have them open.
+ */
+export function deletePartitions(loop: string): void {
+  const name = loop.replace('/dev/', '');
+  for (let tries = 1; ; tries++) {
+    if (!readdirSync(`/sys/block/${name}`).some((entry) => entry.startsWith(`${name}p`))) return;
+    try {
+      execFileSync('partx', ['--delete', loop], { stdio: 'pipe' });
+    } catch (error) {
+      if (tries >= BUSY_TRIES) throw error;
+      Atomics.wait(new Int32Array(new SharedArrayBuffer(4)), 0, 0, BUSY_PAUSE_MS);
+    }
+  }
+}
+
 /** Unmounts, detaches and deletes everything in `dir`; throws when something is still in use. */
 export function removeTree(dir: string): void {
   for (const point of mountsBelow(dir)) execFileSync('umount', [point], { stdio: 'pipe' });
   for (const loop of loopsBelow(dir)) {
-    // Nodes of partitions made by partx would outlive the loop device, and stand in the way of its next user.
-    const name = loop.replace('/dev/', '');
-    if (readdirSync(`/sys/block/${name}`).some((entry) => entry.startsWith(`${name}p`)))
-      execFileSync('partx', ['--delete', loop], { stdio: 'pipe' });
+    deletePartitions(loop);
     try {
       execFileSync('losetup', ['-d', loop], { stdio: 'pipe' });
     } catch (error) {

@@ -125,7 +125,8 @@ requires(needs).describe('files of a volume group on two disks', () => {
     expect(named.stderr).toContain('lab/a has no point of that instant');
   });
 
-  it.runIf(FULL)('b2 verify --fsck checks each of them once for both', async () => {
+  const full = FULL ? it : undefined;
+  full?.('b2 verify --fsck checks each of them once for both', async () => {
     interface Verified {
       readonly restoreTests: readonly {
         readonly volume: string;

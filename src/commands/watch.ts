@@ -71,7 +71,7 @@ export const watchCommand = defineCommand({
     'On a terminal it shows a dashboard: lag (the age of the oldest write that no durable point holds), rates, points and alarms; s takes a snapshot, q quits. Otherwise, or with --quiet, it writes log lines, with --verbose one for each point; with --json every event is a line of JSON with a type.',
     'From any other shell, "b2 snapshot" of a watched volume or device asks the running watch for a point at that very moment, and "b2 status" shows lag, rates and problems.',
     'It ends with a last exact point on SIGTERM (code 0), SIGINT or Ctrl-C (code 130), and after --run-for. SIGHUP loads the configuration again: hooks and limits change at once, devices come and go, a device whose volume, interval or source has changed is started again; a file with a mistake is reported and changes nothing. One device that fails ends no other, and is tried again as long as another is watched if it was a read or a full store that failed.',
-    'A file system, LVM group or database that lies on several devices needs points that are one instant of all of them: --group NAME, or "group" of each device in the configuration. "b2 points" shows the id of such a point (NAME@TIME), and restoring every volume of the group at that TIME brings back the same instant; b2-ls(1) and the like read files of it from all of them. While a device of the group is missing, the others go on with points of their own.',
+    'A file system, LVM group or database that lies on several devices needs points that are one instant of all of them. Devices of one watch that carry parts of one volume group, btrfs or array (MD) share their points by themselves, which is said at the start; for a database or anything else: --group NAME, or "group" of each device in the configuration, which also wins over what would be shared unasked. What devices carry is looked at when the watch starts and at SIGHUP: a device that is missing at the start shares from the next of these on. "b2 points" shows the id of such a point (NAME@TIME), and restoring every volume of the group at that TIME brings back the same instant; b2-ls(1) and the like read files of it from all of them. While a device of the group is missing, the others go on with points of their own.',
     'A device or volume that another running watch captures to the same repository is refused. A device that is missing at the start is an error on a terminal; as a service (NOTIFY_SOCKET) b2 waits for it. A device or a repository that goes away later is waited for, and taken for the same only if it proves to be.',
     'As a service: b2-watch@.service in packaging/systemd. It counts as started (READY) when the changes of every device are captured or it is waited for; the first reading, which can take hours, comes after that and holds up no boot: "systemctl status" and "b2 status" show how far it is.',
   ],
@@ -89,7 +89,7 @@ export const watchCommand = defineCommand({
     },
     {
       command: 'b2 watch /dev/sdb /dev/sdc --group data',
-      text: 'A file system on two disks: every point is one instant of both.',
+      text: 'A database on two disks: every point is one instant of both.',
     },
     { command: 'b2 watch', text: 'The devices of the configuration file.' },
   ],

@@ -3,6 +3,7 @@
  * restores; signals; configuration; the default repository; a service manager.
  */
 import { execFileSync } from 'node:child_process';
+import { createHash } from 'node:crypto';
 import {
   chownSync,
   existsSync,
@@ -15,11 +16,12 @@ import {
   writeFileSync,
 } from 'node:fs';
 import { open } from 'node:fs/promises';
+import { fileURLToPath } from 'node:url';
 import { afterEach, beforeEach, describe, expect, it } from 'vitest';
 
 import { systemClock } from '../../src/clock.js';
 import { B2, jsonLines, PROGRAM, type JsonError } from '../support/b2.js';
-import { noise } from '../support/disks.js';
+import { noise, tool } from '../support/disks.js';
 import { attachLoop, LOOP_NEEDS, makeFileSystem, mountDevice, newLoop } from '../support/loop.js';
 import { notifySocket } from '../support/notify-socket.js';
 import { requires } from '../support/requires.js';
@@ -27,6 +29,8 @@ import { tempDir, type TempDir } from '../support/tmp.js';
 import { Watching, type WatchLine } from '../support/watching.js';
 
 const MIB = 1024 * 1024;
+const fixture = (path: string): string =>
+  fileURLToPath(new URL(`../fixtures/${path}`, import.meta.url));
 
 interface Snapshot {
   readonly id: string;
@@ -395,6 +399,42 @@ describe('b2 watch of a group', () => {
     watching.kill('SIGTERM');
     expect((await watching.ended).code).toBe(0);
   }, 60_000);
+
+  requires({ tools: ['tar', 'gzip'] }).it(
+    'makes a group of disks that carry one volume group, unasked',
+    async () => {
+      await initPlain();
+      tool('tar', ['-C', dir.path, '-xSzf', fixture('lvm-two-disks/disks.tar.gz')]);
+      const [a, b, c] = [dir.join('a'), dir.join('b'), image('c.img', MIB)];
+      const watching = watch([a, b, c, '--source', 'scan', '--interval', '200ms']);
+      await watching.until('the notice', (l) =>
+        String(l['message']).includes(
+          `volume group twovg: on ${a}, ${b}, which share their points`,
+        ),
+      );
+      const point = await watching.until('a point', (l) => l['group'] === 'twovg');
+      const ofC = await watching.until(
+        'a point of the third',
+        (l) => l.type === 'point' && l['device'] === c,
+      );
+      expect(ofC['group']).toBeUndefined();
+      await watching.until(
+        'the point of the other disk',
+        (l) =>
+          l['group'] === 'twovg' && l['time'] === point['time'] && l['device'] !== point['device'],
+      );
+      expect((await b2.run('status')).stdout).toContain('group twovg: points are one instant of');
+      watching.kill('SIGTERM');
+      expect((await watching.ended).code).toBe(0);
+
+      // A file of a striped volume, of which neither disk has more than half.
+      const sums = readFileSync(fixture('lvm-two-disks/sums'), 'utf8');
+      const [, wanted] = /^([0-9a-f]{64}) {2}striped\/late$/m.exec(sums) ?? [];
+      const ended = await b2.run('cat', 'b:twovg/striped:/late');
+      expect(createHash('sha256').update(ended.stdout).digest('hex')).toBe(wanted);
+    },
+    60_000,
+  );
 });
 
 describe('b2 watch of image files', () => {

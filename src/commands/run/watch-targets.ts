@@ -46,6 +46,14 @@ function realPath(path: string): string {
   }
 }
 
+/** Changes with what a running session cannot take over: {@link WatchTarget.key}. */
+export function keyOf(
+  { volume, source, intervalMs }: Pick<Target, 'volume' | 'source' | 'intervalMs'>,
+  group: Target['group'],
+): string {
+  return JSON.stringify([volume, source, intervalMs, group]);
+}
+
 /** Kind `usage` for options that do not go together, or no device at all. */
 export function targetsOf(input: WatchInput, config: Config): readonly Target[] {
   const { options } = input;
@@ -133,7 +141,7 @@ export function targetsOf(input: WatchInput, config: Config): readonly Target[] 
     const postPoint = d['post-point'] ?? config['watch.post-point'];
     return {
       device,
-      key: JSON.stringify([volume, source, intervalMs, group]),
+      key: keyOf({ volume, source, intervalMs }, group),
       hasHooks: prePoint !== undefined || postPoint !== undefined,
       volume,
       group,

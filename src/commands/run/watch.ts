@@ -29,6 +29,7 @@ import { openOrMakeRepository } from './default-repository.js';
 import { runningWatches } from './running.js';
 import { DashboardState, repositorySize } from './watch-dashboard.js';
 import { isJournal, openLog, SUMMARY_MS, type WatchLog } from './watch-log.js';
+import { SharedDevices } from './watch-shared.js';
 import { targetsOf, type Target } from './watch-targets.js';
 
 /** The last line with `--json`; the lines before are of the types `state`, `point`, `problem`, `notice`, `status` and `log`. */
@@ -121,6 +122,7 @@ class WatchCommand {
   private readonly dashboard: DashboardState | undefined;
   private readonly quiescers = new Map<string, { key: string; quiescer: Quiescer }>();
   private readonly groups = new Map<string, PointGroup>();
+  private readonly shared: SharedDevices;
   private current: readonly Target[] = [];
   /** Devices that this process has captured: if one is missing when its session is started again, it is waited for. */
   private readonly captured = new Set<string>();
@@ -139,7 +141,8 @@ class WatchCommand {
     this.catalogue = catalogue;
     this.messages = messages;
     this.log = openLog(context);
-    const { output, env, clock } = context;
+    const { output, env, clock, signal } = context;
+    this.shared = new SharedDevices({ clock, signal, say: this.say.bind(this) });
     this.dashboard =
       output.interactive && env['TERM'] !== 'dumb'
         ? new DashboardState(clock.monotonicNs())
@@ -148,7 +151,6 @@ class WatchCommand {
 
   async run(targets: readonly Target[]): Promise<Outcome<WatchAnswer>> {
     const { clock, signal, env, settings } = this.context;
-    this.current = targets;
     const daemon: WatchDaemon<Target> = new WatchDaemon<Target>({
       startSession: (target, onEvent) => this.startSession(target, onEvent, daemon),
       pinner: repositoryPinner(this.repo),
@@ -177,7 +179,8 @@ class WatchCommand {
     process.on('SIGHUP', onHangup);
     signal.addEventListener('abort', onSignal, { once: true });
     try {
-      daemon.start(targets);
+      this.current = await this.shared.group(targets);
+      daemon.start(this.current);
       if (signal.aborted) onSignal();
       const runForMs = this.input.options['run-for'];
       if (runForMs !== undefined) void this.after(runForMs, () => stop('the time is up'));
@@ -385,7 +388,7 @@ class WatchCommand {
     if (isReady) notifier?.reloading();
     try {
       const config = await this.context.reloadConfig();
-      const targets = targetsOf(this.input, config);
+      const targets = await this.shared.group(targetsOf(this.input, config));
       this.current = targets;
       const { repository } = this.context.settings;
       if (repository.origin === 'config' && config.repository !== repository.url)

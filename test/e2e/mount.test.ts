@@ -274,7 +274,7 @@ requires({ root: true, paths: ['/dev/fuse'], tools: ['sfdisk', 'cmp', 'cp', 'umo
 requires({
   root: true,
   paths: ['/dev/fuse'],
-  tools: ['fusermount3', 'setpriv', 'unshare', 'mknod', 'sfdisk'],
+  tools: ['fusermount3', 'setpriv', 'unshare', 'mknod', 'sfdisk', 'awk'],
 }).describe('b2 mount by an ordinary user', () => {
   it('goes through fusermount3 and leaves nothing, also after kill -9', async () => {
     // A name space of its own, in which everybody may open /dev/fuse, as on an ordinary machine.
@@ -306,7 +306,10 @@ requires({
         echo all well`;
     writeFileSync(dir.join('user.sh'), script);
     // Mounts of tests beside this one are in the new name space, too, where nobody else would take them away.
-    const outer = `mount --make-rprivate / && { umount -i -c -l -a -t fuse.b2; mount --bind "$1/fuse" /dev/fuse; } && exec setpriv --reuid 65534 --regid 65534 --clear-groups sh "$1/user.sh" "$1" "$2"`;
+    const outer = `mount --make-rprivate / && {
+        awk '$5 ~ /\\/b2-test-/ { print $5 }' /proc/self/mountinfo | while read -r other; do umount -i -c -l "$other"; done
+        umount -i -c -l -a -t fuse.b2
+        mount --bind "$1/fuse" /dev/fuse; } && exec setpriv --reuid 65534 --regid 65534 --clear-groups sh "$1/user.sh" "$1" "$2"`;
     const { stdout } = await run('unshare', ['-m', 'sh', '-c', outer, 'sh', dir.path, PROGRAM], {
       env: { ...(b2.env as NodeJS.ProcessEnv), HOME: dir.join('home') },
     });

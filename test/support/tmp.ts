@@ -72,12 +72,19 @@ export function deletePartitions(loop: string): void {
       execFileSync('partx', ['--delete', loop], { stdio: 'pipe' });
     } catch (error) {
       if (tries >= BUSY_TRIES) throw error;
-      Atomics.wait(new Int32Array(new SharedArrayBuffer(4)), 0, 0, BUSY_PAUSE_MS);
+      pause();
     }
   }
 }
 
-/** Unmounts, detaches and deletes everything in `dir`; throws when something is still in use. */
+function pause(): void {
+  Atomics.wait(new Int32Array(new SharedArrayBuffer(4)), 0, 0, BUSY_PAUSE_MS);
+}
+
+/**
+ * Unmounts, detaches and deletes everything in `dir`; throws when something is still in use. A loop device is gone when its last user lets
+ * go: others that look into it, or have a copy of its mount in a name space of their own, are waited for, ten seconds.
+ */
 export function removeTree(dir: string): void {
   for (const point of mountsBelow(dir)) execFileSync('umount', [point], { stdio: 'pipe' });
   for (const loop of loopsBelow(dir)) {
@@ -88,6 +95,10 @@ export function removeTree(dir: string): void {
       // One that clears itself when its last user lets go may have gone since the look.
       if (loopsBelow(dir).includes(loop)) throw error;
     }
+  }
+  for (let tries = 1; loopsBelow(dir).length > 0; tries++) {
+    if (tries >= BUSY_TRIES) throw new Error(`${loopsBelow(dir).join(', ')} cannot be detached`);
+    pause();
   }
   rmSync(dir, { recursive: true, force: true, maxRetries: 3 });
 }

@@ -85,7 +85,8 @@ describe('in use', () => {
       [
         '--mount',
         '--propagation',
-        'private',
+        // The mounts of tests beside this one go from the copy when they go.
+        'slave',
         'sh',
         '-c',
         `mount ${device} ${dir.join('m')} && echo mounted && read line`,

@@ -31,6 +31,9 @@ export interface WatchTarget {
   readonly hasHooks: boolean;
 }
 
+/** Finds what is to be watched, which may take a while: called when its turn comes. */
+export type FindTargets<T> = () => Promise<readonly T[]>;
+
 /** A point to be looked up and, with a name, pinned. */
 export interface PinOrder {
   readonly volumeId: string;
@@ -135,9 +138,27 @@ export class WatchDaemon<T extends WatchTarget> implements ControlHandler {
     });
   }
 
-  /** Starts the sessions. To be called once. */
+  /** Starts the sessions. To be called once, or {@link startFound} instead. */
   start(targets: readonly T[]): void {
     for (const target of targets) this.add(target);
+  }
+
+  /**
+   * Starts the sessions of what is found. What is asked to be applied meanwhile has its turn after that; stopped meanwhile, none is
+   * started. Rejects as `find` does.
+   */
+  startFound(find: FindTargets<T>): Promise<void> {
+    return this.inTurn(async () => {
+      const targets = await find();
+      if (!this.stopping) this.start(targets);
+    });
+  }
+
+  /** Changes of what is watched come one after the other, as they were asked for. */
+  private inTurn(change: () => Promise<void>): Promise<void> {
+    const turn = this.changing.then(change);
+    this.changing = turn.catch(() => undefined);
+    return turn;
   }
 
   /**
@@ -265,14 +286,15 @@ export class WatchDaemon<T extends WatchTarget> implements ControlHandler {
   }
 
   /**
-   * Watches `targets` from now on: new devices are started, others stopped with a last point, those with another key stopped and
-   * started, failed ones tried again. Resolves with what was done, in words.
+   * Watches what is found from now on: new devices are started, others stopped with a last point, those with another key stopped and
+   * started, failed ones tried again. Resolves with what was done, in words. Where several ask, what was asked for last is looked for
+   * last, and counts. Rejects as `find` does; then nothing is changed.
    */
-  async apply(targets: readonly T[]): Promise<readonly string[]> {
+  async apply(find: FindTargets<T>): Promise<readonly string[]> {
     const done: string[] = [];
-    const before = this.changing;
-    const change = (async () => {
-      await before;
+    await this.inTurn(async () => {
+      if (this.stopping) return;
+      const targets = await find();
       if (this.stopping) return;
       const wanted = new Map(targets.map((t) => [t.device, t]));
       const gone = this.entries.filter((e) => !wanted.has(e.target.device));
@@ -291,9 +313,7 @@ export class WatchDaemon<T extends WatchTarget> implements ControlHandler {
         this.add(target);
       }
       this.check();
-    })();
-    this.changing = change.catch(() => undefined);
-    await change;
+    });
     return done;
   }
 

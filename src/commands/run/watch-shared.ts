@@ -50,6 +50,8 @@ const READ_MS = 5_000;
 export class SharedDevices {
   readonly #options: Required<SharedDevicesOptions>;
   readonly #known = new Map<string, readonly Carried[]>();
+  /** Each takes one of the few threads that read, until the device answers: one a device, however often it is asked for. */
+  readonly #reading = new Map<string, Promise<void>>();
 
   constructor(options: SharedDevicesOptions) {
     this.#options = { read: carriedOn, ...options };
@@ -94,17 +96,10 @@ export class SharedDevices {
   }
 
   async #carriedOf(device: string): Promise<readonly Carried[]> {
-    const { clock, signal, say, read } = this.#options;
+    const { clock, signal, say } = this.#options;
     const over = new AbortController();
     const late = clock.sleep(READ_MS, AbortSignal.any([signal, over.signal])).then(() => 'late');
-    // It may be away, or not be readable: its session says so.
-    const reading = read(device).then(
-      (carried) => {
-        this.#known.set(device, carried);
-      },
-      () => undefined,
-    );
-    const first = await Promise.race([reading, late]);
+    const first = await Promise.race([this.#read(device), late]);
     over.abort();
     if (first === 'late' && !signal.aborted && !this.#known.has(device))
       say(
@@ -113,6 +108,23 @@ export class SharedDevices {
         'Once it answers, SIGHUP (systemctl reload) lets b2 look again; or give the devices the same "group".',
       );
     return this.#known.get(device) ?? [];
+  }
+
+  #read(device: string): Promise<void> {
+    let reading = this.#reading.get(device);
+    if (reading !== undefined) return reading;
+    reading = this.#options
+      .read(device)
+      .then(
+        (carried) => {
+          this.#known.set(device, carried);
+        },
+        // It may be away, or not be readable: its session says so.
+        () => undefined,
+      )
+      .finally(() => this.#reading.delete(device));
+    this.#reading.set(device, reading);
+    return reading;
   }
 }
 

@@ -179,8 +179,8 @@ class WatchCommand {
     process.on('SIGHUP', onHangup);
     signal.addEventListener('abort', onSignal, { once: true });
     try {
-      this.current = await this.shared.group(targets);
-      daemon.start(this.current);
+      // What is asked for meanwhile comes after it.
+      await daemon.startFound(() => this.find(targets));
       if (signal.aborted) onSignal();
       const runForMs = this.input.options['run-for'];
       if (runForMs !== undefined) void this.after(runForMs, () => stop('the time is up'));
@@ -382,18 +382,25 @@ class WatchCommand {
     }
   }
 
+  /** The targets, each with the group that it belongs to; they count from now on. */
+  private async find(targets: readonly Target[]): Promise<readonly Target[]> {
+    this.current = await this.shared.group(targets);
+    return this.current;
+  }
+
   /** SIGHUP. */
   private async reload(daemon: WatchDaemon<Target>, notifier: Notifier | undefined): Promise<void> {
     const isReady = daemon.isReady;
     if (isReady) notifier?.reloading();
     try {
-      const config = await this.context.reloadConfig();
-      const targets = await this.shared.group(targetsOf(this.input, config));
-      this.current = targets;
-      const { repository } = this.context.settings;
-      if (repository.origin === 'config' && config.repository !== repository.url)
-        this.say('warning', 'the configuration names another repository; that needs a restart');
-      const done = await daemon.apply(targets);
+      const done = await daemon.apply(async () => {
+        const config = await this.context.reloadConfig();
+        const targets = await this.find(targetsOf(this.input, config));
+        const { repository } = this.context.settings;
+        if (repository.origin === 'config' && config.repository !== repository.url)
+          this.say('warning', 'the configuration names another repository; that needs a restart');
+        return targets;
+      });
       this.say('notice', ['the configuration was loaded again', ...done].join('; '));
     } catch (error) {
       this.say(

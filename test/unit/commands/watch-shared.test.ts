@@ -169,4 +169,32 @@ describe('SharedDevices', () => {
     ]);
     expect(said).toEqual([]);
   });
+
+  it('reads a device that hangs once, however often it is asked for', async () => {
+    let reads = 0;
+    let answer: (carried: readonly Carried[]) => void = () => undefined;
+    const clock = new ManualClock();
+    const { said, devices } = shared(
+      (device) => {
+        if (device === '/a') return Promise.resolve([vg('vg0')]);
+        reads++;
+        return new Promise((resolve) => (answer = resolve));
+      },
+      { clock },
+    );
+    clock.sleep = () => Promise.resolve();
+    const targets = ['/a', '/hangs'].map((d) => target(d));
+    for (let i = 0; i < 5; i++) expect(groupsOf(await devices.group(targets))[1]).toBeUndefined();
+    expect(reads).toBe(1);
+    expect(said.at(-1)).toContain('/hangs did not answer within 5 s');
+    clock.sleep = () => new Promise<void>(() => undefined);
+    const grouped = devices.group(targets);
+    answer([vg('vg0')]);
+    expect(groupsOf(await grouped)).toEqual(['vg0', 'vg0']);
+    // What it carries is looked at anew from then on.
+    const again = devices.group(targets);
+    expect(reads).toBe(2);
+    answer([]);
+    expect(groupsOf(await again)).toEqual([undefined, undefined]);
+  });
 });

@@ -352,7 +352,9 @@ describe('WatchDaemon', () => {
     session(0).seq = 2;
     session(2).fail('broken');
     await settled();
-    const done = await daemon.apply([target('/a', 'other'), target('/c'), target('/d')]);
+    const done = await daemon.apply(() =>
+      Promise.resolve([target('/a', 'other'), target('/c'), target('/d')]),
+    );
     expect(done).toEqual([
       '/b is not watched any more',
       '/a is started again',
@@ -367,17 +369,65 @@ describe('WatchDaemon', () => {
       ['/c', 0],
       ['/d', 0],
     ]);
-    expect(await daemon.apply([target('/a', 'other'), target('/c'), target('/d')])).toEqual([]);
+    expect(
+      await daemon.apply(() =>
+        Promise.resolve([target('/a', 'other'), target('/c'), target('/d')]),
+      ),
+    ).toEqual([]);
     expect(sessions).toHaveLength(6);
     daemon.stop('SIGTERM');
     expect((await daemon.done).devices).toHaveLength(3);
     expect(session(5).stops).toEqual([777]);
   });
 
+  it('takes what is asked for one after the other, however long each takes to be found', async () => {
+    const { daemon, sessions, isDone } = setUp([]);
+    const finds: ((devices: readonly string[]) => void)[] = [];
+    const find = (): Promise<readonly WatchTarget[]> =>
+      new Promise((resolve) => {
+        finds.push((devices) => resolve(devices.map((d) => target(d))));
+      });
+    const watched = (): readonly string[] => daemon.status().devices.map((d) => d.device);
+    // A reload that comes before the watch has found what it starts with.
+    const started = daemon.startFound(find);
+    const applied = [daemon.apply(find), daemon.apply(find)];
+    await settled();
+    expect(finds).toHaveLength(1);
+    finds[0]?.(['/a', '/b']);
+    await started;
+    expect(watched()).toEqual(['/a', '/b']);
+    await settled();
+    expect(finds).toHaveLength(2);
+    finds[1]?.(['/a']);
+    expect(await applied[0]).toEqual(['/b is not watched any more']);
+    await settled();
+    finds[2]?.(['/a', '/c']);
+    expect(await applied[1]).toEqual(['/c is watched from now on']);
+    expect(watched()).toEqual(['/a', '/c']);
+    expect(sessions.map((s) => s.target.device)).toEqual(['/a', '/b', '/c']);
+    expect(await isDone()).toBe(false);
+    await expect(daemon.apply(() => Promise.reject(new Error('no configuration')))).rejects.toThrow(
+      'no configuration',
+    );
+    expect(watched()).toEqual(['/a', '/c']);
+  });
+
+  it('starts nothing that is found when it has been stopped', async () => {
+    const { daemon, sessions } = setUp([]);
+    let found: (targets: readonly WatchTarget[]) => void = () => undefined;
+    const started = daemon.startFound(() => new Promise((resolve) => (found = resolve)));
+    await settled();
+    daemon.stop('SIGTERM');
+    found([target('/a')]);
+    await started;
+    expect(await daemon.done).toMatchObject({ reason: 'SIGTERM', devices: [], failed: [] });
+    expect(sessions).toEqual([]);
+  });
+
   it('changes nothing once it is being stopped', async () => {
     const { daemon, sessions } = setUp([target('/a')]);
     daemon.stop('SIGTERM');
-    expect(await daemon.apply([target('/b')])).toEqual([]);
+    expect(await daemon.apply(() => Promise.resolve([target('/b')]))).toEqual([]);
     await daemon.done;
     expect(sessions).toHaveLength(1);
   });

@@ -215,41 +215,49 @@ export class PointGroup {
     const parts = all.flatMap((seat) => {
       const { waiting, cut } = seat;
       if (waiting === undefined || waiting.meeting !== undefined) return [];
-      // From times of its source to those of the first one's.
-      const deltaNs = Number(cut.originNs - first.cut.originNs);
-      return [{ seat, waiting, deltaNs, decision: cut.decide() }];
+      return [{ seat, waiting, cut, decision: cut.decide() }];
     });
     if (parts.length !== all.length) return;
-    let loNs = Number.NEGATIVE_INFINITY;
-    for (const { decision, deltaNs } of parts)
-      if (decision !== undefined && decision.kind !== 'wait')
-        loNs = Math.max(loNs, decision.loNs + deltaNs);
-    let instantNs = Number.POSITIVE_INFINITY;
-    const inTheWay = parts.filter(({ waiting, decision, deltaNs }) => {
-      const certainNs = waiting.certainToNs + deltaNs;
-      if (decision?.kind !== 'holds' || !(loNs < decision.hiNs + deltaNs) || certainNs < loNs)
+    // On one clock, in whole nanoseconds: numbers lose some of them after 104 days.
+    let loNs: bigint | undefined;
+    for (const { decision, cut } of parts) {
+      if (decision === undefined || decision.kind === 'wait') continue;
+      if (decision.loNs === Number.NEGATIVE_INFINITY) continue;
+      const ownNs = cut.originNs + BigInt(Math.ceil(decision.loNs));
+      if (loNs === undefined || ownNs > loNs) loNs = ownNs;
+    }
+    let instantNs: bigint | undefined;
+    const inTheWay = parts.filter(({ waiting, decision, cut }) => {
+      if (decision?.kind !== 'holds') return true;
+      const certainNs = cut.originNs + BigInt(Math.floor(waiting.certainToNs));
+      const hiNs =
+        decision.hiNs === Number.POSITIVE_INFINITY
+          ? undefined
+          : cut.originNs + BigInt(Math.floor(decision.hiNs));
+      if (loNs !== undefined && ((hiNs !== undefined && loNs >= hiNs) || certainNs < loNs))
         return true;
-      instantNs = Math.min(instantNs, decision.hiNs + deltaNs, certainNs);
+      for (const endNs of [certainNs, hiNs ?? certainNs])
+        if (instantNs === undefined || endNs < instantNs) instantNs = endNs;
       return false;
     });
-    if (inTheWay.length > 0) {
+    if (inTheWay.length > 0 || instantNs === undefined) {
       // Blocks that are written all the time on several devices have to be read at one time: no use in reading them in turns.
       const isTogether = this.disagreed++ > 0;
-      const nowNs = Number(this.o.clock.monotonicNs() - first.cut.originNs);
-      for (const { waiting, decision, deltaNs } of isTogether ? parts : inTheWay) {
-        const limitNs = (isTogether ? nowNs : loNs) - deltaNs;
-        tell(
-          waiting,
-          decision === undefined ? { kind: 'alone' } : { kind: 'again', loNs: limitNs },
-        );
+      const limitNs = isTogether ? this.o.clock.monotonicNs() : loNs;
+      for (const { waiting, decision, cut } of isTogether ? parts : inTheWay) {
+        const ownNs =
+          limitNs === undefined ? Number.NEGATIVE_INFINITY : Number(limitNs - cut.originNs);
+        tell(waiting, decision === undefined ? { kind: 'alone' } : { kind: 'again', loNs: ownNs });
       }
       return;
     }
-    const wallNs = first.cut.wallOf(instantNs);
-    for (const { seat, waiting, deltaNs } of parts) {
-      seat.cut.claim(instantNs - deltaNs);
+    const wallNs = first.cut.wallOf(Number(instantNs - first.cut.originNs));
+    for (const { seat, waiting, cut } of parts) {
+      // What an own time is rounded to lies between LO and HI as well, because those are such times.
+      const ownNs = Number(instantNs - cut.originNs);
+      cut.claim(ownNs);
       seat.isTrying = false;
-      tell(waiting, { kind: 'claimed', instantNs: instantNs - deltaNs, wallNs });
+      tell(waiting, { kind: 'claimed', instantNs: ownNs, wallNs });
     }
     this.hasPoint = true;
     this.disagreed = 0;

@@ -6,6 +6,7 @@ import {
   type GroupCut,
   type GroupState,
 } from '../../../src/capture/group.js';
+import { IntervalCut } from '../../../src/capture/interval-cut.js';
 import {
   LiveCapture,
   type CaptureEvent,
@@ -354,6 +355,44 @@ describe('a group of devices', () => {
     expect(group.changes.map((c) => c.isWhole)).toEqual([true, false, true]);
     await back.stop();
     await group.end();
+  });
+
+  it('agrees to the nanosecond with a source that was opened years ago', async () => {
+    const day = 86_400_000_000_000n;
+    for (let n = 0; n < 20; n++) {
+      const nowNs = systemClock.monotonicNs();
+      const origins = [nowNs - 400n * day - BigInt(n), nowNs - 1_000_000_003n, nowNs - 900n * day];
+      const group = new PointGroup({ name: 'g', devices: ['0', '1', '2'], clock: systemClock });
+      const claimed: number[] = [];
+      const cuts = origins.map(() => new IntervalCut(10));
+      const seats = origins.map((originNs, i) => {
+        const cut = cuts[i] ?? new IntervalCut(10);
+        const now = Number(nowNs - originNs);
+        cut.staged(1, 1, now - 9000);
+        // What is not read yet bounds the instant: in each to another nanosecond.
+        cut.completed(5, 1, now - 500 - 3 * n - i);
+        cut.advance(now - 100);
+        return group.join(String(i), {
+          originNs,
+          isAble: () => true,
+          decide: () => cut.decide(),
+          claim: (atNs) => claimed.push(cut.claim(atNs)),
+          wallOf: () => 7n,
+        });
+      });
+      const meetings = await Promise.all(
+        seats.map((seat, i) => {
+          const now = Number(nowNs - (origins[i] ?? 0n));
+          return seat.meet(now - 100, now + 10e9, new AbortController().signal);
+        }),
+      );
+      expect(meetings.map((m) => m.kind)).toEqual(['claimed', 'claimed', 'claimed']);
+      // The times of the old sources are even numbers only.
+      for (const [i, atNs] of claimed.entries())
+        expect(
+          Math.abs(Number(BigInt(atNs) + (origins[i] ?? 0n) - nowNs) + 502 + 3 * n),
+        ).toBeLessThan(16);
+    }
   });
 
   it('does not wait longer than an attempt for one that does not come', async () => {

@@ -13,7 +13,8 @@
  * So a file system's writes to two devices are in the points of both or, where they were not over, in none or in part, as after a
  * power cut that hits both at once. Members without changes take part with an empty point.
  *
- * **Nobody is held up by another**: a capture waits no longer than an attempt of its own may take. While a member is missing (its device
+ * **Nobody is held up by another**: a capture waits no longer than an attempt of its own may take, and much shorter while file systems
+ * are frozen for its point. While a member is missing (its device
  * is gone, its changes have to be compared first, its repository is out) the group is *apart*: nobody waits, and everybody goes on with
  * points of its own. It is whole again by itself.
  *
@@ -117,9 +118,9 @@ export class GroupSeat {
 
   /**
    * To be called when the cut holds, right after a poll that has asked for lost events. Waits for the others until `endNs` of the
-   * own source, or `signal`.
+   * own source, asked for now and then, or `signal`.
    */
-  meet(certainToNs: number, endNs: number, signal: AbortSignal): Promise<Meeting> {
+  meet(certainToNs: number, endNs: () => number, signal: AbortSignal): Promise<Meeting> {
     return this.group.meet(this, certainToNs, endNs, signal);
   }
 
@@ -183,7 +184,7 @@ export class PointGroup {
   async meet(
     seat: GroupSeat,
     certainToNs: number,
-    endNs: number,
+    endNs: () => number,
     signal: AbortSignal,
   ): Promise<Meeting> {
     const { clock } = this.o;
@@ -197,7 +198,7 @@ export class PointGroup {
         this.settle();
         if (waiting.meeting !== undefined) return waiting.meeting;
         const nowNs = Number(clock.monotonicNs() - seat.cut.originNs);
-        if (signal.aborted || nowNs >= endNs || !this.look().isWhole) return { kind: 'alone' };
+        if (signal.aborted || nowNs >= endNs() || !this.look().isWhole) return { kind: 'alone' };
         await clock.sleep(WAIT_MS, over.signal);
         if (waiting.meeting !== undefined) return waiting.meeting;
       }

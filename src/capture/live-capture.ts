@@ -321,6 +321,8 @@ function stageBlocksOf(options: Pick<LiveCaptureOptions, 'stageBytes'>): number 
 
 interface Waiter {
   readonly sinceNs: number;
+  /** Until then the others of a group are waited for, at most. */
+  readonly othersUntilNs: number;
   readonly pointClass: PointClass;
   readonly letGo: LetGo | undefined;
   readonly resolve: (point: CapturedPoint) => void;
@@ -430,12 +432,14 @@ export class LiveCapture {
    * application) and keeps them so until this settles: whoever cannot wait any longer aborts `signal` first (this rejects with
    * `interrupted` then) and lets the writers go after that. With `letGo` they are held only until everything is read, not until it
    * is stored as well; then this also rejects when they were not held so long (`failed`), or when the repository did not take the
-   * point, instead of waiting for the next. Rejects when capture ends first.
+   * point, instead of waiting for the next. `othersMs`: how long, at most, the other devices of a group are waited for until the point
+   * is one of this device alone; default: as long as any attempt does. Rejects when capture ends first.
    */
   point(
     pointClass: PointClass = PointClass.crash,
     signal?: AbortSignal,
     letGo?: LetGo,
+    othersMs = Number.POSITIVE_INFINITY,
   ): Promise<CapturedPoint> {
     if (this.abort.signal.aborted)
       return Promise.reject(
@@ -448,8 +452,10 @@ export class LiveCapture {
         reject(this.givenUp());
       };
       const settled = (): void => signal?.removeEventListener('abort', giveUp);
+      const sinceNs = this.now();
       const waiter: Waiter = {
-        sinceNs: this.now(),
+        sinceNs,
+        othersUntilNs: sinceNs + othersMs * 1e6,
         pointClass,
         letGo,
         resolve: (point) => {
@@ -911,7 +917,10 @@ export class LiveCapture {
   private async agree(decision: Decision, endNs: number): Promise<Agreement> {
     const { seat } = this;
     if (seat?.isTrying !== true) return decision;
-    const meeting = await seat.meet(this.completeToNs, endNs, this.abort.signal);
+    // Whoever comes while it waits may have frozen something.
+    const untilNs = (): number =>
+      this.waiters.reduce((least, w) => Math.min(least, w.othersUntilNs), endNs);
+    const meeting = await seat.meet(this.completeToNs, untilNs, this.abort.signal);
     if (meeting.kind === 'claimed') return meeting;
     if (meeting.kind === 'again')
       return { kind: 'again', loNs: meeting.loNs, hiNs: this.cut.oldestPendingNs };

@@ -36,6 +36,8 @@ export const DEFAULT_FREEZE_MS = 100;
 const FLOOR_MS = 15;
 /** The point is given up this much before the bound, so that the thaw is over by then. */
 const THAW_MS = 15;
+/** Of what is left of the bound, other devices of a group get this part; then the point is one of this device alone. */
+const OTHERS_PART = 2 / 3;
 /** What is assumed where nothing was measured. */
 const USUAL_BYTES_PER_MS = 50_000;
 const MIN_SAMPLE_BYTES = 1024 * 1024;
@@ -399,8 +401,10 @@ async function holdPoint(
   if (signal?.aborted === true) abort();
   const isOver = new AbortController();
   let isTimeUp = false;
+  let othersMs: number | undefined;
   if (frozen !== undefined) {
     const leftMs = boundMs - THAW_MS - Number(clock.monotonicNs() - frozen.sinceNs) / 1e6;
+    othersMs = Math.max(0, leftMs * OTHERS_PART);
     void clock.sleep(Math.max(0, leftMs), isOver.signal).then(() => {
       if (isOver.signal.aborted) return;
       isTimeUp = true;
@@ -419,7 +423,7 @@ async function holdPoint(
   let point: CapturedPoint | undefined;
   let failure: B2Error | undefined;
   try {
-    point = await capture.point(options.pointClass, giveUp.signal, letGo);
+    point = await capture.point(options.pointClass, giveUp.signal, letGo, othersMs);
   } catch (error) {
     if (!(error instanceof B2Error)) throw error;
     failure = error;

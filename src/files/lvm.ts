@@ -83,6 +83,8 @@ const CRC_START = 0xf597a6cf;
 const MAX_TEXT_BYTES = 32 * 1024 * 1024;
 const MAX_DEPTH = 16;
 const MAX_SEGMENTS = 65_536;
+/** Of a group; nobody has a hundredth of it. */
+const MAX_LOGICAL_VOLUMES = 65_536;
 /** LV and VG names: lvm(8), VALID NAMES. */
 const NAME = /^(?!-)(?!\.{1,2}$)[A-Za-z0-9+_.-]{1,127}$/;
 
@@ -101,20 +103,36 @@ class Elsewhere extends BadMetadata {}
 
 /** Parses LVM's configuration text. Throws where it is none. */
 export function parseLvmText(text: string): Section {
-  // Comments go with what separates.
-  const token =
-    /(?:\s|#[^\n]*(?:\n|$))*(?:([{}=[\],])|"((?:[^"\\]|\\.)*)"|([A-Za-z0-9+_./@-]+)|$)/suy;
   interface Token {
     readonly kind: 'mark' | 'string' | 'word' | 'end';
     readonly text: string;
   }
+  // Each matches in one step however much that is: a choice within a repetition takes memory for every turn of it.
+  const between = /\s+|#[^\n]*/y;
+  const word = /[A-Za-z0-9+_./@-]+/y;
+  const plain = /[^"\\]*/y;
+  let at = 0;
+  const skip = (pattern: RegExp): boolean => {
+    pattern.lastIndex = at;
+    if (!pattern.test(text)) return false;
+    at = pattern.lastIndex;
+    return true;
+  };
+  const quoted = (): Token => {
+    const begin = ++at;
+    while (skip(plain) && text[at] === '\\') at += 2;
+    if (text[at] !== '"') throw new BadMetadata('it is no LVM text');
+    return { kind: 'string', text: text.slice(begin, at++).replace(/\\(.)/gsu, '$1') };
+  };
   const next = (): Token => {
-    const match = token.exec(text);
-    if (match === null) throw new BadMetadata('it is no LVM text');
-    const [, mark, quoted, word] = match;
-    if (mark !== undefined) return { kind: 'mark', text: mark };
-    if (quoted !== undefined) return { kind: 'string', text: quoted.replace(/\\(.)/gsu, '$1') };
-    return word === undefined ? { kind: 'end', text: '' } : { kind: 'word', text: word };
+    while (skip(between)) continue;
+    const begin = at;
+    const first = text[at];
+    if (first === undefined) return { kind: 'end', text: '' };
+    if (first === '"') return quoted();
+    if ('{}=[],'.includes(first)) return { kind: 'mark', text: text.slice(at, ++at) };
+    if (!skip(word)) throw new BadMetadata('it is no LVM text');
+    return { kind: 'word', text: text.slice(begin, at) };
   };
   const scalar = (t: Token): string | number => {
     if (t.kind === 'string') return t.text;
@@ -253,8 +271,11 @@ async function readPhysicalVolume(
       await read(area.offset + offset, first),
       await read(area.offset + AREA_HEADER_BYTES, length - first),
     ]);
-    if (lvmChecksum(text) === h.readUInt32LE(56))
-      return { place, uuid, text: text.toString('utf8').replace(/\0+$/, '') };
+    if (lvmChecksum(text) === h.readUInt32LE(56)) {
+      let end = text.length;
+      while (end > 0 && text[end - 1] === 0) end--;
+      return { place, uuid, text: text.toString('utf8', 0, end) };
+    }
     why = 'its metadata is damaged';
   }
   if (why !== '' || sawText) throw new BadMetadata(why);
@@ -363,6 +384,7 @@ function volumesOf(
   }
   const listed = section.get('logical_volumes');
   const all = listed instanceof Map ? sectionsIn(listed as Section) : [];
+  if (all.length > MAX_LOGICAL_VOLUMES) throw new BadMetadata(`${group} has too many volumes`);
   const special = specialVolumes(all);
   const volumes: LogicalVolume[] = [];
   const left: LeftVolume[] = [];
@@ -462,8 +484,9 @@ export async function findLogicalVolumes(
     let found: ReturnType<typeof volumesOf> | undefined;
     try {
       found = volumesOf(group, shown, byUuid);
-      volumes.push(...found.volumes);
-      left.push(...found.left);
+      // One by one: a call takes no more than some ten thousands at a time.
+      for (const volume of found.volumes) volumes.push(volume);
+      for (const one of found.left) left.push(one);
     } catch (error) {
       sense(place, error, undefined);
     }

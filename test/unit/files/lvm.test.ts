@@ -56,6 +56,26 @@ const data = (pv: 0 | 1, extent: number): number =>
   (PLACES[pv]?.offsetBytes ?? 0) + START + extent * EXTENT;
 
 describe('the metadata', () => {
+  it('takes no more time and memory than its length deserves, whatever is in it', async () => {
+    const n = 2 ** 22;
+    expect(parseLvmText(`${' '.repeat(n)}a=1${'#\n'.repeat(n)}#${'x'.repeat(n)}`).get('a')).toBe(1);
+    expect(parseLvmText(`a="${'x'.repeat(n)}${'\\"'.repeat(n)}"`).get('a')).toHaveLength(2 * n);
+    expect(() => parseLvmText(`a="${'x'.repeat(n)}`)).toThrow('no LVM text');
+    expect(() => parseLvmText(`a="${'\\"'.repeat(n)}`)).toThrow('no LVM text');
+    // Behind each zero byte the end was looked for anew.
+    const zeros = `${'\0'.repeat(AREA_BYTES - 1024)}x`;
+    const { left } = await findLogicalVolumes(imageOf({ text: zeros }), PLACES);
+    expect(left.map((l) => l.reason)).toEqual(['it is no LVM text']);
+  });
+
+  it('is not followed where it names more volumes than anybody has', async () => {
+    const lvs = Array.from({ length: 70_000 }, (_, i) => `v${i}{}`);
+    const image = imageOf({ text: groupText([lvs.join(' ')]) });
+    const { left, groups } = await findLogicalVolumes(image, PLACES);
+    expect(left.map((l) => l.reason)).toEqual(['vg has too many volumes']);
+    expect(groups.map((g) => g.shown)).toEqual(['vg']);
+  });
+
   it('has checksums as LVM computes them', () => {
     expect(lvmChecksum(Buffer.from('LVM2'))).toBe(slowChecksum(Buffer.from('LVM2')));
     const all = Buffer.from(Array.from({ length: 256 }, (_, i) => i));

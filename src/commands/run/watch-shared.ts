@@ -59,7 +59,8 @@ export class SharedDevices {
 
   /**
    * The targets, with a group for those that carry something in common and of which none has a group by the options or the configuration. Groups
-   * that were given are left as they are; where they part what belongs together, that is said.
+   * that were given are left as they are; where they part what belongs together, that is said. Devices of which two carry the very same are
+   * left alone, too: they are no more of one instant for it, and whatever takes all of a group would meet the copy.
    */
   async group(targets: readonly Target[]): Promise<readonly Target[]> {
     if (targets.length < 2) return targets;
@@ -72,7 +73,15 @@ export class SharedDevices {
       const devices = members.map((t) => t.device);
       const common = commonOf(indexes.map((i) => carried[i] ?? []));
       const what = common.map((c) => c.what).join(', ');
-      if (members.every((t) => t.group === undefined)) {
+      const isGiven = new Set(members.map((t) => t.group?.name ?? '')).size === 1;
+      const twins = twinsIn(members.map((t, i) => [t.device, carried[indexes[i] ?? -1] ?? []]));
+      if (twins !== undefined && !(isGiven && members[0]?.group !== undefined)) {
+        say(
+          'warning',
+          `${what}: on ${devices.join(', ')}, of which ${twins.join(' and ')} are one disk in two ways or copies of each other: no group is made of them`,
+          'Watch one of the two; or give those that belong together a "group" in the configuration file, or --group.',
+        );
+      } else if (members.every((t) => t.group === undefined)) {
         const name = unusedName(common[0]?.name ?? '', names);
         names.add(name);
         const group = { name, devices };
@@ -149,6 +158,28 @@ function commonOf(lists: readonly (readonly Carried[])[]): readonly Carried[] {
   for (const { key } of lists.flat()) counts.set(key, (counts.get(key) ?? 0) + 1);
   const all = [...new Map(lists.flat().map((c) => [c.key, c])).values()];
   return all.filter((c) => (counts.get(c.key) ?? 0) > 1);
+}
+
+/** Two devices with the very same part of something: a disk and a partition of it, two paths to one disk, a copy. */
+function twinsIn(
+  carried: readonly (readonly [device: string, carried: readonly Carried[]])[],
+): readonly [string, string] | undefined {
+  const seen = new Map<
+    string,
+    { readonly device: string; readonly within: string | undefined }[]
+  >();
+  for (const [device, list] of carried)
+    for (const { key, parts } of list)
+      for (const { id, within } of parts) {
+        const others = seen.get(`${key} ${id}`) ?? [];
+        // The members of one array have the same, each its own copy of it.
+        const twin = others.find(
+          (o) => o.device !== device && (within === undefined || within !== o.within),
+        );
+        if (twin !== undefined) return [twin.device, device];
+        seen.set(`${key} ${id}`, [...others, { device, within }]);
+      }
+  return undefined;
 }
 
 function unusedName(wanted: string, used: ReadonlySet<string>): string {

@@ -10,6 +10,7 @@ import { tempDir, type TempDir } from '../../support/tmp.js';
 const fixture = (path: string): string =>
   fileURLToPath(new URL(`../../fixtures/${path}`, import.meta.url));
 const MIB = 1024 * 1024;
+const bare = (uuid?: string): string | undefined => uuid?.replaceAll(':', '');
 
 requires({ tools: ['tar', 'gzip', 'mkfs.btrfs', 'mkfs.ext4'] }).describe('carriedBy', () => {
   let dir: TempDir;
@@ -23,9 +24,14 @@ requires({ tools: ['tar', 'gzip', 'mkfs.btrfs', 'mkfs.ext4'] }).describe('carrie
 
   it('knows a volume group in a partition of one disk and on the whole of another', async () => {
     const [a, b] = await Promise.all([carriedOn(dir.join('a')), carriedOn(dir.join('b'))]);
-    expect(a).toEqual(b);
+    expect(a.map(({ parts: _, ...same }) => same)).toEqual(b.map(({ parts: _, ...same }) => same));
+    // Each has a physical volume of its own.
+    const pv = { id: expect.stringMatching(/^[0-9a-z]{32}$/) };
+    expect(b).toEqual([expect.objectContaining({ parts: [pv] })]);
+    expect(b[0]?.parts).not.toEqual(a[0]?.parts);
     expect(a).toEqual([
       {
+        parts: [pv],
         key: expect.stringMatching(/^lvm [0-9a-z]{32}$/),
         what: 'volume group twovg',
         name: 'twovg',
@@ -37,9 +43,13 @@ requires({ tools: ['tar', 'gzip', 'mkfs.btrfs', 'mkfs.ext4'] }).describe('carrie
     const [first, second] = await Promise.all(
       ['resync-first', 'resync-second'].map((name) => carriedOn(dir.join(name))),
     );
-    expect(first).toEqual(second);
-    expect(first).toHaveLength(1);
+    expect(first?.map((c) => [c.key, c.parts])).toEqual([[first?.[0]?.key, [{ id: '0' }]]]);
+    expect(second?.map((c) => [c.key, c.parts])).toEqual([[first?.[0]?.key, [{ id: '1' }]]]);
     const server = await carriedOn(dir.join('server'));
+    // What lies in an array is there once in each of its members.
+    const [array] = server.filter((c) => c.what === 'array lab:pv');
+    const [inside] = server.filter((c) => c.what.startsWith('volume group'));
+    expect(bare(inside?.parts[0]?.within)).toBe(array?.key.replace('md ', ''));
     expect(server.map((c) => c.what)).toEqual(
       expect.arrayContaining(['array lab:boot', 'array lab:pv']),
     );
@@ -59,7 +69,8 @@ requires({ tools: ['tar', 'gzip', 'mkfs.btrfs', 'mkfs.ext4'] }).describe('carrie
     const [x = '', y = '', z = ''] = files;
     await runTool('mkfs.btrfs', '-q', '-f', '-L', 'big data', x, y);
     const [first] = await carriedOn(x);
-    expect(await carriedOn(y)).toEqual([first]);
+    expect(first?.parts).toEqual([{ id: '1' }]);
+    expect(await carriedOn(y)).toEqual([{ ...first, parts: [{ id: '2' }] }]);
     expect(first).toMatchObject({ what: 'btrfs big data', name: 'big_data' });
     await runTool('mkfs.btrfs', '-q', '-f', '-L', 'big data', z);
     expect(await carriedOn(z)).toEqual([]);

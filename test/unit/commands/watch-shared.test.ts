@@ -7,10 +7,11 @@ import { keyOf, type Target } from '../../../src/commands/run/watch-targets.js';
 import type { Carried } from '../../../src/files/carried.js';
 import { ManualClock } from '../../support/manual-clock.js';
 
-const vg = (name: string, id = name): Carried => ({
+const vg = (name: string, id = name, parts: Carried['parts'] = []): Carried => ({
   key: `lvm ${id}`,
   what: `volume group ${name}`,
   name,
+  parts,
 });
 
 function target(device: string, group?: Target['group']): Target {
@@ -121,6 +122,37 @@ describe('SharedDevices', () => {
     expect(await devices.group(parted)).toEqual(parted);
     expect(said).toHaveLength(1);
     expect(said[0]).toMatch(/^warning: volume group vg0: on \/a, \/b, which are not of one group/);
+  });
+
+  it('makes no group of what is there twice, and says so', async () => {
+    const disk = (...parts: Carried['parts']): readonly Carried[] => [vg('vg0', 'vg0', parts)];
+    const groupsFor = async (
+      carried: Record<string, readonly Carried[]>,
+      group?: Target['group'],
+    ): Promise<readonly [unknown, string]> => {
+      const { said, devices } = shared(carried);
+      const after = await devices.group(Object.keys(carried).map((d) => target(d, group)));
+      return [groupsOf(after), said.join('\n')];
+    };
+    const both = { '/a': disk({ id: '1' }), '/b': disk({ id: '2' }) };
+    expect((await groupsFor(both))[0]).toEqual(['vg0', 'vg0']);
+    // A partition of /a, another path to it, or a disk that it was copied to.
+    const copied = { ...both, '/copy': disk({ id: '1' }) };
+    const [groups, said] = await groupsFor(copied);
+    expect(groups).toEqual([undefined, undefined, undefined]);
+    expect(said).toMatch(
+      /^warning: volume group vg0: on \/a, \/b, \/copy, of which \/a and \/copy are/,
+    );
+    const given = { name: 'mine', devices: Object.keys(copied) };
+    expect(await groupsFor(copied, given)).toEqual([['mine', 'mine', 'mine'], '']);
+    // Each member of an array has what is in it; the array itself has that once more.
+    const [one, two] = [disk({ id: '1', within: 'md' }), disk({ id: '1', within: 'md' })];
+    expect((await groupsFor({ '/m1': one, '/m2': two }))[0]).toEqual(['vg0', 'vg0']);
+    const withArray = { '/m1': one, '/m2': two, '/md0': disk({ id: '1' }) };
+    expect((await groupsFor(withArray))[0]).toEqual([undefined, undefined, undefined]);
+    // Two parts on one device are no copies.
+    const twice = { '/a': disk({ id: '1' }, { id: '3' }), '/b': disk({ id: '2' }) };
+    expect((await groupsFor(twice))[0]).toEqual(['vg0', 'vg0']);
   });
 
   it('reads nothing for one device', async () => {

@@ -84,6 +84,7 @@ class Access implements FileAccess {
   readonly #closing = new AbortController();
 
   readonly notShown: readonly string[];
+  readonly elsewhere: readonly string[];
   /** The image is made of several. */
   readonly #isComposed: boolean;
 
@@ -91,6 +92,7 @@ class Access implements FileAccess {
     this.#options = options;
     this.#areas = layout.areas;
     this.notShown = layout.missing;
+    this.elsewhere = layout.elsewhere;
     this.#isComposed = layout.others.length > 0;
   }
 

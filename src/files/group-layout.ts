@@ -33,6 +33,8 @@ export interface PointLayout {
   readonly isSpread: boolean;
   /** Names of file systems and volumes that are there and cannot be shown, because a volume of the group is missing; with reasons. */
   readonly missing: readonly string[];
+  /** The same of what lies on devices of which no group is known that they are of. */
+  readonly elsewhere: readonly string[];
 }
 
 /** Looks. Rejects as {@link findAreas}; where only another volume cannot be read, it counts as missing. */
@@ -44,7 +46,10 @@ export async function findPointAreas(source: PointSource): Promise<PointLayout> 
     const alone = await gatherBtrfs(image, await findAreas(image, name, own), []);
     const isSpread = alone.some(lacksOthers);
     const found = isSpread ? await companions?.() : undefined;
-    if (found === undefined) return { areas: alone, openImage, others: [], isSpread, missing: [] };
+    if (found === undefined) {
+      const elsewhere = isSpread ? alone.flatMap(lackingIn) : [];
+      return { areas: alone, openImage, others: [], isSpread, missing: [], elsewhere };
+    }
     return await withCompanions(source, image, own, found);
   } finally {
     await image.close();
@@ -167,6 +172,7 @@ async function composed(
     others: looked.map((l) => l.companion.volume),
     isSpread: true,
     missing: isMissing ? areas.flatMap(lackingIn) : [],
+    elsewhere: isMissing ? [] : areas.flatMap(lackingIn),
   };
 }
 

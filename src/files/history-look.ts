@@ -9,7 +9,7 @@ import { openFileAccess } from './access.js';
 import type { Companions, FindCompanions } from './companions.js';
 import { rangesOf } from './history-group.js';
 import { parentPath } from './names.js';
-import { explicitPlace } from './places.js';
+import { explicitPlace, namesFileSystem } from './places.js';
 import { Recorder, type BlockRange } from './recording.js';
 import type { BackendName, FileAccess, FileEntry, Place } from './types.js';
 
@@ -120,12 +120,13 @@ type Seen = Pick<Look, 'found' | 'fileSystem' | 'hasChangeTimes'>;
 
 async function see(access: FileAccess, path: string, mark: () => void): Promise<Seen> {
   const asked = access.place(path);
-  if (access.notShown.length > 0) {
+  const hidden = [...access.notShown, ...(namesFileSystem(path) ? access.elsewhere : [])];
+  if (hidden.length > 0) {
     await asked.catch(() => undefined);
     // What is not shown may be what is meant.
     if (explicitPlace(access.fileSystems, path) === undefined)
       return {
-        found: { state: 'unreadable', reason: access.notShown.join('; ') },
+        found: { state: 'unreadable', reason: hidden.join('; ') },
         hasChangeTimes: false,
       };
   }

@@ -36,13 +36,18 @@ export function describeFileSystems(fileSystems: readonly FoundFileSystem[]): st
     .join(', ');
 }
 
+/** Whether the text has the form of one that names a file system, which may not be there. */
+export function namesFileSystem(text: string): boolean {
+  return text.indexOf(':') > 0 && !text.startsWith('/');
+}
+
 /** A place whose file system is named before a colon; undefined where the text is of another form. */
 export function explicitPlace(
   fileSystems: readonly FoundFileSystem[],
   text: string,
 ): Place | undefined {
+  if (!namesFileSystem(text)) return undefined;
   const colon = text.indexOf(':');
-  if (colon <= 0 || text.startsWith('/')) return undefined;
   const selector = text.slice(0, colon);
   const found = named(fileSystems, selector);
   const [fileSystem] = found;

@@ -97,6 +97,11 @@ export interface FileAccess {
    * instant; with the reason, in words. What is said of a path that is not there is not certain then.
    */
   readonly notShown: readonly string[];
+  /**
+   * The same of what lies on devices that no volume of the group is of: of a file system that is named and not among
+   * {@link FileAccess.fileSystems} nothing is certain, either.
+   */
+  readonly elsewhere: readonly string[];
   /** Looks into LVM, where there is any, so that {@link FileAccess.fileSystems} has the file systems in it too. */
   openContainers(): Promise<void>;
   /**

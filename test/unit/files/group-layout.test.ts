@@ -1,9 +1,11 @@
 /** What lies on several volumes of a group: found where all of it is there, named where it is not, and nothing else of the others. */
 import { beforeEach, describe, expect, it } from 'vitest';
 
+import { systemClock } from '../../../src/clock.js';
 import { crc32c, giveIdentity, readBtrfs } from '../../../src/files/btrfs.js';
 import type { Companions, FindCompanions } from '../../../src/files/companions.js';
 import { findPointAreas, type PointLayout } from '../../../src/files/group-layout.js';
+import { lookAt, type Look } from '../../../src/files/history-look.js';
 import { isForLvm, whyNotShown } from '../../../src/files/layout.js';
 import { volumePieces } from '../../../src/files/lvm.js';
 import { MemoryImage } from '../../support/image-memory.js';
@@ -164,6 +166,25 @@ describe('a volume group on two volumes', () => {
     // Of no group.
     const alone = await look(a);
     expect([shown(alone), alone.missing, alone.isSpread]).toEqual([['vg/home'], [], true]);
+    expect(alone.elsewhere).toEqual([wanted.replace(`: ${why}`, '')]);
+    expect([layout.elsewhere, elsewhere.elsewhere]).toEqual([
+      [],
+      [expect.stringContaining(wanted.replace(why, ''))],
+    ]);
+  });
+
+  it('of which a part is missing: of a file on it nobody says that it is not there', async () => {
+    const [a] = disks([both, home]);
+    const found = async (path: string): Promise<Look['found']> => {
+      const signal = new AbortController().signal;
+      const openImage = (): Promise<MemoryImage> => Promise.resolve(a);
+      const common = { name: 'web/sda #1', clock: systemClock, events: () => undefined, signal };
+      const look = await lookAt({ ...common, openImage, path, backend: 'vm', cacheDir: '/none' });
+      return look.found;
+    };
+    const isMissing = { state: 'unreadable', reason: expect.stringContaining('vg/both: a part') };
+    expect(await found('vg/both:/etc/x')).toEqual(isMissing);
+    expect(await found('label-of-both:/etc/x')).toEqual(isMissing);
   });
 
   it('needs no metadata on each of its disks', async () => {

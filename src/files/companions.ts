@@ -149,28 +149,34 @@ export class GroupVolumes {
   }
 
   /**
-   * The newest point of the volume that is older than `point`, by no more than {@link REACH_NS}, and whose instant all others have: points of
-   * a group become durable one volume after the other, and a look or a crash can fall in between. Undefined where there is none, or one of
-   * the others cannot be read.
+   * Of the points of the volume that are older than `point`, by no more than {@link REACH_NS}, the newest one whose instant most of the others
+   * have: points of a group become durable one volume after the other, and a look or a crash can fall in between. Undefined where none
+   * has more of them than `point`. A volume that was taken out of the group and still says that it is of it has none of either.
    */
   async sharedBefore(history: VolumeHistory, point: InstantOf): Promise<CommitRecord | undefined> {
     const range = { sinceNs: point.instantNs - REACH_NS, untilNs: point.instantNs };
     const instants: Set<bigint>[] = [];
-    try {
-      for (const meta of await this.others()) {
+    for (const meta of await this.others()) {
+      try {
         const known = new Set<bigint>();
         const timeline = new Timeline((await this.history(meta)).sources);
         for await (const c of timeline.list(range)) known.add(c.instantNs);
         instants.push(known);
+      } catch (error) {
+        // It has none that could be read.
+        if (!(error instanceof B2Error)) throw error;
       }
-    } catch (error) {
-      if (error instanceof B2Error) return undefined;
-      throw error;
     }
-    const own = new Timeline(history.sources).list({ ...range, newestFirst: true });
-    for await (const c of own)
-      if (c.seq < point.seq && instants.every((known) => known.has(c.instantNs))) return c;
-    return undefined;
+    const haveIt = (ns: bigint): number => instants.filter((known) => known.has(ns)).length;
+    let most = haveIt(point.instantNs);
+    let best: CommitRecord | undefined;
+    for await (const c of new Timeline(history.sources).list({ ...range, newestFirst: true })) {
+      if (most === instants.length) break;
+      if (c.seq >= point.seq || haveIt(c.instantNs) <= most) continue;
+      best = c;
+      most = haveIt(c.instantNs);
+    }
+    return best;
   }
 
   async close(): Promise<void> {

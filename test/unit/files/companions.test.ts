@@ -1,12 +1,21 @@
 /** Which points of other volumes belong to a point: those of its instant, in volumes of its group, and no others. */
+import { writeFileSync } from 'node:fs';
 import { expect, it } from 'vitest';
 
 import { B2Error } from '../../../src/errors.js';
-import { companionsAt, type OtherVolume } from '../../../src/files/companions.js';
+import { companionsAt, GroupVolumes, type OtherVolume } from '../../../src/files/companions.js';
 import { PointClass } from '../../../src/format/commit.js';
-import type { VolumeMeta } from '../../../src/repo/volume.js';
+import { systemClock, systemRandom } from '../../../src/clock.js';
+import { currentIdentity } from '../../../src/process-identity.js';
+import { VolumeHistory } from '../../../src/repo/history.js';
+import { Repository } from '../../../src/repo/repository.js';
+import { openStore } from '../../../src/repo/store-url.js';
+import { Timeline } from '../../../src/repo/timeline.js';
+import { listVolumes, type VolumeMeta } from '../../../src/repo/volume.js';
+import { captureGroup } from '../../support/group-points.js';
 import { MemoryImage } from '../../support/image-memory.js';
 import { testMeta } from '../../support/model-volume.js';
+import { tempDir } from '../../support/tmp.js';
 
 const volume = (id: string, name: string, group?: string): VolumeMeta => ({
   ...testMeta(id.repeat(32), 4096, name),
@@ -67,4 +76,54 @@ it('two points of one instant are none', async () => {
   const found = await companionsAt('data', [b], point, open);
   expect(found?.there).toEqual([]);
   expect(found?.missing[0]?.reason).toMatch(/web\/sdb has 2 points of that instant/);
+});
+
+it('the newest point that most of the group have is found, though a volume of it is in no use any more', async () => {
+  const dir = tempDir();
+  const env = { clock: systemClock, random: systemRandom, owner: currentIdentity() };
+  try {
+    const made = await Repository.init(
+      await openStore(dir.join('repo'), { create: true }),
+      { encryption: 'none', chunkBytes: 65_536, packBytes: 4 * 1024 * 1024 },
+      undefined,
+      env,
+    );
+    await made.close();
+    const files: Record<string, string> = {};
+    for (const name of ['a', 'b', 'old']) {
+      files[name] = dir.join(name);
+      writeFileSync(dir.join(name), Buffer.alloc(65_536, name));
+    }
+    const { a = '', b: other = '', old = '' } = files;
+    const second = 1_000_000_000n;
+    const at = (n: bigint): bigint => 1_700_000_000n * second + n * second;
+    const capture = (n: bigint, which: Record<string, string>): Promise<unknown> =>
+      captureGroup(dir.join('repo'), which, at(n));
+    await capture(0n, { a, b: other, old }); // a #1
+    await capture(100n, { a, b: other }); // a #2
+    await capture(101n, { a }); // a #3
+    await capture(102n, { a, b: other }); // a #4
+    await capture(103n, { a }); // a #5
+    await capture(300n, { a }); // a #6
+    const repo = await Repository.open(await openStore(dir.join('repo')), [], env);
+    const volumes = await listVolumes(repo, () => undefined);
+    const meta = volumes.find((v) => v.name === 'lab/a');
+    if (meta === undefined) throw new Error('no volume a');
+    const history = await VolumeHistory.open(repo, meta.id);
+    const group = new GroupVolumes(repo, meta, () => undefined);
+    const before = async (seq: number): Promise<number | undefined> => {
+      const point = await new Timeline(history.sources).bySeq(seq);
+      if (point === undefined) throw new Error(`no point #${seq}`);
+      return (await group.sharedBefore(history, point))?.seq;
+    };
+    // #2 and #4 have no more than one of the two others; of that which is minutes older nothing is taken.
+    const found: (number | undefined)[] = [];
+    for (const seq of [1, 2, 3, 4, 5, 6]) found.push(await before(seq));
+    expect(found).toEqual([undefined, undefined, 2, undefined, 4, undefined]);
+    await group.close();
+    await history.close();
+    await repo.close();
+  } finally {
+    await dir.remove();
+  }
 });

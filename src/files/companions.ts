@@ -35,8 +35,11 @@ export interface Companions {
   readonly missing: readonly MissingCompanion[];
 }
 
-/** Finds them; undefined where the volume is of no group, or alone in it. */
-export type FindCompanions = () => Promise<Companions | undefined>;
+/**
+ * Finds them; undefined where the volume is of no group, or alone in it. `isSpread`: something lies on them, too; else they only tell
+ * whether a member of an array was up to date.
+ */
+export type FindCompanions = (isSpread: boolean) => Promise<Companions | undefined>;
 
 /** What of a point says which instant it is of. */
 export type InstantOf = Pick<CommitRecord, 'seq' | 'instantNs' | 'pointClass'>;

@@ -3,7 +3,8 @@
  * other volumes of its group are opened at the same instant (companions.ts), and all of them are read as one image
  * (composed-image.ts), of which LVM's metadata names parts by UUID wherever they lie. Nothing of the others is shown for itself.
  *
- * A volume in which nothing spans is looked at alone.
+ * Of an array (MD) of which the volume is a member the others tell whether it was up to date: one that had dropped out of it holds what was
+ * there then, and does not know. A volume in which nothing spans is looked at alone.
  */
 import { B2Error, messageOf } from '../errors.js';
 import type { Image, ImageExtent } from '../image.js';
@@ -12,13 +13,14 @@ import type { Companion, Companions, FindCompanions } from './companions.js';
 import { composeImages, openComposed, placeImages } from './composed-image.js';
 import { areasOn, findAreas, newestOnly, volumeImage, type FoundArea } from './layout.js';
 import { findLogicalVolumes } from './lvm.js';
+import { shownArray, type MdArray, type MdMember } from './md.js';
 
 /** A point whose areas are wanted. */
 export interface PointSource {
   readonly openImage: () => Promise<Image>;
   /** For messages. */
   readonly name: string;
-  /** The other volumes of its group at that instant; called only where something spans. */
+  /** The other volumes of its group at that instant; called only where something spans, or is in an array. */
   readonly companions?: FindCompanions | undefined;
 }
 
@@ -45,12 +47,13 @@ export async function findPointAreas(source: PointSource): Promise<PointLayout> 
     const own = await areasOn(image, name);
     const alone = await gatherBtrfs(image, await findAreas(image, name, own), []);
     const isSpread = alone.some(lacksOthers);
-    const found = isSpread ? await companions?.() : undefined;
+    const isAsked = isSpread || own.some(isMirrored);
+    const found = isAsked ? await companions?.(isSpread) : undefined;
     if (found === undefined) {
       const elsewhere = isSpread ? alone.flatMap(lackingIn) : [];
       return { areas: alone, openImage, others: [], isSpread, missing: [], elsewhere };
     }
-    return await withCompanions(source, image, own, found);
+    return { ...(await withCompanions(source, image, own, found)), isSpread };
   } finally {
     await image.close();
   }
@@ -63,6 +66,11 @@ function lacksOthers(area: FoundArea): boolean {
     area.isStray === true ||
     (area.groups ?? []).some((g) => g.isPartial)
   );
+}
+
+/** Whether it is read from one of several members of an array. */
+function isMirrored({ members = [] }: FoundArea): boolean {
+  return members.some(({ data, array }) => data !== undefined && (array?.disks ?? 0) > 1);
 }
 
 /** An image for something that closes it, while it is still needed. */
@@ -83,14 +91,16 @@ interface Looked {
   readonly image: Image;
   /** As they lie in its own image. */
   readonly areas: readonly FoundArea[];
+  /** Of arrays. */
+  readonly members: readonly MdMember[];
 }
 
 async function withCompanions(
   source: PointSource,
   image: Image,
-  own: readonly FoundArea[],
+  found: readonly FoundArea[],
   companions: Companions,
-): Promise<PointLayout> {
+): Promise<Omit<PointLayout, 'isSpread'>> {
   const looked: Looked[] = [];
   const missing = [...companions.missing];
   try {
@@ -99,7 +109,7 @@ async function withCompanions(
       let opened: Image | undefined;
       try {
         opened = await companion.openImage();
-        looked.push({ companion, image: opened, areas: await partsIn(opened, volume) });
+        looked.push({ companion, image: opened, ...(await partsIn(opened, volume)) });
       } catch (error) {
         await opened?.close();
         if (!(error instanceof B2Error)) throw error;
@@ -113,26 +123,67 @@ async function withCompanions(
         : []),
     ].join('; ');
     const useful = looked.filter((l) => l.areas.length > 0);
-    try {
-      return await composed(source, image, own, useful, why, missing.length > 0);
-    } catch (error) {
-      if (!(error instanceof B2Error)) throw error;
-      // The volume alone could be read: what cannot lies on another.
-      return await composed(source, image, own, [], messageOf(error), true);
-    }
+    const own = found.map((area) => withoutOutdated(area, looked));
+    const outdated = own.flatMap((area, i) =>
+      area === found[i] ? [] : [`${area.name}: ${area.why ?? ''}`],
+    );
+    const layout = await composed(source, image, own, useful, why, missing.length > 0).catch(
+      (error: unknown) => {
+        if (!(error instanceof B2Error)) throw error;
+        // The volume alone could be read: what cannot lies on another.
+        return composed(source, image, own, [], messageOf(error), true);
+      },
+    );
+    return { ...layout, missing: [...outdated, ...layout.missing] };
   } finally {
     for (const one of looked) await one.image.close();
   }
 }
 
-/** Physical volumes and members of btrfs. Of a physical volume the metadata is read, so that what cannot be read is known now. */
-async function partsIn(image: Image, name: string): Promise<readonly FoundArea[]> {
+/** The area; without what is in it if another volume has a newer member of an array that it is read from. */
+function withoutOutdated(area: FoundArea, looked: readonly Looked[]): FoundArea {
+  for (const { array } of area.members ?? []) {
+    if (array === undefined || !isMirrored(area)) continue;
+    const newer = looked.find((l) =>
+      l.members.some((m) => m.array !== undefined && isNewer(m.array, array)),
+    );
+    if (newer === undefined) continue;
+    const { name, offsetBytes, sizeBytes, type, members } = area;
+    const why = `it is an outdated member of the ${shownArray(array)} and is not shown: ${newer.companion.volume} has a newer one at that instant`;
+    return {
+      ...{ name, offsetBytes, sizeBytes, type, devices: 1, holds: 'none', why },
+      ...(members === undefined ? {} : { members }),
+    };
+  }
+  return area;
+}
+
+/**
+ * Whether the first of two members of an array shows that the second had dropped out of it. Superblocks are written one after the other:
+ * as in super_1_validate of the kernel, one step is no difference, but for a first one that has missed somebody since.
+ */
+function isNewer(first: MdArray, second: MdArray): boolean {
+  if (first.uuid !== second.uuid) return false;
+  return (
+    first.events > second.events + 1 ||
+    (first.events > second.events && first.missing > second.missing)
+  );
+}
+
+/**
+ * Physical volumes and members of btrfs, and members of arrays. Of a physical volume the metadata is read, so that what cannot be read is
+ * known now.
+ */
+async function partsIn(image: Image, name: string): Promise<Pick<Looked, 'areas' | 'members'>> {
   const areas = await areasOn(image, name);
   const containers = areas.filter((a) => a.holds === 'container');
   if (containers.length > 0) await findLogicalVolumes(image, containers);
-  return areas
-    .filter((a) => a.holds === 'container' || (a.type === 'btrfs' && a.devices > 1))
-    .map((a) => ({ ...a, name: `${name}:${a.name}` }));
+  return {
+    areas: areas
+      .filter((a) => a.holds === 'container' || (a.type === 'btrfs' && a.devices > 1))
+      .map((a) => ({ ...a, name: `${name}:${a.name}` })),
+    members: areas.flatMap((a) => a.members ?? []),
+  };
 }
 
 async function composed(
@@ -142,7 +193,7 @@ async function composed(
   looked: readonly Looked[],
   why: string,
   isMissing: boolean,
-): Promise<PointLayout> {
+): Promise<Omit<PointLayout, 'isSpread'>> {
   const { name } = source;
   const images = [image, ...looked.map((l) => l.image)];
   const offsets = placeImages(images.map((i) => i.sizeBytes));
@@ -170,7 +221,6 @@ async function composed(
     areas,
     openImage: () => openComposed([source.openImage, ...looked.map((l) => l.companion.openImage)]),
     others: looked.map((l) => l.companion.volume),
-    isSpread: true,
     missing: isMissing ? areas.flatMap(lackingIn) : [],
     elsewhere: isMissing ? [] : areas.flatMap(lackingIn),
   };

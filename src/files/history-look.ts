@@ -77,7 +77,7 @@ export async function lookAt(options: LookOptions): Promise<Look> {
     access = await openFileAccess({
       ...options,
       openImage: async () => recorder.wrap(await options.openImage()),
-      companions: async () => recorded(await options.companions?.(), recorders),
+      companions: async (isSpread) => recorded(await options.companions?.(isSpread), recorders),
     });
     signal.throwIfAborted();
     const mark = (): void => recorders.forEach((r) => r.mark());

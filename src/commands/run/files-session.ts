@@ -59,9 +59,9 @@ export async function withFilesOf<T>(
   );
   const access = await openFileAccess({
     openImage: () => openImage(history, volume, commit.seq),
-    companions: async () => {
+    companions: async (isSpread) => {
       const found = await group.at(commit);
-      const isLacking = found !== undefined && found.missing.length > 0;
+      const isLacking = isSpread && found !== undefined && found.missing.length > 0;
       const older =
         isLacking && options.mayGoBack === true
           ? await group.sharedBefore(history, commit)

@@ -132,6 +132,7 @@ class Access implements FileAccess {
         .filter((a) => !this.#areas.some((b) => b.name === a.name))
         .map((a) => ({ ...membersBelow(this.#areas), ...a }));
       this.#tellNotShown(inside);
+      this.#tellDegraded(containers, inside);
       this.#areas = [...this.#areas.filter((a) => !isForLvm(a)), ...inside];
     } catch (error) {
       if (!isKind(error, 'unsupported')) throw error;
@@ -147,6 +148,16 @@ class Access implements FileAccess {
       const why = whyNotShown(area);
       if (why !== undefined)
         this.#options.events({ type: 'note', message: `${area.name}: ${why}` });
+    }
+  }
+
+  /** LVM starts mirrors with the sides that are here, and by themselves those do not know whether they had dropped out. */
+  #tellDegraded(containers: readonly FoundArea[], inside: readonly FoundArea[]): void {
+    const groups = containers.flatMap((c) => c.groups ?? []).filter((g) => g.isPartial);
+    for (const { name } of inside) {
+      if (!groups.some((g) => name.startsWith(`${g.shown}/`))) continue;
+      const message = `${name}: its volume group is not all here; if it is a mirror (RAID), only the sides that are here were read, and whether those were up to date cannot be told`;
+      this.#options.events({ type: 'warning', message });
     }
   }
 

@@ -152,4 +152,11 @@ requires(needs).describe('files of a volume group on two disks', () => {
       }
     }
   });
+
+  full?.('says that one side of a mirror is all that was read', async () => {
+    await captureGroup(b2.repository, { a: dir.join('a') }, systemClock.nowNs());
+    const ended = await b2.run('ls', 'lab/a:twovg/raid1:/', '--at', '#2');
+    expect([ended.code, ended.stdout]).toEqual([0, expect.stringContaining('numbers')]);
+    expect(ended.stderr).toMatch(/warning: twovg\/raid1: its volume group is not all here/);
+  });
 });

@@ -151,7 +151,13 @@ function withoutOutdated(area: FoundArea, looked: readonly Looked[]): FoundArea 
     const { name, offsetBytes, sizeBytes, type, members } = area;
     const why = `it is an outdated member of the ${shownArray(array)} and is not shown: ${newer.companion.volume} has a newer one at that instant`;
     return {
-      ...{ name, offsetBytes, sizeBytes, type, devices: 1, holds: 'none', why },
+      name,
+      offsetBytes,
+      sizeBytes,
+      type,
+      devices: 1,
+      holds: 'none',
+      why,
       ...(members === undefined ? {} : { members }),
     };
   }

@@ -145,6 +145,11 @@ export class PointGroup {
     this.o = options;
   }
 
+  /** Every device that belongs to it. */
+  get devices(): readonly string[] {
+    return this.o.devices;
+  }
+
   /** One capture a device: the one before must have left. */
   join(device: string, cut: GroupCut): GroupSeat {
     if (!this.o.devices.includes(device)) throw new RangeError(`${device} is not of the group`);

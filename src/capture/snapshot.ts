@@ -18,6 +18,7 @@ import { DedupeIndex } from '../repo/dedupe/index.js';
 import { CondemnedPlaces } from '../repo/condemned.js';
 import type { VolumeHistory } from '../repo/history.js';
 import { openBlockMap } from '../repo/point.js';
+import { groupFactsOf } from '../repo/point-set.js';
 import { listQuarantine } from '../repo/quarantine.js';
 import type { Repository } from '../repo/repository.js';
 import {
@@ -260,7 +261,7 @@ export async function takeSnapshot(
               identity: facts.identity,
               contents,
               // It is of its group still: this is a point that the others lack.
-              group: volume.facts['group'],
+              ...groupFactsOf(volume),
             },
             updatedNs: clock.nowNs(),
           };

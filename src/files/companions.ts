@@ -8,7 +8,7 @@ import type { CommitRecord } from '../format/segment.js';
 import type { Image } from '../image.js';
 import { VolumeHistory } from '../repo/history.js';
 import { openImage } from '../repo/point.js';
-import { groupOf, REACH_NS } from '../repo/point-set.js';
+import { groupOf, REACH_NS, type VolumeGroup } from '../repo/point-set.js';
 import type { Repository } from '../repo/repository.js';
 import { Timeline } from '../repo/timeline.js';
 import { listVolumes, type VolumeMeta } from '../repo/volume.js';
@@ -56,19 +56,21 @@ export interface OtherVolume {
   readonly openImage: (seq: number) => Promise<Image>;
 }
 
-/** The companions of a point: of every other volume the one exact point of that instant. */
+/** The companions of a point: of every other volume the one exact point of that instant; of former ones where they have it. */
 export async function companionsAt(
-  group: string,
-  others: readonly VolumeMeta[],
+  { name: group, others, former }: VolumeGroup,
   point: InstantOf,
   open: (meta: VolumeMeta) => OtherVolume,
 ): Promise<Companions | undefined> {
-  if (others.length === 0) return undefined;
+  const all = [...others, ...former];
+  if (all.length === 0) return undefined;
   const there: Companion[] = [];
   const missing: MissingCompanion[] = [];
-  for (const [i, meta] of others.entries()) {
+  for (const [i, meta] of all.entries()) {
     const volume = meta.name;
+    const isFormer = i >= others.length;
     if (point.pointClass < PointClass.crash) {
+      if (isFormer) continue;
       missing.push({
         volume,
         reason: `point #${point.seq} is not exact, so that it has no counterpart in ${volume}`,
@@ -79,9 +81,9 @@ export async function companionsAt(
       const other = open(meta);
       const seqs = await other.pointsAt(point.instantNs);
       const [seq] = seqs;
-      if (seq === undefined)
-        missing.push({ volume, reason: `${volume} has no point of that instant` });
-      else if (seqs.length > 1)
+      if (seq === undefined) {
+        if (!isFormer) missing.push({ volume, reason: `${volume} has no point of that instant` });
+      } else if (seqs.length > 1)
         missing.push({
           volume,
           reason: `${volume} has ${seqs.length} points of that instant, and which one counts cannot be told`,
@@ -108,7 +110,7 @@ export class GroupVolumes {
   readonly #volume: VolumeMeta;
   readonly #warn: (text: string) => void;
   readonly #opened = new Map<string, Promise<VolumeHistory>>();
-  #others: Promise<readonly VolumeMeta[]> | undefined;
+  #group: Promise<VolumeGroup | undefined> | undefined;
 
   constructor(repo: Repository, volume: VolumeMeta, warn: (text: string) => void) {
     this.#repo = repo;
@@ -116,15 +118,16 @@ export class GroupVolumes {
     this.#warn = warn;
   }
 
+  async #found(): Promise<VolumeGroup | undefined> {
+    if (groupNameOf(this.#volume) === undefined) return undefined;
+    this.#group ??= listVolumes(this.#repo, this.#warn).then((all) => groupOf(this.#volume, all));
+    return this.#group;
+  }
+
   /** The other volumes, in the order of {@link Companion.index}. */
-  others(): Promise<readonly VolumeMeta[]> {
-    this.#others ??=
-      groupNameOf(this.#volume) === undefined
-        ? Promise.resolve([])
-        : listVolumes(this.#repo, this.#warn).then(
-            (all) => groupOf(this.#volume, all)?.others ?? [],
-          );
-    return this.#others;
+  async others(): Promise<readonly VolumeMeta[]> {
+    const { others = [], former = [] } = (await this.#found()) ?? {};
+    return [...others, ...former];
   }
 
   /** The history of one of them. Rejects where it cannot be opened, or has a gap. */
@@ -142,9 +145,9 @@ export class GroupVolumes {
 
   /** For {@link FindCompanions}. */
   async at(point: InstantOf): Promise<Companions | undefined> {
-    const group = groupNameOf(this.#volume);
+    const group = await this.#found();
     if (group === undefined) return undefined;
-    return companionsAt(group, await this.others(), point, (meta) => ({
+    return companionsAt(group, point, (meta) => ({
       pointsAt: async (instantNs) =>
         pointsAt(new Timeline((await this.history(meta)).sources), instantNs),
       openImage: async (seq) => openImage(await this.history(meta), meta, seq),
@@ -154,7 +157,7 @@ export class GroupVolumes {
   /**
    * Of the points of the volume that are older than `point`, by no more than {@link REACH_NS}, the newest one whose instant most of the others
    * have: points of a group become durable one volume after the other, and a look or a crash can fall in between. Undefined where none
-   * has more of them than `point`. A volume that was taken out of the group and still says that it is of it has none of either.
+   * has more of them than `point`. A volume that was taken out of the group has none of either.
    */
   async sharedBefore(history: VolumeHistory, point: InstantOf): Promise<CommitRecord | undefined> {
     const range = { sinceNs: point.instantNs - REACH_NS, untilNs: point.instantNs };

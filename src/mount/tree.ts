@@ -548,7 +548,7 @@ export class MountTree {
     const group = groupOf(view.meta, await this.#allVolumes());
     const commit = group === undefined ? undefined : await view.point(seq);
     if (group === undefined || commit === undefined) return undefined;
-    return companionsAt(group.name, group.others, commit, (meta) => {
+    return companionsAt(group, commit, (meta) => {
       const other = this.#view(meta);
       return {
         pointsAt: async (instantNs) => {

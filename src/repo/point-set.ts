@@ -27,6 +27,31 @@ export interface VolumeGroup {
   readonly name: string;
   /** In the order of their devices. */
   readonly others: readonly VolumeMeta[];
+  /** Volumes that were taken out of it, and are captured no more or elsewhere: they share older points, and are missed in none. */
+  readonly former: readonly VolumeMeta[];
+}
+
+/** What a volume's meta object says of the group that its device is captured in. */
+export interface GroupFacts {
+  readonly group: string | undefined;
+  /** Its device, by the name that the watch has for it. */
+  readonly groupDevice: string | undefined;
+  /** All devices of the group, by such names. */
+  readonly groupDevices: readonly string[] | undefined;
+}
+
+/** As they were recorded; all undefined where it is of no group. */
+export function groupFactsOf({ facts }: Pick<VolumeMeta, 'facts'>): GroupFacts {
+  const { group, groupDevice, groupDevices } = facts;
+  const isGrouped = typeof group === 'string' && group !== '';
+  return {
+    group: isGrouped ? group : undefined,
+    groupDevice: isGrouped && typeof groupDevice === 'string' ? groupDevice : undefined,
+    groupDevices:
+      isGrouped && Array.isArray(groupDevices)
+        ? groupDevices.filter((d) => typeof d === 'string')
+        : undefined,
+  };
 }
 
 /** The group that `volume` was captured in last, of the volumes of a repository; undefined: in none. */
@@ -34,12 +59,19 @@ export function groupOf(
   volume: VolumeMeta,
   volumes: readonly VolumeMeta[],
 ): VolumeGroup | undefined {
-  const { group } = volume.facts;
-  if (typeof group !== 'string' || group === '') return undefined;
-  const others = volumes
-    .filter((v) => v.id !== volume.id && v.host === volume.host && v.facts['group'] === group)
+  const { group, groupDevices } = groupFactsOf(volume);
+  if (group === undefined) return undefined;
+  // Where it is not known what the group consists of, everything that says so is of it.
+  const isFormer = (v: VolumeMeta): boolean => {
+    const { groupDevice } = groupFactsOf(v);
+    return (
+      groupDevices !== undefined && groupDevice !== undefined && !groupDevices.includes(groupDevice)
+    );
+  };
+  const all = volumes
+    .filter((v) => v.id !== volume.id && v.host === volume.host && groupFactsOf(v).group === group)
     .sort(byDevice);
-  return { name: group, others };
+  return { name: group, others: all.filter((v) => !isFormer(v)), former: all.filter(isFormer) };
 }
 
 /** sda, sdb, …, sdz, sdaa: as the kernel names them. */

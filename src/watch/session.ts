@@ -55,6 +55,7 @@ import { formatBytes, formatDuration, formatTimeLocal } from '../human.js';
 import type { Catalogue } from '../repo/catalogue.js';
 import { VolumeHistory } from '../repo/history.js';
 import { openImage } from '../repo/point.js';
+import type { GroupFacts } from '../repo/point-set.js';
 import type { Repository } from '../repo/repository.js';
 import { Timeline } from '../repo/timeline.js';
 import { writeVolumeMeta, type VolumeMeta } from '../repo/volume.js';
@@ -1212,6 +1213,12 @@ class Session implements WatchSession {
     if (volume === undefined || metaDue === undefined || this.metaWrite !== undefined) return;
     if (!this.hasCommitted || this.capture?.status().outage !== undefined) return;
     const unreadable = this.unreadableNow;
+    const { group } = this.o;
+    const groupFacts: GroupFacts = {
+      group: group?.name,
+      groupDevice: group === undefined ? undefined : this.o.device,
+      groupDevices: group?.devices,
+    };
     const next: VolumeMeta = {
       ...volume,
       host: this.o.host,
@@ -1222,7 +1229,7 @@ class Session implements WatchSession {
         ...volume.facts,
         identity: facts.identity,
         ...(metaDue.contents === undefined ? {} : { contents: metaDue.contents }),
-        group: this.o.group?.name,
+        ...groupFacts,
         unreadable: unreadable.bytes === 0 ? undefined : unreadable,
       },
       updatedNs: this.clock.nowNs(),

@@ -400,6 +400,40 @@ describe('b2 watch of a group', () => {
     expect((await watching.ended).code).toBe(0);
   }, 60_000);
 
+  it('forgets a device that was taken out: points of those that stayed are of the whole group', async () => {
+    await initPlain();
+    const files = [image('a.img', MIB), image('b.img', MIB), image('c.img', MIB)];
+    interface Points {
+      readonly group: { readonly name: string; readonly volumes: readonly string[] };
+      readonly points: readonly { readonly seq: number; readonly group?: string }[];
+    }
+    const shared = async (devices: readonly string[]): Promise<Points> => {
+      const options = ['--group', 'pair', '--source', 'scan', '--interval', '100ms'];
+      const watching = watch([...devices, ...options]);
+      const seen = (d: string, l: WatchLine): boolean => l['group'] === 'pair' && l['device'] === d;
+      for (const d of devices) await watching.until(`a point of ${d}`, (l) => seen(d, l));
+      // Each says what it is of a moment after its first points.
+      const last = devices.at(-1) ?? '';
+      let list = await b2.json<Partial<Points>>(['points', 'a.img']);
+      for (let tries = 0; tries < 100; tries++) {
+        list = await b2.json<Partial<Points>>(['points', 'a.img']);
+        if (list.group?.volumes.length === devices.length - 1) break;
+      }
+      writeFileSync(last, noise(8192, MIB), { flag: 'r+' });
+      await watching.until('the change', (l) => seen(last, l) && Number(l['blocks']) > 0);
+      watching.kill('SIGTERM');
+      expect((await watching.ended).code).toBe(0);
+      return b2.json<Points>(['points', 'a.img']);
+    };
+    const before = await shared(files);
+    expect(before.group.volumes).toHaveLength(2);
+    const after = await shared(files.slice(0, 2));
+    expect(after.group.volumes).toEqual([expect.stringMatching(/b\.img$/)]);
+    const [newest] = after.points.slice(-1);
+    expect(newest?.seq).toBeGreaterThan(before.points.at(-1)?.seq ?? Infinity);
+    expect(newest?.group).toMatch(/^pair@/);
+  }, 60_000);
+
   requires({ tools: ['tar', 'gzip'] }).it(
     'makes a group of disks that carry one volume group, unasked',
     async () => {

@@ -8,6 +8,7 @@ import { PointClass } from '../../../src/format/commit.js';
 import { systemClock, systemRandom } from '../../../src/clock.js';
 import { currentIdentity } from '../../../src/process-identity.js';
 import { VolumeHistory } from '../../../src/repo/history.js';
+import type { VolumeGroup } from '../../../src/repo/point-set.js';
 import { Repository } from '../../../src/repo/repository.js';
 import { openStore } from '../../../src/repo/store-url.js';
 import { Timeline } from '../../../src/repo/timeline.js';
@@ -23,6 +24,11 @@ const volume = (id: string, name: string, group?: string): VolumeMeta => ({
 });
 
 const [b, c] = [volume('b', 'web/sdb', 'data'), volume('c', 'web/sdc', 'data')];
+const group = (others: readonly VolumeMeta[], former: readonly VolumeMeta[] = []): VolumeGroup => ({
+  name: 'data',
+  others,
+  former,
+});
 
 it('only the one exact point of exactly that instant is taken; what is missing is named with the reason', async () => {
   const points: Readonly<Record<string, readonly (readonly [bigint, number])[]>> = {
@@ -50,7 +56,7 @@ it('only the one exact point of exactly that instant is taken; what is missing i
     },
   });
   const point = { seq: 9, instantNs: 1000n, pointClass: PointClass.crash };
-  const found = await companionsAt('data', [b, c, volume('d', 'web/sdd', 'data')], point, open);
+  const found = await companionsAt(group([b, c, volume('d', 'web/sdd', 'data')]), point, open);
   expect(found?.group).toBe('data');
   expect(found?.there.map((t) => [t.volume, t.index])).toEqual([['web/sdb', 0]]);
   await found?.there[0]?.openImage();
@@ -61,10 +67,28 @@ it('only the one exact point of exactly that instant is taken; what is missing i
   ]);
 
   const fuzzy = { ...point, pointClass: PointClass.fuzzy };
-  const none = await companionsAt('data', [b], fuzzy, open);
+  const none = await companionsAt(group([b], [c]), fuzzy, open);
   expect(none?.there).toEqual([]);
   expect(none?.missing[0]?.reason).toContain('point #9 is not exact');
-  expect(await companionsAt('data', [], point, open)).toBeUndefined();
+  expect(none?.missing).toHaveLength(1);
+  expect(await companionsAt(group([]), point, open)).toBeUndefined();
+});
+
+it('a volume that was taken out of the group is there where it has the instant, and missed nowhere', async () => {
+  const open = (meta: VolumeMeta): OtherVolume => ({
+    pointsAt: (ns) => Promise.resolve(meta.name === 'web/sdb' || ns === 5n ? [3] : []),
+    openImage: () => Promise.reject(new Error('not asked for')),
+  });
+  const at = (instantNs: bigint): ReturnType<typeof companionsAt> =>
+    companionsAt(group([b], [c]), { seq: 9, instantNs, pointClass: PointClass.crash }, open);
+  const before = await at(5n);
+  expect(before?.there.map((t) => [t.volume, t.index])).toEqual([
+    ['web/sdb', 0],
+    ['web/sdc', 1],
+  ]);
+  const since = await at(6n);
+  expect(since?.there.map((t) => t.volume)).toEqual(['web/sdb']);
+  expect([before?.missing, since?.missing]).toEqual([[], []]);
 });
 
 it('two points of one instant are none', async () => {
@@ -73,7 +97,7 @@ it('two points of one instant are none', async () => {
     openImage: () => Promise.reject(new Error('not asked for')),
   });
   const point = { seq: 9, instantNs: 5n, pointClass: PointClass.crash };
-  const found = await companionsAt('data', [b], point, open);
+  const found = await companionsAt(group([b]), point, open);
   expect(found?.there).toEqual([]);
   expect(found?.missing[0]?.reason).toMatch(/web\/sdb has 2 points of that instant/);
 });

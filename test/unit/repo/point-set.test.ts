@@ -438,6 +438,40 @@ describe('volumes beside', () => {
   });
 });
 
+describe('a volume that was taken out of a group, and is captured no more', () => {
+  it('is missed by nobody afterwards, and found at the instants at which it was of it', async () => {
+    const [a, b, old] = [await volume('web/a'), await volume('web/b'), await volume('web/old')];
+    const setFacts = async (v: Made, ...devices: readonly string[]): Promise<void> => {
+      const meta = await readVolumeMeta(repo, v.id);
+      const facts = { group: 'data', groupDevice: meta.device, groupDevices: devices };
+      await writeVolumeMeta(repo, { ...meta, facts });
+    };
+    await shared(1, [a, b, old]);
+    const seen = async (v: Made): Promise<unknown> => {
+      const volumes = await listVolumes(repo, () => undefined);
+      const meta = volumes.find((m) => m.id === v.id);
+      const group = meta === undefined ? undefined : groupOf(meta, volumes);
+      return [group?.others.map((o) => o.name), group?.former.map((o) => o.name)];
+    };
+    await setFacts(old, '/dev/a', '/dev/b', '/dev/old');
+    // Nobody knows what the group consists of now: a version that did not record it.
+    expect(await seen(a)).toEqual([['web/b', 'web/old'], []]);
+    await setFacts(a, '/dev/a', '/dev/b');
+    await setFacts(b, '/dev/a', '/dev/b');
+    expect(await seen(a)).toEqual([['web/b'], ['web/old']]);
+    expect(await seen(old)).toEqual([['web/a', 'web/b'], []]);
+
+    await shared(2, [a, b]);
+    expect(shown(await choose('web/a'))).toEqual(['web/a #2 asked', 'web/b #2 group']);
+    expect(told).toEqual({ warnings: [], notes: [] });
+    expect(shown(await choose('web/a', '#1'))).toEqual([
+      'web/a #1 asked',
+      'web/b #1 group',
+      'web/old #1 group',
+    ]);
+  });
+});
+
 describe('a volume that is of no group any more', () => {
   it('has the others of an instant at which it was, and is alone otherwise', async () => {
     const [a, b] = [await volume('web/sda'), await volume('web/sdb')];

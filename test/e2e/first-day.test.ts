@@ -81,6 +81,28 @@ describe('the name of a snapshot', () => {
   });
 });
 
+describe('export-tape of all volumes', () => {
+  it('leaves out one that has no such point, and fails where one was named or all are left out', async () => {
+    const { dir, b2, image } = await made();
+    mkdirSync(dir.join('tape'));
+    await b2.json(['snapshot', image, '--volume', 'v', '--name', 'one']);
+    await b2.json(['snapshot', image, '--volume', 'w']);
+    const tape = ['export-tape', `file:${dir.join('tape')}`, '--label', 'l', '--json'];
+    const ended = await b2.start([...tape, '--at', 'one']).ended;
+    expect(ended.code).toBe(3);
+    expect(JSON.parse(ended.stdout)).toMatchObject({ points: [{ volume: 'v' }], leftOut: ['w'] });
+    expect(ended.stderr).toContain(
+      'left out: \\"one\\" is neither a time nor a snapshot of volume w',
+    );
+    expect(
+      await b2.error([...tape, '--at', 'one', '--volume', 'v', '--volume', 'w']),
+    ).toMatchObject({
+      code: 4,
+    });
+    expect(await b2.error([...tape, '--at', 'two'])).toMatchObject({ code: 4 });
+  });
+});
+
 describe('a copy of the repository', () => {
   it('does not pass for current because the original is watched', async () => {
     const { dir, b2, image } = await made();

@@ -319,10 +319,10 @@ async function runCommand(world: World, chosen: Chosen, renderer: Renderer): Pro
   return outcome.code ?? ExitCode.ok;
 }
 
-/** True where `--json` was asked for, also when the rest of the command line could not be parsed. */
-function asksForJson(args: readonly string[]): boolean {
+/** True where that option was given, also when the rest of the command line could not be parsed. */
+function asksFor(option: string, args: readonly string[]): boolean {
   const end = args.indexOf('--');
-  return (end < 0 ? args : args.slice(0, end)).includes('--json');
+  return (end < 0 ? args : args.slice(0, end)).includes(option);
 }
 
 /** The command line, understood; throws {@link ParseEnd} and usage errors, and has written the help where that was asked for. */
@@ -370,7 +370,7 @@ export async function main(args: readonly string[], world: World): Promise<numbe
     // A command line without a command: commander has written the help to stderr.
     if (code === 'commander.help') return ExitCode.usage;
   }
-  const json = chosen?.globals.json ?? asksForJson(args);
+  const json = chosen?.globals.json ?? asksFor('--json', args);
   const verbose = chosen?.globals.verbose ?? false;
   const renderer = createRenderer({
     stdout,
@@ -391,6 +391,13 @@ export async function main(args: readonly string[], world: World): Promise<numbe
     const report = reportOf(error, abort.signal, verbose);
     code = report.code;
     if (renderer.outputFailure() === undefined) renderer.error(report);
+    // What runs plugins reads one line of stdout, and would take 2 for CRITICAL: a check that cannot be begun is UNKNOWN.
+    if (asksFor('--nagios', args)) {
+      const { nagios, nagiosCode } = await import('./commands/nagios.js');
+      const answer = nagios('UNKNOWN', report.message, []);
+      renderer.answer({ nagios: answer }, json ? '' : answer.line);
+      code = nagiosCode(answer.state);
+    }
   }
   await renderer.close();
   const failure = renderer.outputFailure();

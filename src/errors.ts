@@ -135,7 +135,10 @@ export function ioError(operation: string, path: string, error: unknown): B2Erro
     case 'EPERM':
       return new B2Error('io', text, {
         cause: error,
-        hint: 'Run as root, or check the permissions.',
+        hint:
+          process.geteuid?.() === 0
+            ? 'Root is refused, too: check its permissions (lsattr, read-only, NFS with root_squash), and what this container or unit may (DeviceAllow, ProtectSystem).'
+            : 'Run as root, or check the permissions.',
       });
     default:
       return new B2Error('io', text, {

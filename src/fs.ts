@@ -8,7 +8,7 @@
  */
 import { createHash } from 'node:crypto';
 import fs from 'node:fs';
-import { lstat, readFile, readdir } from 'node:fs/promises';
+import { lstat, readFile, readdir, stat } from 'node:fs/promises';
 import { constants } from 'node:os';
 import path from 'node:path';
 import { systemRandom } from './clock.js';
@@ -129,19 +129,35 @@ export async function mkdirDurable(
   mode = 0o700,
   calls: FileCalls = systemFileCalls,
 ): Promise<void> {
-  const absolute = path.resolve(directory);
+  await makeDirectory(path.resolve(directory), mode, calls, false);
+}
+
+/** `hasParent`: its parent was just made or found. If that does not help (below /proc), nothing will. */
+async function makeDirectory(
+  absolute: string,
+  mode: number,
+  calls: FileCalls,
+  hasParent: boolean,
+): Promise<void> {
   try {
     await calls.mkdir(absolute, mode);
   } catch (error) {
     const errno = errnoOf(error);
     const parent = path.dirname(absolute);
-    if (errno === 'ENOENT' && parent !== absolute) {
-      await mkdirDurable(parent, mode, calls);
-      return await mkdirDurable(absolute, mode, calls);
+    if (errno === 'ENOENT' && parent !== absolute && !hasParent) {
+      await makeDirectory(parent, mode, calls, false);
+      return await makeDirectory(absolute, mode, calls, true);
     }
     if (errno !== 'EEXIST' && errno !== 'EISDIR') throw ioError('make directory', absolute, error);
     const found = await lstatIfExists(absolute);
-    if (found?.isDirectory() === true || found?.isSymbolicLink() === true) return;
+    if (found?.isDirectory() === true) return;
+    if (found?.isSymbolicLink() === true) {
+      if (await leadsSomewhere(absolute)) return;
+      throw new B2Error('io', `${absolute} is a symbolic link to what is not there`, {
+        cause: error,
+        hint: 'Is the disk mounted that it leads to?',
+      });
+    }
     throw new B2Error('io', `make directory ${absolute}: something else of that name is there`, {
       cause: error,
     });
@@ -150,6 +166,16 @@ export async function mkdirDurable(
     await fsyncDirectory(path.dirname(absolute), calls);
   } catch (error) {
     throw ioError('make directory', absolute, error);
+  }
+}
+
+async function leadsSomewhere(link: string): Promise<boolean> {
+  try {
+    await stat(link);
+    return true;
+  } catch (error) {
+    if (errnoOf(error) === 'ENOENT') return false;
+    throw ioError('look at', link, error);
   }
 }
 

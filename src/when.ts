@@ -4,7 +4,8 @@ import { B2Error } from './errors.js';
 /** A parsed time. A name is whatever is nothing else: a snapshot's, perhaps. */
 export type When =
   | { readonly kind: 'latest' }
-  | { readonly kind: 'instant'; readonly ns: bigint }
+  /** `text`: as it was written, where it is a date or time, which may be a snapshot's name as well. */
+  | { readonly kind: 'instant'; readonly ns: bigint; readonly text?: string }
   | { readonly kind: 'point'; readonly seq: number }
   | { readonly kind: 'name'; readonly name: string };
 
@@ -87,6 +88,16 @@ export function parseWhen(text: string, nowNs: bigint): When {
     }
   }
   const iso = parseIso(t);
-  if (iso !== undefined) return { kind: 'instant', ns: iso };
+  if (iso !== undefined) return { kind: 'instant', ns: iso, text: t };
   return { kind: 'name', name: t };
+}
+
+/**
+ * Whether `text` always means the moment it is read at, or one counted from it (`latest`, `now`, `5m ago`): a snapshot of such a name
+ * could not be named.
+ */
+export function isRelativeTime(text: string): boolean {
+  if (/^\d{4}-/.test(text)) return false; // a date, whether it exists or not
+  const when = parseWhen(text, 0n);
+  return when.kind === 'latest' || when.kind === 'instant';
 }

@@ -95,6 +95,7 @@ export const exportTapeCommand = defineCommand({
     },
   ],
   exitCodes: {
+    [ExitCode.partial]: 'a volume that was not named has no such point and was left out',
     [ExitCode.notFound]: 'no such volume or point, or no cartridge in the drive',
     [ExitCode.damage]:
       'what was written could not be read back, or data in the repository is damaged',

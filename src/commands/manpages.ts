@@ -73,8 +73,27 @@ function exampleList(command: CommandSpec): readonly string[] {
   );
 }
 
+/** Those that open no repository, or may do without. */
+const WITHOUT_REPOSITORY: readonly string[] = [
+  'completion',
+  'demo',
+  'import-tape',
+  'init',
+  'tape verify',
+  'umount',
+];
+
+/** What opening a repository can end with, for all that do. */
+const OPENING: Readonly<Record<number, string>> = {
+  [ExitCode.noRepository]: 'no repository there',
+  [ExitCode.wrongKey]: 'wrong password or key',
+};
+
 function exitList(command: CommandSpec): readonly string[] {
-  const own = command.exitCodes ?? {};
+  const own = {
+    ...(WITHOUT_REPOSITORY.includes(command.name) ? {} : OPENING),
+    ...command.exitCodes,
+  };
   const codes = Object.entries({ ...EXIT_CODES, ...own }).filter(
     ([code]) =>
       Number(code) <= ExitCode.usage ||
@@ -146,7 +165,7 @@ function mainPage(tops: readonly TopLevel[], version: string): string {
     tagged(`${bold('-V')}, ${bold('--version')}`, 'print the version'),
     '.SH TIMES',
     escape(
-      'Where a time is asked for: ISO 8601 with or without zone (local time without), now, latest, "5m ago", the name of a snapshot, or the id of a point ("#1234"). The newest exact point that is not after that time is taken, and printed.',
+      'Where a time is asked for: ISO 8601 with or without zone (local time without), now, latest, "5m ago", the name of a snapshot, or the id of a point ("#1234"). The newest exact point that is not after that time is taken, and printed. What is the very name of a snapshot, also one that reads as a date or time, means that snapshot.',
     ),
     '.SH CONFIGURATION',
     escape(

@@ -10,8 +10,8 @@ const args = {
   },
 } as const satisfies ArgumentSpecs;
 const options = {
-  name: { value: 'NAME', description: 'name of the snapshot; default: the time' },
-  tag: { value: 'TAG', description: 'a tag to find it by; may be given several times', many: true },
+  name: { value: 'NAME', description: 'name of the snapshot; default: the time at which it began' },
+  tag: { value: 'TAG', description: 'a tag to find it by', many: true },
   volume: { value: 'VOLUME', description: 'name of the volume; default: HOST/DEVICE' },
   class: {
     value: 'CLASS',
@@ -51,6 +51,7 @@ export const snapshotCommand = defineCommand({
   exitCodes: {
     [ExitCode.partial]:
       'the point is not exact, parts of the device could not be read, or another device of its group has no point of that instant',
+    [ExitCode.notFound]: 'no such device or volume',
     [ExitCode.noRepository]: 'no repository there',
     [ExitCode.leaseHeld]: 'another process has taken over the volume',
   },

@@ -1,3 +1,4 @@
+import { ExitCode } from '../errors.js';
 import { defineCommand, type Input, type OptionSpecs } from './spec.js';
 
 const args = {} as const;
@@ -5,7 +6,7 @@ const options = {
   volume: { value: 'VOLUME', description: 'only those of this volume' },
   tag: {
     value: 'TAG',
-    description: 'only those with this tag; may be given several times',
+    description: 'only those with this tag',
     many: true,
   },
 } as const satisfies OptionSpecs;
@@ -26,5 +27,6 @@ export const snapshotsCommand = defineCommand({
       text: 'The monthly ones of one volume.',
     },
   ],
+  exitCodes: { [ExitCode.notFound]: 'no such volume' },
   load: () => import('./run/snapshots.js'),
 });

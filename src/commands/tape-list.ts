@@ -6,7 +6,8 @@ const options = {
   needs: { value: 'VOLUME', description: 'only the cartridges that a point of this volume needs' },
   at: {
     value: 'T',
-    description: 'with --needs: the newest exported point not after this time, or a point (#12)',
+    description:
+      'with --needs: the newest exported point not after this time, or a snapshot or point (#12)',
     default: 'latest',
   },
   label: { value: 'L', description: 'only this set' },

@@ -83,6 +83,11 @@ export interface CatalogueOptions {
   readonly clock: Pick<Clock, 'nowNs'>;
   /** Hears of a catalogue that had to be begun anew. */
   readonly warn: (message: string) => void;
+  /**
+   * What cannot be written (its disk is full, another process holds it) is told to `warn`, once, and not remembered; else the call fails.
+   * For those whose result counts more than that this machine remembers it.
+   */
+  readonly lenient?: boolean;
 }
 
 type Value = string | number | Buffer | null;
@@ -112,6 +117,8 @@ export class Catalogue implements AsyncDisposable {
   private readonly db: Database;
   private readonly clock: Pick<Clock, 'nowNs'>;
   private last: Promise<unknown> = Promise.resolve();
+  /** Of a lenient one: takes a write that failed. */
+  private forgive: ((error: B2Error) => void) | undefined;
 
   private constructor(path: string, db: Database, clock: Pick<Clock, 'nowNs'>) {
     this.path = path;
@@ -130,7 +137,7 @@ export class Catalogue implements AsyncDisposable {
       throw ioError('make the directory', dir, error);
     }
     try {
-      return await Catalogue.openFile(path, options.clock);
+      return (await Catalogue.openFile(path, options.clock)).lenient(options);
     } catch (error) {
       if (!isKind(error, 'damaged')) throw error;
       const aside = `${path}.damaged-${options.clock.nowNs()}`;
@@ -144,8 +151,19 @@ export class Catalogue implements AsyncDisposable {
       options.warn(
         `the local catalogue could not be used (${error.message}); it was moved to ${aside} and begun anew. What this machine had seen of the repository is forgotten.`,
       );
-      return Catalogue.openFile(path, options.clock);
+      return (await Catalogue.openFile(path, options.clock)).lenient(options);
     }
+  }
+
+  private lenient(options: CatalogueOptions): this {
+    if (options.lenient !== true) return this;
+    let isTold = false;
+    this.forgive = (error) => {
+      if (!isTold)
+        options.warn(`${error.message}; what was seen of the repository is not remembered`);
+      isTold = true;
+    };
+    return this;
   }
 
   private static async openFile(path: string, clock: Pick<Clock, 'nowNs'>): Promise<Catalogue> {
@@ -249,7 +267,12 @@ export class Catalogue implements AsyncDisposable {
       }
     });
     this.last = done.catch(() => undefined);
-    return done;
+    const { forgive } = this;
+    if (forgive === undefined) return done;
+    return done.catch((error: unknown) => {
+      if (!(error instanceof B2Error)) throw error;
+      forgive(error);
+    });
   }
 
   /** Remembers that a commit was seen to be acknowledged. An older one than is remembered changes nothing. */

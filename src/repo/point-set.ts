@@ -347,7 +347,7 @@ class Choice {
     }
     const isNamed =
       when.kind === 'point' ||
-      when.kind === 'name' ||
+      own.snapshot !== undefined ||
       (when.kind === 'instant' && when.ns === commit.instantNs);
     if (isNamed) return own;
     const haveIt = (c: CommitRecord): number =>

@@ -10,7 +10,7 @@ import type { VolumeHistory } from './history.js';
 import type { Repository } from './repository.js';
 import { RepositoryImage } from './repository-image.js';
 import { Timeline } from './timeline.js';
-import { listSnapshots, type Snapshot, type VolumeMeta } from './volume.js';
+import { findSnapshot, listSnapshots, type Snapshot, type VolumeMeta } from './volume.js';
 
 /** A point that was chosen, and by what name if it was one. */
 export interface ChosenPoint {
@@ -19,8 +19,8 @@ export interface ChosenPoint {
 }
 
 /**
- * The point that `when` means: for a time, the newest exact point not after it; for `latest`, the newest exact one; a name or
- * `#id` may also be a point that is not exact. Kind `not-found` where there is none.
+ * The point that `when` means: for a time, the newest exact point not after it, unless a snapshot is called just that; for `latest`, the
+ * newest exact one; a name or `#id` may also be a point that is not exact. Kind `not-found` where there is none.
  */
 export async function choosePoint(
   history: VolumeHistory,
@@ -37,6 +37,12 @@ export async function choosePoint(
       return { commit, snapshot: undefined };
     }
     case 'instant': {
+      // A snapshot may be called by a date or time (those without a name are), and is what is meant by its very name.
+      const named =
+        when.text === undefined
+          ? undefined
+          : await findSnapshot(history.repo, volume.id, when.text);
+      if (named !== undefined) return pinned(timeline, volume, named);
       const found = await timeline.before(when.ns, PointClass.crash);
       if (found === undefined) {
         const first = await timeline.first();
@@ -79,19 +85,27 @@ export async function choosePoint(
           },
         );
       }
-      const commit = await timeline.bySeq(snapshot.seq);
-      if (commit === undefined || commit.hash.toString('hex') !== snapshot.hash) {
-        throw new B2Error(
-          'damaged',
-          `snapshot "${snapshot.name}" of volume ${volume.name} names point #${snapshot.seq}, which is not in the history`,
-          {
-            hint: 'Run "b2 verify" and "b2 repair".',
-          },
-        );
-      }
-      return { commit, snapshot };
+      return pinned(timeline, volume, snapshot);
     }
   }
+}
+
+async function pinned(
+  timeline: Timeline,
+  volume: VolumeMeta,
+  snapshot: Snapshot,
+): Promise<ChosenPoint> {
+  const commit = await timeline.bySeq(snapshot.seq);
+  if (commit === undefined || commit.hash.toString('hex') !== snapshot.hash) {
+    throw new B2Error(
+      'damaged',
+      `snapshot "${snapshot.name}" of volume ${volume.name} names point #${snapshot.seq}, which is not in the history`,
+      {
+        hint: 'Run "b2 verify" and "b2 repair".',
+      },
+    );
+  }
+  return { commit, snapshot };
 }
 
 async function noExactPoint(timeline: Timeline, volume: VolumeMeta): Promise<B2Error> {

@@ -3,6 +3,7 @@ import { B2Error, isKind } from '../errors.js';
 import { snapshotName, volumeMetaName } from '../format/names.js';
 import { ObjectKind } from '../format/object.js';
 import { className, type PointClass, type PointClassName } from '../format/commit.js';
+import { isRelativeTime } from '../when.js';
 import type { Repository } from './repository.js';
 
 /** The recorded facts of a volume (FORMAT.md section 4, kind 1). */
@@ -166,11 +167,19 @@ export interface Snapshot {
   readonly createdNs: bigint;
 }
 
-/** What a snapshot's name may be: 1 to 200 printable characters, no slash, not starting with `#`, no surrounding space. */
+/**
+ * What a snapshot's name may be: 1 to 200 printable characters, no slash, not starting with `#`, no surrounding space, and no time that
+ * is counted from now. Kind `usage` otherwise.
+ */
 export function checkSnapshotName(name: string): void {
   if (!/^[^\p{C}/#\s][^\p{C}/]{0,199}$/u.test(name) || name.trim() !== name) {
     throw new B2Error('usage', `"${name}" cannot be the name of a snapshot`, {
       hint: 'Use 1 to 200 printable characters without "/", not starting with "#".',
+    });
+  }
+  if (isRelativeTime(name)) {
+    throw new B2Error('usage', `"${name}" cannot be the name of a snapshot: it means a time`, {
+      hint: `--at "${name}" would always be that time, never the snapshot. A date may be a name.`,
     });
   }
 }
@@ -208,6 +217,37 @@ export async function addSnapshot(
 
 const CLASSES: readonly PointClassName[] = ['none', 'fuzzy', 'crash', 'fs', 'app'];
 
+async function readSnapshot(repo: Repository, object: string): Promise<Snapshot> {
+  const o = await repo.getObject(ObjectKind.snapshot, object);
+  const cls = CLASSES.find((c) => c === o['class']);
+  if (cls === undefined) throw new B2Error('damaged', `${object}: unknown class`);
+  const tags = o['tags'];
+  return {
+    name: textOf(o, 'name', object),
+    volumeId: textOf(o, 'volume', object),
+    seq: numberOf(o, 'seq', object),
+    hash: textOf(o, 'hash', object),
+    instantNs: bigintOf(o, 'instant', object),
+    pointClass: cls,
+    tags: Array.isArray(tags) ? tags.filter((t): t is string => typeof t === 'string') : [],
+    createdNs: bigintOf(o, 'created', object),
+  };
+}
+
+/** The snapshot of exactly that name, found without reading the others; undefined if there is none. Kind `damaged` if it cannot be read. */
+export async function findSnapshot(
+  repo: Repository,
+  volumeId: string,
+  name: string,
+): Promise<Snapshot | undefined> {
+  try {
+    return await readSnapshot(repo, snapshotName(volumeId, repo.keys.nameHash(name)));
+  } catch (error) {
+    if (isKind(error, 'not-found')) return undefined;
+    throw error;
+  }
+}
+
 /** Snapshots of one volume, oldest first; damaged ones are told to `warn` and left out. */
 export async function listSnapshots(
   repo: Repository,
@@ -217,20 +257,7 @@ export async function listSnapshots(
   const list: Snapshot[] = [];
   for await (const { name } of repo.store.list(`volumes/${volumeId}/snapshots`)) {
     try {
-      const o = await repo.getObject(ObjectKind.snapshot, name);
-      const cls = CLASSES.find((c) => c === o['class']);
-      if (cls === undefined) throw new B2Error('damaged', `${name}: unknown class`);
-      const tags = o['tags'];
-      list.push({
-        name: textOf(o, 'name', name),
-        volumeId: textOf(o, 'volume', name),
-        seq: numberOf(o, 'seq', name),
-        hash: textOf(o, 'hash', name),
-        instantNs: bigintOf(o, 'instant', name),
-        pointClass: cls,
-        tags: Array.isArray(tags) ? tags.filter((t): t is string => typeof t === 'string') : [],
-        createdNs: bigintOf(o, 'created', name),
-      });
+      list.push(await readSnapshot(repo, name));
     } catch (error) {
       if (!isKind(error, 'not-found', 'damaged')) throw error;
       warn(`a snapshot of volume ${volumeId} cannot be read: ${error.message}`);

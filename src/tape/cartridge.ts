@@ -24,7 +24,9 @@ export async function requireCartridge(drive: TapeDrive): Promise<void> {
   await drive.load();
   if ((await drive.status()).loaded) return;
   throw new B2Error('not-found', `there is no cartridge in ${drive.path}`, {
-    hint: 'Put one in and wait until the drive is ready.',
+    hint: drive.path.startsWith('file:')
+      ? 'Mount the disk that it is on; for a new one make a directory, or an empty file (touch), of that name.'
+      : 'Put one in and wait until the drive is ready.',
   });
 }
 

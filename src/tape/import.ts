@@ -226,6 +226,8 @@ export interface TapeRestoreResult {
   readonly missingRanges: readonly ByteRange[];
   /** Why: packs that were on no cartridge, with the cartridge they should be on where that is known. */
   readonly missingPacks: readonly { readonly packId: string; readonly cartridge?: string }[];
+  /** Labels of cartridges of the set that are known and were not read. */
+  readonly unreadCartridges: readonly string[];
   readonly damaged: readonly {
     readonly packId: string;
     readonly frame: number;
@@ -345,6 +347,11 @@ class TapeRestore {
       verified: this.#o.verify,
       missingRanges,
       missingPacks,
+      unreadCartridges: [...this.#knowledge.cartridges.values()]
+        .filter((c) => c.tape.setId === view.label.setId)
+        .map((c) => c.tape.label)
+        .filter((l) => !this.#read.includes(l))
+        .sort(),
       damaged: this.#damaged,
       elapsedSeconds: Number(clock.monotonicNs() - startNs) / 1e9,
       isWhole: missingRanges.length === 0,

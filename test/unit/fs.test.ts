@@ -1,4 +1,4 @@
-import { mkdir, readdir, readFile, stat, symlink, writeFile } from 'node:fs/promises';
+import { mkdir, readFile, readdir, stat, symlink, writeFile } from 'node:fs/promises';
 import { afterEach, beforeEach, expect, test } from 'vitest';
 import {
   DirectorySyncs,
@@ -75,6 +75,20 @@ test('mkdirDurable makes parents, and accepts what is there', async () => {
   await writeFile(dir.join('file'), 'x');
   await expect(mkdirDurable(dir.join('file'))).rejects.toMatchObject({ kind: 'io' });
   await expect(mkdirDurable(dir.join('file/below'))).rejects.toMatchObject({ name: 'B2Error' });
+});
+
+test('mkdirDurable ends where making the parent does not help: behind a link to nothing, below /proc', async () => {
+  await symlink(dir.join('unmounted'), dir.join('link'));
+  for (const name of ['link', 'link/a', 'link/a/b'])
+    await expect(mkdirDurable(dir.join(name))).rejects.toMatchObject({
+      kind: 'io',
+      message: `${dir.join('link')} is a symbolic link to what is not there`,
+      hint: 'Is the disk mounted that it leads to?',
+    });
+  await mkdir(dir.join('unmounted'));
+  await mkdirDurable(dir.join('link/a/b'));
+  expect((await stat(dir.join('unmounted/a/b'))).isDirectory()).toBe(true);
+  await expect(mkdirDurable('/proc/nobody/nothing')).rejects.toMatchObject({ name: 'B2Error' });
 });
 
 test('readIfExists tells missing from unreadable', async () => {

@@ -1,5 +1,5 @@
 import { describe, expect, it } from 'vitest';
-import { parseWhen } from '../../src/when.js';
+import { isRelativeTime, parseWhen } from '../../src/when.js';
 
 const NOW = 1_800_000_000_123_456_789n;
 const S = 1_000_000_000n;
@@ -22,7 +22,7 @@ describe('parseWhen', () => {
     ['20261122', undefined],
   ])('%s', (text, ns) => {
     if (ns === undefined) expect(parseWhen(text, NOW)).toEqual({ kind: 'name', name: text });
-    else expect(parseWhen(text, NOW)).toEqual({ kind: 'instant', ns });
+    else expect(parseWhen(text, NOW)).toMatchObject({ kind: 'instant', ns });
   });
 
   it('takes a time without zone as local', () => {
@@ -30,9 +30,10 @@ describe('parseWhen', () => {
     expect(parseWhen('2026-11-22T15:04', NOW)).toEqual({
       kind: 'instant',
       ns: BigInt(ms) * 1_000_000n,
+      text: '2026-11-22T15:04',
     });
     const day = new Date(2026, 10, 22).getTime();
-    expect(parseWhen('2026-11-22', NOW)).toEqual({ kind: 'instant', ns: BigInt(day) * 1_000_000n });
+    expect(parseWhen('2026-11-22', NOW)).toMatchObject({ ns: BigInt(day) * 1_000_000n });
   });
 
   it('knows points, names and latest', () => {
@@ -50,4 +51,11 @@ describe('parseWhen', () => {
       );
     },
   );
+});
+
+it('tells times that are counted from now from dates and names', () => {
+  for (const text of ['now', 'latest', '5m ago', '2 weeks ago'])
+    expect(isRelativeTime(text)).toBe(true);
+  for (const text of ['2026-11-22', '2026-02-30', '2026-11-22T15:04Z', 'long ago', 'nightly'])
+    expect(isRelativeTime(text)).toBe(false);
 });

@@ -4,7 +4,10 @@ import { Catalogue } from '../../repo/catalogue.js';
 import type { Repository } from '../../repo/repository.js';
 import type { CommandContext } from '../spec.js';
 
-/** Runs `fn` with the catalogue of the repository; where it cannot be used, with undefined, after a warning. */
+/**
+ * Runs `fn` with the catalogue of the repository; where it cannot be used, with undefined, after a warning. One that cannot be written any
+ * more (a full disk) is a warning too: neither a point that was captured nor damage that was found is lost for it.
+ */
 export async function withCatalogue<T>(
   context: CommandContext,
   repo: Repository,
@@ -18,6 +21,7 @@ export async function withCatalogue<T>(
       repositoryId: repo.id,
       clock: context.clock,
       warn,
+      lenient: true,
     });
   } catch (error) {
     if (!isKind(error, 'io', 'no-space', 'damaged', 'not-found', 'exists')) throw error;

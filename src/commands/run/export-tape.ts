@@ -1,6 +1,6 @@
 import { hostname } from 'node:os';
 
-import { B2Error, ExitCode } from '../../errors.js';
+import { B2Error, ExitCode, isKind } from '../../errors.js';
 import { MAX_RECORD_BYTES, RECORD_STEP_BYTES, isTapeLabel } from '../../format/tape.js';
 import {
   formatBytes,
@@ -44,6 +44,8 @@ export interface ExportTapeAnswer {
   readonly setId: string;
   readonly session: string;
   readonly points: readonly TapePointRow[];
+  /** Volumes that nobody named and of which there is no such point. */
+  readonly leftOut: readonly string[];
   readonly cartridges: readonly CartridgeWritten[];
   readonly chunks: number;
   readonly packs: number;
@@ -84,7 +86,7 @@ export async function run(
     withDrive(context, device, async (drive) => {
       const histories: VolumeHistory[] = [];
       try {
-        const points = await pointsOf(context, input, repo, histories);
+        const { points, leftOut } = await pointsOf(context, input, repo, histories);
         const done = await exportTape({
           repo,
           storeUrl: repo.store.url,
@@ -122,6 +124,7 @@ export async function run(
               sizeBytes: p.sizeBytes,
               needs: p.needs,
             })),
+            leftOut,
             cartridges: done.cartridges,
             chunks: done.chunks,
             packs: done.packs,
@@ -136,7 +139,11 @@ export async function run(
             elapsedSeconds: done.elapsedSeconds,
             verified: !options['no-verify'] && done.isWhole,
           },
-          code: done.isWhole ? ExitCode.ok : ExitCode.damage,
+          code: !done.isWhole
+            ? ExitCode.damage
+            : leftOut.length > 0
+              ? ExitCode.partial
+              : ExitCode.ok,
         };
       } finally {
         await Promise.all(histories.map((h) => h.close()));
@@ -145,12 +152,16 @@ export async function run(
   );
 }
 
+/**
+ * The points to write. A volume that nobody named and that has no such point (a first capture that was interrupted, or only points that are
+ * not exact) keeps no other from the tape: it is left out, and said. Kind `not-found` where nothing is left, or one was named.
+ */
 async function pointsOf(
   context: CommandContext,
   input: ExportTapeInput,
   repo: Repository,
   histories: VolumeHistory[],
-): Promise<ExportPoint[]> {
+): Promise<{ points: ExportPoint[]; leftOut: string[] }> {
   const { options } = input;
   const warn = (message: string): void => context.events({ type: 'warning', message });
   const known = await volumesOf(context, repo);
@@ -162,6 +173,7 @@ async function pointsOf(
     });
   const whens = options.at.length === 0 ? ['latest'] : options.at;
   const points: ExportPoint[] = [];
+  const missing: { volume: string; error: B2Error }[] = [];
   for (const volume of volumes) {
     const history = await VolumeHistory.open(repo, volume.id);
     histories.push(history);
@@ -177,11 +189,26 @@ async function pointsOf(
         message: `point #${commit.seq} of ${volume.name}, ${formatTimeLocal(commit.instantNs)}${snapshot === undefined ? '' : ` (snapshot ${snapshot.name})`}`,
       });
     };
-    for (const when of whens) await add(when);
+    for (const when of whens) {
+      try {
+        await add(when);
+      } catch (error) {
+        if (options.volume.length > 0 || !isKind(error, 'not-found')) throw error;
+        missing.push({ volume: volume.name, error });
+      }
+    }
     if (options.snapshots)
       for (const s of await listSnapshots(repo, volume.id, warn)) await add(`#${s.seq}`);
   }
-  return points;
+  const [first] = missing;
+  if (points.length === 0 && first !== undefined) throw first.error;
+  for (const { volume, error } of missing)
+    context.events({
+      type: 'warning',
+      message: `left out: ${error.message}`,
+      hint: error.hint ?? `"b2 points ${volume}" lists the points.`,
+    });
+  return { points, leftOut: [...new Set(missing.map((m) => m.volume))] };
 }
 
 export function text(data: ExportTapeAnswer, style: Style): string {

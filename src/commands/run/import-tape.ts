@@ -286,6 +286,9 @@ function restoredLines(data: ImportTapeAnswer, r: TapeRestoreResult, style: Styl
     lines.push(`  and ${r.missingRanges.length - RANGES_SHOWN} more ranges`);
   const labels = new Set(r.missingPacks.map((p) => p.cartridge ?? 'a cartridge that is not known'));
   if (labels.size > 0) lines.push(`missing: ${[...labels].join(', ')}`);
+  const others = r.unreadCartridges.filter((label) => !labels.has(label));
+  if (labels.size > 0 && others.length > 0)
+    lines.push(`of this set, these were not read either: ${others.join(', ')}`);
   if (labels.size > 0)
     lines.push(
       'Put in another cartridge with --next-cartridge or --changer. A point whose export was interrupted may be whole on no cartridge: "b2 import-tape DEVICE --list" of the newest one says which points the set holds.',

@@ -117,7 +117,9 @@ export function text(data: InitResult, style: Style): string {
     );
   } else if (data.encryption !== 'none') {
     lines.push(
-      style.yellow('Keep the password somewhere else too: without it the backup cannot be read.'),
+      style.yellow(
+        'Keep its password or key file on another machine too: without it the backup cannot be read.',
+      ),
     );
   }
   return lines.join('\n');

@@ -14,7 +14,7 @@ import { parseWhen } from '../../when.js';
 import { fromPortableError, toPortableError, type PortableError } from '../../workers.js';
 import type { MountInput } from '../mount.js';
 import type { CommandContext, Outcome } from '../spec.js';
-import { pointRow, type PointRow } from './rows.js';
+import { localTime, pointRow, type PointRow } from './rows.js';
 import { secretPlaces, volumeNamed, withRepository } from './session.js';
 
 /** The answer; with `--foreground` also a line of `type` `mounted` when the mount is live. */
@@ -52,7 +52,7 @@ export async function run(
   if (!input.options.foreground) return { data: await startInBackground(context, input) };
   const answer = await serve(context, input, context.events, (mounted) => {
     const chosen = (mounted.points ?? [])
-      .map((p) => `, ${p.volume} at ${p.time} (#${p.seq})`)
+      .map((p) => `, ${p.volume} at ${localTime(p.time)} (#${p.seq})`)
       .join('');
     context.output.line(
       { type: 'mounted', ...mounted },
@@ -242,6 +242,8 @@ async function launch(
 export function text(data: MountAnswer | undefined, _style: Style): string {
   // In the foreground the line while it served has said it all.
   if (data?.logFile === undefined) return '';
-  const chosen = (data.points ?? []).map((p) => `\n${p.volume} at ${p.time} (#${p.seq})`).join('');
+  const chosen = (data.points ?? [])
+    .map((p) => `\n${p.volume} at ${localTime(p.time)} (#${p.seq})`)
+    .join('');
   return `mounted at ${data.mountpoint} (process ${data.pid})${chosen}`;
 }

@@ -140,7 +140,7 @@ export function text(data: PointsResult, style: Style): string {
     data.group === undefined ? POINT_COLUMNS : [...POINT_COLUMNS, GROUP_COLUMN],
     data.points,
     style,
-    `no points of ${data.volume} in that time`,
+    `no point of ${data.volume} that is exact and in that time; --all shows those that are not exact, too`,
   );
   if (data.unreadableBytes === undefined) return shown;
   return `${shown}\n${style.yellow(`${formatBytes(data.unreadableBytes)} of the device could not be read when it was captured last: points since then are fuzzy ("b2 points --all" lists them)`)}`;

@@ -1,4 +1,7 @@
 /** The watches that run now, for commands that ask them. */
+import type { BigIntStats } from 'node:fs';
+import { stat } from 'node:fs/promises';
+import { parseRepositoryUrl } from '../../repo/store-url.js';
 import { controlDirectory, findWatches, type RunningWatch } from '../../watch/control.js';
 import type { DeviceReport } from '../../watch/report.js';
 import type { CommandContext } from '../spec.js';
@@ -17,17 +20,49 @@ export function runningWatches(context: CommandContext): Promise<readonly Runnin
   });
 }
 
-/** The watched devices of a repository among `watches`, by the id of their volume. */
+/**
+ * The watches among `watches` that capture to this very repository. A copy of it (from tape, or made by rsync) has the same id, and gets
+ * nothing from a watch of the original. Where it cannot be told whether both are one place, they are taken for one.
+ */
+export async function watchesOf(
+  watches: readonly RunningWatch[],
+  repo: { readonly id: string; readonly store: { readonly url: string } },
+): Promise<readonly RunningWatch[]> {
+  const own: RunningWatch[] = [];
+  for (const watch of watches) {
+    const { repositoryId, repository } = watch.report;
+    if (repositoryId === repo.id && !(await areApart(repository, repo.store.url))) own.push(watch);
+  }
+  return own;
+}
+
+/** Both are directories that can be seen from here, and not the same one, however they are spelled. */
+async function areApart(a: string, b: string): Promise<boolean> {
+  const [one, other] = await Promise.all([directoryOf(a), directoryOf(b)]);
+  return (
+    one !== undefined && other !== undefined && !(one.dev === other.dev && one.ino === other.ino)
+  );
+}
+
+/** A relative path in the report of a watch is relative to its own directory: it says nothing here. */
+async function directoryOf(url: string): Promise<BigIntStats | undefined> {
+  if (!url.startsWith('/') && !url.toLowerCase().startsWith('file:')) return undefined;
+  try {
+    const place = parseRepositoryUrl(url);
+    return place.scheme === 'directory' ? await stat(place.path, { bigint: true }) : undefined;
+  } catch {
+    return undefined;
+  }
+}
+
+/** The devices of these watches by the id of their volume. */
 export function watchedVolumes(
   watches: readonly RunningWatch[],
-  repositoryId: string,
 ): ReadonlyMap<string, DeviceReport> {
   return new Map(
-    watches
-      .filter((w) => w.report.repositoryId === repositoryId)
-      .flatMap((w) =>
-        w.report.devices.flatMap((d) => (d.volumeId === undefined ? [] : [[d.volumeId, d]])),
-      ),
+    watches.flatMap((w) =>
+      w.report.devices.flatMap((d) => (d.volumeId === undefined ? [] : [[d.volumeId, d]])),
+    ),
   );
 }
 

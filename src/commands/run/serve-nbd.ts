@@ -35,6 +35,10 @@ export function run(
   input: ServeNbdInput,
 ): Promise<Outcome<ServeNbdAnswer>> {
   const { options } = input;
+  if (options.writable && options.overlay !== undefined)
+    throw new B2Error('usage', 'give --writable or --overlay, not both', {
+      hint: '--writable throws writes away at the end; --overlay keeps them in its file, and needs no --writable.',
+    });
   const listen = listenOf(context, options);
   return withRepository(context, async (repo) => {
     const tls = await tlsOf(options);

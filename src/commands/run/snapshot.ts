@@ -17,7 +17,7 @@ import type { CommandContext, Outcome } from '../spec.js';
 import { withCatalogue } from './catalogue.js';
 import { localTime, parseTimeNs } from './rows.js';
 import { volumeNamed, withRepository } from './session.js';
-import { runningWatches } from './running.js';
+import { runningWatches, watchesOf } from './running.js';
 
 /** Threads of the scan. */
 const WORKERS = 2;
@@ -180,9 +180,8 @@ async function findRunning(
   const text = input.arguments.device;
   const { volume } = input.options;
   const real = await realpath(text).catch(() => undefined);
-  const watches = await runningWatches(context);
+  const watches = await watchesOf(await runningWatches(context), repo);
   for (const { path, report } of watches) {
-    if (report.repositoryId !== repo.id) continue;
     for (const device of report.devices) {
       // Nobody captures it any more: then it is captured now, as any other.
       if (device.state === 'failed') continue;
@@ -203,7 +202,7 @@ async function findRunning(
     const device = report.devices.find(
       (d) => d.state !== 'failed' && d.volumeId !== undefined && d.volumeId === meant?.id,
     );
-    if (report.repositoryId === repo.id && device !== undefined) return { path, device };
+    if (device !== undefined) return { path, device };
   }
   return undefined;
 }

@@ -23,10 +23,10 @@ import type { DeviceReport, WatchReport } from '../../watch/report.js';
 import type { StatusInput } from '../status.js';
 import type { CommandContext, Outcome } from '../spec.js';
 import { withCatalogue } from './catalogue.js';
-import { nagios, nagiosCode, orUnknown, type NagiosAnswer, type NagiosValue } from './nagios.js';
+import { nagios, nagiosCode, orUnknown, type NagiosAnswer, type NagiosValue } from '../nagios.js';
 import { unreadableBytesOf } from './points.js';
 import { localTime } from './rows.js';
-import { runningWatches, watchedVolumes, watchLagSeconds } from './running.js';
+import { runningWatches, watchedVolumes, watchesOf, watchLagSeconds } from './running.js';
 import { volumesOf, withRepository } from './session.js';
 
 const DAY_NS = 86_400_000_000_000n;
@@ -116,7 +116,7 @@ async function look(
   const now = context.clock.nowNs();
   const running = await runningWatches(context);
   const watches = running.map((w) => w.report);
-  const watched = watchedVolumes(running, repo.id);
+  const watched = watchedVolumes(await watchesOf(running, repo));
   const volumes: StatusRow[] = [];
   for (const v of await volumesOf(context, repo))
     volumes.push(withWatch(await statusRow(repo, v, now), watched.get(v.id)));
@@ -330,7 +330,7 @@ function watchText(a: StatusAnswer, style: Style): string {
   const parts: string[] = [];
   for (const w of a.watches) {
     parts.push(table(WATCH_COLUMNS, w.devices, style, 'no device'));
-    const elsewhere = w.repositoryId === a.repositoryId ? '' : `, to ${w.repository}`;
+    const elsewhere = w.repository === a.repository ? '' : `, to ${w.repository}`;
     parts.push(
       style.dim(
         `by process ${w.pid} since ${localTime(w.since)}${elsewhere}${w.stopping ? ', stopping' : ''}`,

@@ -2,11 +2,11 @@ import { B2Error } from '../../errors.js';
 import type { TapeCartridge, TapePoint } from '../../format/tape.js';
 import { formatBytes, formatTimeNs } from '../../human.js';
 import type { Repository } from '../../repo/repository.js';
-import { findVolume } from '../../repo/volume.js';
+import { findSnapshot, findVolume, type VolumeMeta } from '../../repo/volume.js';
 import { listCartridges } from '../../tape/catalogue.js';
 import { table } from '../../ui/table.js';
 import type { Style } from '../../ui/style.js';
-import { parseWhen } from '../../when.js';
+import { parseWhen, type When } from '../../when.js';
 import type { CommandContext, Outcome } from '../spec.js';
 import type { TapeListInput } from '../tape-list.js';
 import { localTime } from './rows.js';
@@ -72,7 +72,7 @@ async function needed(
   name: string,
 ): Promise<TapeListAnswer> {
   const volume = findVolume(await volumesOf(context, repo), name);
-  const when = parseWhen(input.options.at, context.clock.nowNs());
+  const when = await whenOf(context, repo, volume, input.options.at);
   const candidates: { readonly point: TapePoint; readonly session: string }[] = all
     .flatMap((c) => c.sessions)
     .filter((s) => finished.has(s.id))
@@ -104,6 +104,27 @@ async function needed(
       time: formatTimeNs(chosen.point.instantNs),
     },
   };
+}
+
+/** A snapshot is looked for by its point; one whose name reads as a time is meant by that name, as everywhere. */
+async function whenOf(
+  context: CommandContext,
+  repo: Repository,
+  volume: VolumeMeta,
+  text: string,
+): Promise<When> {
+  const when = parseWhen(text, context.clock.nowNs());
+  const name = when.kind === 'name' ? when.name : when.kind === 'instant' ? when.text : undefined;
+  if (name === undefined) return when;
+  const snapshot = await findSnapshot(repo, volume.id, name);
+  if (snapshot !== undefined) return { kind: 'point', seq: snapshot.seq };
+  if (when.kind === 'name')
+    throw new B2Error(
+      'not-found',
+      `"${name}" is neither a time nor a snapshot of volume ${volume.name}`,
+      { hint: '"b2 snapshots" lists the names, "b2 tape list" the points on tape.' },
+    );
+  return when;
 }
 
 function rowOf(c: TapeCartridge, finished: ReadonlySet<string>): CartridgeRow {

@@ -15,9 +15,9 @@ import { parseWhen } from '../../when.js';
 import type { VerifyInput } from '../verify.js';
 import type { CommandContext, Outcome } from '../spec.js';
 import { withCatalogue } from './catalogue.js';
-import { nagios, nagiosCode, orUnknown, type NagiosAnswer, type NagiosValue } from './nagios.js';
+import { nagios, nagiosCode, orUnknown, type NagiosAnswer, type NagiosValue } from '../nagios.js';
 import { localTime, pointRow, type PointRow } from './rows.js';
-import { runningWatches, watchedVolumes, watchLagSeconds } from './running.js';
+import { runningWatches, watchedVolumes, watchesOf, watchLagSeconds } from './running.js';
 import { volumesOf, withRepository } from './session.js';
 import type { RestoreTest } from './verify-restore.js';
 
@@ -81,15 +81,29 @@ const EMPTY = {
   elapsedSeconds: 0,
 };
 
+/** An option that would have no effect: who gives it believes that something was checked which was not. Kind `usage`. */
+function refuseIdle(options: VerifyInput['options']): void {
+  const { fsck, boot, against, at } = options;
+  const idle = (option: string, needs: string): B2Error =>
+    new B2Error('usage', `${option} is for ${needs}, and without has no effect`, {
+      hint: 'What is checked without them is all points of the volume alike.',
+    });
+  if (at !== 'latest' && !fsck && !boot && against === undefined)
+    throw idle('--at', '--fsck, --boot or --against');
+  if (options['random-point'] && !fsck && !boot) throw idle('--random-point', '--fsck or --boot');
+}
+
 export function run(context: CommandContext, input: VerifyInput): Promise<Outcome<VerifyAnswer>> {
   const { data, budget, nagios: forNagios } = input.options;
   if ((data ?? 0) > 0 || budget !== undefined) warmVerify();
   return orUnknown(
     forNagios,
-    () =>
-      withRepository(context, (repo) =>
+    () => {
+      refuseIdle(input.options);
+      return withRepository(context, (repo) =>
         withCatalogue(context, repo, (catalogue) => check(context, input, repo, catalogue)),
-      ),
+      );
+    },
     (answer) => ({ ...EMPTY, nagios: answer }),
   );
 }
@@ -121,7 +135,7 @@ async function check(
         ).restoreTests(context, input, repo, wanted.length === 0 ? known : wanted, known)
       : undefined;
   const findings = [...report.findings, ...(restored?.findings ?? [])];
-  const watched = watchedVolumes(await runningWatches(context), repo.id);
+  const watched = watchedVolumes(await watchesOf(await runningWatches(context), repo));
   const now = context.clock.nowNs();
   const volumes = report.volumes.map((v): VerifiedVolume => ({
     id: v.volumeId,

@@ -280,6 +280,11 @@ async function openNode(path: string): Promise<{ handle: FileHandle; readOnly: b
         hint: 'Wait for it, or find it with "fuser -v" on the device.',
       });
     }
+    if (errnoOf(error) === 'ENOENT')
+      throw new B2Error('not-found', `there is no tape drive ${path}`, {
+        cause: error,
+        hint: '"lsscsi -g" lists the drives (/dev/nst0, …); a directory or file stands in for one as file:PATH.',
+      });
     if (errnoOf(error) !== 'EROFS' && errnoOf(error) !== 'EACCES')
       throw ioError('open', path, error);
     readOnly = true;

@@ -1,5 +1,6 @@
 import { chmodSync, readFileSync, readdirSync, statSync, writeFileSync } from 'node:fs';
 import { rm } from 'node:fs/promises';
+import { createRequire } from 'node:module';
 import { dirname } from 'node:path';
 import { describe, expect, it } from 'vitest';
 import { PointClass } from '../../../src/format/commit.js';
@@ -175,5 +176,40 @@ describe('the catalogue', () => {
     writeFileSync(dir.join('file'), '');
     chmodSync(dir.join('file'), 0o600);
     await expect(open(dir.join('file'))).rejects.toThrow(/file\/abab/);
+  });
+});
+
+describe('a lenient catalogue', () => {
+  it('tells once what it cannot write, and goes on', async () => {
+    await using dir = tempDir();
+    const told: string[] = [];
+    const options = {
+      cacheDir: dir.path,
+      repositoryId: ID,
+      clock: new SteppedClock(),
+      warn: (m: string): void => void told.push(m),
+    };
+    await using strict = await Catalogue.open(options);
+    await using lenient = await Catalogue.open({ ...options, lenient: true });
+    // As the first write to a full disk: the transaction fails.
+    const sqlite = createRequire(import.meta.url)('sqlite3') as typeof import('sqlite3');
+    const db = await new Promise<import('sqlite3').Database>((done, failed) => {
+      const opened = new sqlite.Database(cataloguePath(dir.path, ID), (error) =>
+        error === null ? done(opened) : failed(error),
+      );
+    });
+    await new Promise<void>((done, failed) => {
+      db.exec('DROP TABLE events', (error) => (error === null ? done() : failed(error)));
+    });
+    await new Promise<void>((done) => db.close(() => done()));
+    const event = { kind: 'verify', content: { damage: 1 } } as const;
+    await expect(strict.recordEvent(event)).rejects.toMatchObject({ kind: 'io' });
+    expect(told).toEqual([]);
+    await lenient.recordEvent(event);
+    await lenient.recordEvent(event);
+    await lenient.recordConfig('one');
+    expect(told).toHaveLength(1);
+    expect(told[0]).toMatch(/no such table.*; what was seen of the repository is not remembered/);
+    expect(await lenient.configs()).toEqual(['one']);
   });
 });

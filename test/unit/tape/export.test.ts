@@ -113,6 +113,14 @@ describe('incremental sets', () => {
       expect(bytes.equals(image)).toBe(true);
       await drive.close();
     }
+    // With the last alone, it is said which others there are.
+    const last = await bed.library('lib', size, numbers.slice(-1));
+    const { result } = await restore(bed, last.drive, 'latest', { source: last.source });
+    expect(result).toMatchObject({
+      isWhole: false,
+      unreadCartridges: numbers.slice(0, -1).map((n) => `SET-00${n}`),
+    });
+    await last.drive.close();
   });
 
   it('write only what the set does not hold; every point of the set restores', async () => {

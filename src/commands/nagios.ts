@@ -1,8 +1,8 @@
 /** Output of monitoring plugins: one line `B2 STATE - text | label=value[UOM];warn;crit`, and their exit codes. */
-import { messageOf } from '../../errors.js';
-import { ExitCode } from '../../errors.js';
-import { printable } from '../../human.js';
-import type { Outcome } from '../spec.js';
+import { messageOf } from '../errors.js';
+import { ExitCode } from '../errors.js';
+import { printable } from '../human.js';
+import type { Outcome } from './spec.js';
 
 export type NagiosState = 'OK' | 'WARNING' | 'CRITICAL' | 'UNKNOWN';
 

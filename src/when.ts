@@ -79,6 +79,11 @@ export function parseWhen(text: string, nowNs: bigint): When {
   const point = /^#(\d{1,15})$/.exec(t);
   if (point !== null) return { kind: 'point', seq: Number(point[1]) };
   const ago = /^(\d{1,9})\s*([a-z]+)\s+ago$/i.exec(t);
+  // Months to some, minutes to others: the wrong one would restore something else.
+  if (ago?.[2] === 'M')
+    throw new B2Error('usage', `"${text}" is not a time: M may be minutes or months`, {
+      hint: `Write "${ago[1] ?? ''}m ago" for minutes; for months a date.`,
+    });
   if (ago !== null) {
     const word = (ago[2] ?? '').toLowerCase();
     const unit = UNIT_NS[word] ?? UNIT_NS[LONG[word.replace(/s$/, '')] ?? ''];

@@ -1,5 +1,5 @@
 /** What somebody meets in the first days: names that are dates, a copy of the repository, options that would do nothing. */
-import { cpSync, mkdirSync, writeFileSync } from 'node:fs';
+import { cpSync, mkdirSync, readdirSync, rmSync, writeFileSync } from 'node:fs';
 import { afterEach, describe, expect, it, vi } from 'vitest';
 import type { RestoreAnswer } from '../../src/commands/run/restore.js';
 import type { SnapshotAnswer } from '../../src/commands/run/snapshot.js';
@@ -23,6 +23,34 @@ async function made(): Promise<{ dir: TempDir; b2: B2; image: string }> {
   writeFileSync(image, Buffer.alloc(64 * 1024, 1));
   return { dir, b2, image };
 }
+
+describe('a new repository', () => {
+  it('is not made among the files of somebody else, nor over one whose configuration is lost', async () => {
+    const { dir, b2, image } = await made();
+    const place = dir.join('home of somebody');
+    mkdirSync(`${place}/lost+found`, { recursive: true });
+    writeFileSync(`${place}/letter`, 'dear');
+    const init = ['--repo', place, 'init', '--encryption', 'none'];
+    const refusal = (name: string, where: string): unknown => ({
+      type: 'error',
+      code: 1,
+      message: `${where} holds ${name} but no repository configuration: no new repository is made over it`,
+      hint: expect.stringContaining('Name a new or empty directory.') as string,
+    });
+    expect(await b2.error(init)).toEqual(refusal('letter', place));
+    expect(readdirSync(place).sort()).toEqual(['letter', 'lost+found']);
+    // A file system's own directory is nobody's.
+    rmSync(`${place}/letter`);
+    await b2.json(init);
+
+    await b2.json(['snapshot', image, '--volume', 'v']);
+    for (const name of ['config', 'config.copy']) rmSync(`${b2.repository}/${name}`);
+    expect(await b2.error(['init', '--encryption', 'none'])).toMatchObject({
+      code: 1,
+      message: expect.stringContaining('but no repository configuration') as string,
+    });
+  });
+});
 
 describe('the name of a snapshot', () => {
   it('that is a date or time means that snapshot, and those without a name have one', async () => {

@@ -1,11 +1,12 @@
 /** The repository of who has configured none: made at the first need, with a generated key file. */
-import { B2Error, isKind } from '../../errors.js';
-import { CONFIG_COPY_NAME, CONFIG_NAME } from '../../format/names.js';
+import { isKind } from '../../errors.js';
+import { CONFIG_NAME } from '../../format/names.js';
 import { DEFAULT_PARAMETERS, Repository } from '../../repo/repository.js';
 import { openStore } from '../../repo/store-url.js';
 import { findSecrets } from '../../secrets.js';
 import type { CommandContext } from '../spec.js';
 import { makeKeyFile } from './init.js';
+import { refuseOccupied } from './occupied.js';
 import {
   defaultKeyFile,
   environmentOf,
@@ -35,15 +36,7 @@ async function makeDefault(context: CommandContext): Promise<void> {
   try {
     // Another one that starts at the same time may be first, here and below.
     if ((await store.stat(CONFIG_NAME)) !== undefined) return;
-    // Packs without a configuration are a repository that is damaged, not one that is missing.
-    for await (const { name } of store.list('')) {
-      if (name === CONFIG_NAME || name === CONFIG_COPY_NAME) return;
-      throw new B2Error(
-        'refused',
-        `${store.url} holds ${name} but no repository configuration: no new repository is made over it`,
-        { hint: 'Put its config file back, or move the directory away.' },
-      );
-    }
+    await refuseOccupied(store);
     const named = context.settings.credentials.keyFile;
     const keyFile = named ?? defaultKeyFile(context);
     let made = named === undefined ? undefined : await makeKeyFile(context, named);

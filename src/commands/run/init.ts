@@ -11,6 +11,7 @@ import { askPassword, findSecrets } from '../../secrets.js';
 import type { Style } from '../../ui/style.js';
 import type { InitInput } from '../init.js';
 import type { CommandContext, Outcome } from '../spec.js';
+import { refuseOccupied } from './occupied.js';
 import { environmentOf, secretOf, secretPlaces } from './session.js';
 
 export interface InitResult {
@@ -78,6 +79,7 @@ export async function run(context: CommandContext, input: InitInput): Promise<Ou
   let secret: Secret | undefined;
   const store = await openStore(context.settings.repository.url, { create: true });
   try {
+    await refuseOccupied(store);
     if (encryption !== 'none') {
       if (keyFile !== undefined) made = await makeKeyFile(context, keyFile);
       secret = await firstSecret(context);

@@ -6,7 +6,7 @@
 import { execFile } from 'node:child_process';
 import { closeSync, ftruncateSync, mkdirSync, openSync } from 'node:fs';
 import { promisify } from 'node:util';
-import type { TempDir } from './tmp.js';
+import { deletePartitions, type TempDir } from './tmp.js';
 import { findTool, type Needs } from './requires.js';
 
 export const LOOP_NEEDS: Needs = {
@@ -57,6 +57,8 @@ export async function attachLoop(
   const args = ['--find', '--show', '--sector-size', String(options.sectorBytes ?? 512)];
   if (options.readOnly === true) args.push('--read-only');
   const device = (await runTool('losetup', ...args, file)).trim();
+  // Those that partx has made outlive who had the device before, if that died or did not take them away.
+  deletePartitions(device);
   let isAttached = true;
   const detach = async (): Promise<void> => {
     if (!isAttached) return;

@@ -6,6 +6,8 @@
 import { execFile } from 'node:child_process';
 import { closeSync, ftruncateSync, mkdirSync, openSync } from 'node:fs';
 import { promisify } from 'node:util';
+import { systemClock } from '../../src/clock.js';
+import { messageOf } from '../../src/errors.js';
 import { deletePartitions, type TempDir } from './tmp.js';
 import { findTool, type Needs } from './requires.js';
 
@@ -124,4 +126,17 @@ export async function mountDevice(
   };
   dir.onRemove(() => unmount());
   return { path, unmount };
+}
+
+/** Freezes it (thaw it by `fsfreeze --unfreeze`). A watch that has frozen it itself, as where writers outrun it, is waited for. */
+export async function freezeMount(path: string): Promise<void> {
+  for (let tries = 0; ; tries++) {
+    try {
+      await runTool('fsfreeze', '--freeze', path);
+      return;
+    } catch (error) {
+      if (tries === 100 || !messageOf(error).includes('resource busy')) throw error;
+      await systemClock.sleep(100);
+    }
+  }
 }

@@ -37,7 +37,7 @@ import {
   makerOf,
   mountDevice,
 } from '../../support/loop.js';
-import { sparseFile, type Loop, type Mount } from '../../support/loop.js';
+import { freezeMount, sparseFile, type Loop, type Mount } from '../../support/loop.js';
 import { findTool, requires } from '../../support/requires.js';
 import { tempDir } from '../../support/tmp.js';
 import {
@@ -124,7 +124,7 @@ async function releaseSoon(loop: Loop): Promise<void> {
 
 /** Freezes the file system, has a point made, and copies the device, all before it is thawed. */
 async function frozenPoint(watching: Watching, bed: Bed, copy: string): Promise<number> {
-  run('fsfreeze', '--freeze', bed.mount.path);
+  await freezeMount(bed.mount.path);
   try {
     const made = await watching.point(bed.volume, 'crash');
     run('cp', '--sparse=always', bed.loop.file, copy);

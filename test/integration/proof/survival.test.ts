@@ -10,7 +10,13 @@ import { systemClock } from '../../../src/clock.js';
 import { TRACEFS } from '../../../src/devices/trace/instance.js';
 import { B2 } from '../../support/b2.js';
 import { dice } from '../../support/disks.js';
-import { LOOP_NEEDS, makeFileSystem, mountDevice, newLoop } from '../../support/loop.js';
+import {
+  freezeMount,
+  LOOP_NEEDS,
+  makeFileSystem,
+  mountDevice,
+  newLoop,
+} from '../../support/loop.js';
 import { findTool, requires } from '../../support/requires.js';
 import { tempDir } from '../../support/tmp.js';
 import { WORKLOAD_NEEDS, logOf, readAcknowledged, startWorkload } from '../../support/workload.js';
@@ -69,7 +75,7 @@ describe('b2 watch that is killed', () => {
             await watching.ready(1);
             const copy = dir.join('frozen');
             let seq: number;
-            run('fsfreeze', '--freeze', mount.path);
+            await freezeMount(mount.path);
             try {
               ({ seq } = (await watching.point(VOLUME, 'crash')).point);
               run('cp', '--sparse=always', loop.file, copy);

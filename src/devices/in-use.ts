@@ -6,6 +6,7 @@ import { constants, type BigIntStats } from 'node:fs';
 import { readdir, readFile, readlink, realpath, stat } from 'node:fs/promises';
 import path from 'node:path';
 
+import { systemClock, type Clock } from '../clock.js';
 import { B2Error, errnoOf, ioError } from '../errors.js';
 import type { DeviceFacts } from './device.js';
 import { listMounts, listSwaps, type Mount } from './mounts.js';
@@ -40,7 +41,15 @@ export interface InUseOptions {
   /** Directory of the repository that is restored from, where it is a local one. */
   readonly repositoryPath?: string;
   readonly roots?: SystemRoots;
+  readonly clock?: Clock;
 }
+
+/**
+ * Who holds a device for no longer than this only passes by: udev's probes, and `losetup --find` that lost a free loop device to
+ * another, which sleeps 250 ms with it open for writing (util-linux 2.38, `loopcxt_setup_device`).
+ */
+const PASSING_MS = 2000;
+const LOOK_AGAIN_MS = 100;
 
 /** A device that stands on the target, and how: `trail` is "" or ", which lies on /dev/sdb2". */
 interface Above {
@@ -92,13 +101,25 @@ async function observe(roots: SystemRoots): Promise<World> {
 }
 
 /**
- * Why `target` must not be written to; empty if nothing uses it, or if it does not exist yet. Rejects for a target
- * that can never be one (a directory, a symbolic link to a file).
+ * Why `target` must not be written to; empty if nothing uses it, or if it does not exist yet. Where nothing but a process that has
+ * it open is in the way, that is looked at for two seconds before it is one. Rejects for a target that can never be one (a
+ * directory, a symbolic link to a file).
  */
 export async function inUseReasons(
   target: string,
   options: InUseOptions = {},
 ): Promise<readonly InUseReason[]> {
+  const clock = options.clock ?? systemClock;
+  const until = clock.monotonicNs() + BigInt(PASSING_MS) * 1_000_000n;
+  for (;;) {
+    const reasons = await reasonsNow(target, options);
+    const mayPass = reasons.every((reason) => reason.kind === 'open' || reason.kind === 'busy');
+    if (reasons.length === 0 || !mayPass || clock.monotonicNs() >= until) return reasons;
+    await clock.sleep(LOOK_AGAIN_MS);
+  }
+}
+
+async function reasonsNow(target: string, options: InUseOptions): Promise<readonly InUseReason[]> {
   const roots = options.roots ?? SYSTEM_ROOTS;
   const kind = await targetKind(target);
   const reasons: InUseReason[] = [];

@@ -5,6 +5,7 @@ import { mkdirSync, statSync } from 'node:fs';
 
 import { describe, expect } from 'vitest';
 
+import { systemClock } from '../../../src/clock.js';
 import { inUseReasons } from '../../../src/devices/in-use.js';
 import { openWriteDevice } from '../../../src/devices/open.js';
 import { addPartitions, DISK_NEEDS, imageFile, tool } from '../../support/disks.js';
@@ -166,6 +167,30 @@ describe('in use', () => {
         child.stdin.end('\n');
         await ended;
       }
+    }
+  });
+
+  needs.it('who only passes by uses nothing: looked at again before it counts', async () => {
+    await using dir = tempDir();
+    const file = imageFile(dir, 'vm.img', MIB);
+    const child = spawn('sh', ['-c', 'exec 5<>"$1"; echo open; read line', 'sh', file], {
+      stdio: ['pipe', 'pipe', 'inherit'],
+    });
+    const ended = once(child, 'exit');
+    let looks = 0;
+    try {
+      await once(child.stdout, 'data');
+      const sleep = async (): Promise<void> => {
+        looks += 1;
+        if (looks < 3) return;
+        child.stdin.end('\n');
+        await ended;
+      };
+      expect(await inUseReasons(file, { clock: { ...systemClock, sleep } })).toEqual([]);
+      expect(looks).toBe(3);
+    } finally {
+      child.stdin.end('\n');
+      await ended;
     }
   });
 

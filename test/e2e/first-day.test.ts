@@ -172,6 +172,13 @@ describe('an option that would do nothing', () => {
     await b2.json(['snapshot', image, '--volume', 'v', '--name', 'one']);
     expect(await b2.error(['verify', 'v', '--at', 'one'])).toMatchObject({ code: 2 });
     expect(await b2.error(['verify', 'v', '--random-point'])).toMatchObject({ code: 2 });
+    expect(await b2.error(['verify', '--data', 'none', '--budget', '1m'])).toMatchObject({
+      code: 2,
+    });
+    expect(await b2.error(['tape', 'list', '--at', 'one'])).toMatchObject({
+      code: 2,
+      message: '--at is for --needs, and without has no effect',
+    });
     await b2.json(['verify', 'v', '--at', 'one', '--against', image]);
     expect(
       await b2.error(['serve', 'nbd', 'v', '--writable', '--overlay', '/nonexistent/overlay']),

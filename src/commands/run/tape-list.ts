@@ -47,6 +47,10 @@ export function run(
   input: TapeListInput,
 ): Promise<Outcome<TapeListAnswer>> {
   const { options } = input;
+  if (options.at !== 'latest' && options.needs === undefined)
+    throw new B2Error('usage', '--at is for --needs, and without has no effect', {
+      hint: 'b2 tape list --needs VOLUME --at TIME names the cartridges of that point.',
+    });
   return withRepository(context, async (repo) => {
     const warn = (message: string): void => context.events({ type: 'warning', message });
     const all = (await listCartridges(repo, warn)).filter(

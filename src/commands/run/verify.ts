@@ -83,7 +83,7 @@ const EMPTY = {
 
 /** An option that would have no effect: who gives it believes that something was checked which was not. Kind `usage`. */
 function refuseIdle(options: VerifyInput['options']): void {
-  const { fsck, boot, against, at } = options;
+  const { fsck, boot, against, at, data, budget } = options;
   const idle = (option: string, needs: string): B2Error =>
     new B2Error('usage', `${option} is for ${needs}, and without has no effect`, {
       hint: 'What is checked without them is all points of the volume alike.',
@@ -91,6 +91,10 @@ function refuseIdle(options: VerifyInput['options']): void {
   if (at !== 'latest' && !fsck && !boot && against === undefined)
     throw idle('--at', '--fsck, --boot or --against');
   if (options['random-point'] && !fsck && !boot) throw idle('--random-point', '--fsck or --boot');
+  if (data === 0 && budget !== undefined)
+    throw new B2Error('usage', '--budget limits the reading of data, and --data none reads none', {
+      hint: 'Leave one of the two out: --budget alone reads as much as it has time for.',
+    });
 }
 
 export function run(context: CommandContext, input: VerifyInput): Promise<Outcome<VerifyAnswer>> {

@@ -39,7 +39,17 @@ export interface GroupCut {
   claim(instantNs: number): void;
   /** Wall time of an instant. */
   wallOf(sourceNs: number): bigint;
+  /** The instant of the point that it has claimed last; −∞ before the first. */
+  lastInstantNs(): number;
+  /** Up to when it is known that nothing has changed since that instant; undefined: something has. */
+  unchangedToNs(): number | undefined;
 }
+
+/**
+ * What has happened since the last point that all devices have, until some time: nothing (`idle`), or something, of which the next
+ * point is (`changed`); `unknown`: some do not know up to then yet.
+ */
+export type Since = 'idle' | 'unknown' | 'changed';
 
 /**
  * What came of waiting for the others:
@@ -85,6 +95,8 @@ export class GroupSeat {
   /** It makes a point and has not claimed it yet. */
   isTrying = false;
   waiting: Waiting | undefined;
+  /** The instant of the last point that it has claimed together with all others. */
+  sharedNs: number | undefined;
   private readonly group: PointGroup;
 
   constructor(group: PointGroup, cut: GroupCut) {
@@ -104,6 +116,11 @@ export class GroupSeat {
   /** `now`: another member waits for this one; `due`: the group has had no point since it became whole. */
   get call(): 'now' | 'due' | undefined {
     return this.group.callOf(this);
+  }
+
+  /** On all devices, until `atNs` of this one's source. Only while the group is whole. */
+  since(atNs: number): Since {
+    return this.group.since(this.cut.originNs + BigInt(Math.ceil(atNs)));
   }
 
   /** A point is begun: the others are called. */
@@ -186,6 +203,19 @@ export class PointGroup {
     return this.hasPoint ? undefined : 'due';
   }
 
+  /** See {@link GroupSeat.since}; monotonic time. */
+  since(monotonicNs: bigint): Since {
+    let isKnown = true;
+    for (const { cut, sharedNs } of this.seats.values()) {
+      const toNs = cut.unchangedToNs();
+      // Who has made a point alone since holds what the last one of all lacks.
+      if (toNs === undefined || sharedNs === undefined || cut.lastInstantNs() !== sharedNs)
+        return 'changed';
+      if (cut.originNs + BigInt(Math.floor(toNs)) < monotonicNs) isKnown = false;
+    }
+    return isKnown ? 'idle' : 'unknown';
+  }
+
   async meet(
     seat: GroupSeat,
     certainToNs: number,
@@ -263,6 +293,7 @@ export class PointGroup {
       const ownNs = Number(instantNs - cut.originNs);
       cut.claim(ownNs);
       seat.isTrying = false;
+      seat.sharedNs = cut.lastInstantNs();
       tell(waiting, { kind: 'claimed', instantNs: ownNs, wallNs });
     }
     this.hasPoint = true;

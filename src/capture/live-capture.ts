@@ -39,7 +39,7 @@ import { alignedMemory } from '../memory.js';
 import { BLOCK_BYTES, blocksOf } from '../units.js';
 import { tableBytesAtMost } from './block-times.js';
 import { BadBlocks, badBytesAtMost, readAround } from './bad-blocks.js';
-import type { GroupSeat, PointGroup } from './group.js';
+import type { GroupSeat, PointGroup, Since } from './group.js';
 import { IntervalCut, type Decision } from './interval-cut.js';
 import { STAGE_STEP_BYTES, Staging, type StagedBlocks } from './staging.js';
 
@@ -284,6 +284,8 @@ const CLOCK_GAP_NS = 50_000n;
 const CLOCK_TRIES = 20;
 /** Between attempts at the first point of a group that has become whole. */
 const GROUP_RETRY_MS = 1000;
+/** Other devices of a group that do not know what was written to them after so long are taken to have changed. */
+const OTHERS_KNOW_MS = 200;
 /** While the cut waits for events up to the end of a read. */
 const SETTLE_MS = 1;
 
@@ -428,7 +430,8 @@ export class LiveCapture {
 
   /**
    * The first acknowledged point whose instant is not before now; made at once. Where nothing was written since the last point,
-   * that one, if it is of the class asked for. `fuzzy`: one that lacks what cannot be read of the device will do. `pointClass` above `crash`: the caller has frozen the file systems (or quiesced the
+   * that one, if it is of the class asked for. Of a device of a group: nothing to any of its devices; `group` of the point is set only
+   * if what each of them has of its instant holds everything that was over before now. `fuzzy`: one that lacks what cannot be read of the device will do. `pointClass` above `crash`: the caller has frozen the file systems (or quiesced the
    * application) and keeps them so until this settles: whoever cannot wait any longer aborts `signal` first (this rejects with
    * `interrupted` then) and lets the writers go after that. With `letGo` they are held only until everything is read, not until it
    * is stored as well; then this also rejects when they were not held so long (`failed`), or when the repository did not take the
@@ -858,24 +861,47 @@ export class LiveCapture {
     }
   }
 
-  /** Somebody waits for a point, before there was any or of a better class than the last, though nothing was written. */
+  /**
+   * Somebody waits for a point, before there was any or of a better class than the last, though nothing was written; or something was
+   * to another device of the group, which who asks for a point of this one means as well.
+   */
   private wantsEmptyPoint(): boolean {
     const best = this.lastPoint?.pointClass ?? PointClass.none;
-    return this.waiters.some((w) => w.pointClass > best && w.sinceNs <= this.completeToNs);
+    return this.waiters.some(
+      (w) =>
+        w.sinceNs <= this.completeToNs && (w.pointClass > best || this.others(w) === 'changed'),
+    );
+  }
+
+  /** What has happened to the group until somebody asked. */
+  private others(w: Waiter): Since {
+    const { seat } = this;
+    if (seat?.isWhole !== true) return 'idle';
+    const since = seat.since(w.sinceNs);
+    const isOver = this.now() - w.sinceNs > OTHERS_KNOW_MS * 1e6;
+    return since === 'unknown' && isOver ? 'changed' : since;
   }
 
   /** Nothing has changed since the last point: it is as good as a new one, for who asked before the last poll. */
   private answerIdle(): void {
-    const { lastPoint } = this;
+    const { lastPoint, seat } = this;
     this.uncoveredNs = Number.POSITIVE_INFINITY;
-    if (lastPoint !== undefined) this.answer(lastPoint, this.completeToNs);
+    if (lastPoint === undefined) return;
+    const { group, ...own } = lastPoint;
+    // While others are missing nobody knows what they were given since.
+    const point = group !== undefined && seat?.isWhole === true ? lastPoint : own;
+    this.answer(point, this.completeToNs, (w) => this.others(w) === 'idle');
   }
 
-  private answer(point: CapturedPoint, coversNs: number): void {
-    const isAnswered = (w: Waiter): boolean =>
-      w.sinceNs <= coversNs && w.pointClass <= point.pointClass;
-    const answered = this.waiters.filter(isAnswered);
-    this.waiters = this.waiters.filter((w) => !isAnswered(w));
+  private answer(
+    point: CapturedPoint,
+    coversNs: number,
+    will: (w: Waiter) => boolean = () => true,
+  ): void {
+    const answered = this.waiters.filter(
+      (w) => w.sinceNs <= coversNs && w.pointClass <= point.pointClass && will(w),
+    );
+    this.waiters = this.waiters.filter((w) => !answered.includes(w));
     for (const w of answered) w.resolve(point);
   }
 
@@ -899,6 +925,9 @@ export class LiveCapture {
       },
       claim: (instantNs) => void this.cut.claim(instantNs),
       wallOf: (sourceNs) => this.wallOf(sourceNs),
+      lastInstantNs: () => this.cut.lastInstantNs,
+      unchangedToNs: () =>
+        this.cut.hasChanges || this.staging.size > 0 ? undefined : this.completeToNs,
     });
   }
 

@@ -396,6 +396,85 @@ describe('a group of devices', () => {
     await group.end();
   });
 
+  it('answers who asks one that is idle with what the others have been given until then', async () => {
+    const group = await Group.start(60);
+    await group.whole();
+    let last = await group.point();
+    const holdsAll = async (point: CapturedPoint): Promise<void> => {
+      for (const [i, disk] of group.disks.entries()) {
+        const at = (p: CapturedPoint): boolean => p.instantNs === point.instantNs;
+        await until(() => group.points[i]?.some(at) === true, 'the point of each');
+        const seq = group.points[i]?.find(at)?.seq;
+        const image = await imageAt(group.repo, group.volumes[i] ?? '', seq);
+        expect(image.equals(disk.bytes), `disk ${i}`).toBe(true);
+      }
+    };
+    // Nothing was written anywhere: the last one will do, unless this process was kept from learning that for long.
+    for (let tries = 1; ; tries++) {
+      const again = await group.point();
+      if (again.seq === last.seq) break;
+      expect(tries).toBeLessThan(20);
+      last = again;
+    }
+    // The other does not know of a write to it yet.
+    const other = group.source(1);
+    let open = (): void => undefined;
+    const gate = new Promise<void>((resolve) => (open = resolve));
+    const poll = other.poll.bind(other);
+    other.poll = async (sink) => {
+      await gate;
+      return poll(sink);
+    };
+    await systemClock.sleep(5);
+    group.write(1);
+    let isAnswered = false;
+    const asked = group.live(0).point();
+    void asked.then(() => (isAnswered = true));
+    await systemClock.sleep(40);
+    expect(isAnswered).toBe(false);
+    open();
+    const second = await asked;
+    expect(second).toMatchObject({ group: 'db', blocks: 0 });
+    await holdsAll(second);
+    await group.check();
+    await group.end();
+  });
+
+  it('answers who asks one that is idle with a point of it alone while others are missing', async () => {
+    const group = await Group.start(61);
+    await group.whole();
+    const first = await group.point();
+    expect(first.group).toBe('db');
+    await group.live(1).stop();
+    group.write(1);
+    const own = await group.live(0).point();
+    // As good as a new one for this device, and for no other.
+    expect(own.seq).toBe(first.seq);
+    expect(own.group).toBeUndefined();
+    await group.end();
+  });
+
+  it('makes one that is idle a point of its own where another keeps the group from one', async () => {
+    const group = await Group.start(62);
+    await group.whole();
+    await group.point();
+    let n = 0;
+    group.disk(1).memory.before = () => {
+      for (const block of [3, 9])
+        group.disk(1).write(group.source(1), block, Buffer.alloc(BLOCK, `${++n} `));
+    };
+    group.write(1);
+    // What is written while this one is made keeps the next from being made.
+    const first = await group.point();
+    const own = await group.live(0).point(PointClass.crash, undefined, undefined, 50);
+    expect(own.seq).toBeGreaterThan(first.seq);
+    expect(own.group).toBeUndefined();
+    group.disk(1).memory.before = () => undefined;
+    expect((await group.point()).group).toBe('db');
+    await group.check();
+    await group.end();
+  });
+
   it('agrees to the nanosecond with a source that was opened years ago', async () => {
     const day = 86_400_000_000_000n;
     for (let n = 0; n < 20; n++) {
@@ -417,6 +496,8 @@ describe('a group of devices', () => {
           decide: () => cut.decide(),
           claim: (atNs) => claimed.push(cut.claim(atNs)),
           wallOf: () => 7n,
+          lastInstantNs: () => cut.lastInstantNs,
+          unchangedToNs: () => undefined,
         });
       });
       const meetings = await Promise.all(
@@ -441,6 +522,8 @@ describe('a group of devices', () => {
       decide: () => ({ kind: 'holds', loNs: 1, hiNs: 3, instantNs: 2 }),
       claim: () => undefined,
       wallOf: () => 0n,
+      lastInstantNs: () => 0,
+      unchangedToNs: () => undefined,
     });
     const group = new PointGroup({ name: 'g', devices: ['a', 'b'], clock: systemClock });
     const a = group.join('a', seat(true));

@@ -21,7 +21,7 @@ import { afterEach, beforeEach, describe, expect, it } from 'vitest';
 
 import { systemClock } from '../../src/clock.js';
 import { B2, jsonLines, PROGRAM, type JsonError } from '../support/b2.js';
-import { noise, tool } from '../support/disks.js';
+import { noise, pokeWithDd, tool } from '../support/disks.js';
 import { attachLoop, LOOP_NEEDS, makeFileSystem, mountDevice, newLoop } from '../support/loop.js';
 import { notifySocket } from '../support/notify-socket.js';
 import { requires } from '../support/requires.js';
@@ -399,6 +399,33 @@ describe('b2 watch of a group', () => {
     watching.kill('SIGTERM');
     expect((await watching.ended).code).toBe(0);
   }, 60_000);
+
+  requires(LOOP_NEEDS).it(
+    'takes into a snapshot of an idle device what was just written to the other',
+    async () => {
+      await initPlain();
+      const [a, b] = [await newLoop(dir, 'a.img', 8 * MIB), await newLoop(dir, 'b.img', 8 * MIB)];
+      const watching = watch([a.device, b.device, '--group', 'pair', '--interval', '10s']);
+      for (const { device } of [a, b])
+        await watching.until(
+          'a point of both',
+          (l) => l['group'] === 'pair' && l['device'] === device,
+        );
+      for (const [i, bestClass] of [[], [], ['--class', 'crash'], ['--class', 'crash']].entries()) {
+        pokeWithDd(b.device, 8192, noise(i, 4096));
+        const made = await b2.json<{
+          readonly group: { readonly others: readonly { readonly volume: string }[] };
+        }>(['snapshot', a.device, '--name', `s${i}`, ...bestClass]);
+        const [other] = made.group.others;
+        const out = dir.join(`out${i}`);
+        await b2.json(['restore', other?.volume ?? '', out, '--at', `s${i}`]);
+        tool('cmp', [out, b.device]);
+      }
+      watching.kill('SIGTERM');
+      expect((await watching.ended).code).toBe(0);
+    },
+    60_000,
+  );
 
   it('forgets a device that was taken out: points of those that stayed are of the whole group', async () => {
     await initPlain();

@@ -14,6 +14,7 @@
 import { chmod, mkdir, rename, rm } from 'node:fs/promises';
 import { createRequire } from 'node:module';
 import { join } from 'node:path';
+import { setTimeout } from 'node:timers/promises';
 import type { Database } from 'sqlite3';
 import type { Clock } from '../clock.js';
 import { B2Error, errnoOf, ioError, isKind, messageOf } from '../errors.js';
@@ -25,6 +26,8 @@ import { listSnapshots, listVolumes } from './volume.js';
 
 const SCHEMA_VERSION = 1;
 const BUSY_MS = 10_000;
+/** Between tries to set the journal mode. */
+const WAL_PAUSE_MS = 20;
 const FILE = 'catalogue.db';
 /** Events kept. */
 const MAX_EVENTS = 10_000;
@@ -190,9 +193,8 @@ export class Catalogue implements AsyncDisposable {
     const catalogue = new Catalogue(path, db, clock);
     try {
       db.configure('busyTimeout', BUSY_MS);
-      await catalogue.exec(
-        'PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL; PRAGMA foreign_keys = ON;',
-      );
+      await catalogue.useWal();
+      await catalogue.exec('PRAGMA synchronous = NORMAL; PRAGMA foreign_keys = ON;');
       const [check] = await catalogue.all('PRAGMA quick_check(1)');
       if (text(check?.['quick_check']) !== 'ok')
         throw new B2Error('damaged', `${path}: ${text(check?.['quick_check'])}`);
@@ -201,6 +203,25 @@ export class Catalogue implements AsyncDisposable {
     } catch (error) {
       await catalogue.close();
       throw error;
+    }
+  }
+
+  /**
+   * Where two processes do this to a new file at once, SQLite waits for neither and tells one of them SQLITE_BUSY at once (it would be
+   * a deadlock to wait for a lock while one holds another): again, then.
+   */
+  private async useWal(): Promise<void> {
+    const beganNs = this.clock.nowNs();
+    for (let tries = 1; ; tries++) {
+      try {
+        return await this.exec('PRAGMA journal_mode = WAL');
+      } catch (error) {
+        const isBusy = error instanceof B2Error && error.retryable;
+        const waitedNs = this.clock.nowNs() - beganNs;
+        if (!isBusy || tries * WAL_PAUSE_MS >= BUSY_MS || waitedNs >= BigInt(BUSY_MS) * 1_000_000n)
+          throw error;
+        await setTimeout(WAL_PAUSE_MS);
+      }
     }
   }
 

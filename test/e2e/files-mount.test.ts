@@ -214,50 +214,54 @@ requires(needs).describe('b2 mount --files', () => {
     execFileSync('cmp', [dir.join('disk'), dir.join('again')]);
   });
 
-  it(`leaves no mount, loop device, socket or process behind, ${CYCLES} times`, async () => {
-    const ways = ['umount', 'SIGKILL', 'SIGTERM', 'SIGINT', 'agent', 'busy'] as const;
-    const servers = new Set<number>();
-    for (let i = 0; i < CYCLES; i++) {
-      // In turn: file systems inside, images, NBD.
-      const what = (['files', 'images', 'nbd'] as const)[i % 3] ?? 'files';
-      const way = ways[Math.floor(i / 3) % ways.length] ?? 'umount';
-      if (what === 'nbd') {
-        await serveAndEnd(way === 'SIGKILL' || way === 'SIGINT' ? way : 'SIGTERM');
-        continue;
-      }
-      const { pid } = await (what === 'files' ? mount() : mountImages());
-      servers.add(pid);
-      const inside = dir.join(what === 'files' ? 'm/latest/p2/late/file' : 'm/latest/p2.img');
-      const fd = openSync(inside, 'r');
-      const head = Buffer.alloc(20);
-      readSync(fd, head, 0, head.length, what === 'files' ? 0 : 1024);
-      if (way !== 'busy') closeSync(fd);
-      if (what === 'files') expect(namespaces(servers).size).toBe(1);
-      if (what === 'files') expect(head.toString()).toBe('only in the journal\n');
-      else expect(head.some((byte) => byte !== 0)).toBe(true);
-      if (way === 'umount') {
-        expect((await b2.run('umount', dir.join('m'))).code).toBe(0);
-      } else if (way === 'agent') {
-        // Its helpers are shot: reading fails, and the mount still ends in order.
-        for (const helper of helpersOf(pid)) process.kill(Number(helper), 'SIGKILL');
-        expect((await b2.run('umount', dir.join('m'))).code).toBe(0);
-      } else if (way === 'busy') {
-        // A file is open in it, which then cannot be read any more.
-        try {
-          expect((await b2.run('umount', '--lazy', dir.join('m'))).code).toBe(0);
-          process.kill(pid, 'SIGTERM');
-          await eventually('the server has ended', () => !isAlive(pid));
-        } finally {
-          closeSync(fd);
+  it(
+    `leaves no mount, loop device, socket or process behind, ${CYCLES} times`,
+    async () => {
+      const ways = ['umount', 'SIGKILL', 'SIGTERM', 'SIGINT', 'agent', 'busy'] as const;
+      const servers = new Set<number>();
+      for (let i = 0; i < CYCLES; i++) {
+        // In turn: file systems inside, images, NBD.
+        const what = (['files', 'images', 'nbd'] as const)[i % 3] ?? 'files';
+        const way = ways[Math.floor(i / 3) % ways.length] ?? 'umount';
+        if (what === 'nbd') {
+          await serveAndEnd(way === 'SIGKILL' || way === 'SIGINT' ? way : 'SIGTERM');
+          continue;
         }
-      } else {
-        process.kill(pid, way);
+        const { pid } = await (what === 'files' ? mount() : mountImages());
+        servers.add(pid);
+        const inside = dir.join(what === 'files' ? 'm/latest/p2/late/file' : 'm/latest/p2.img');
+        const fd = openSync(inside, 'r');
+        const head = Buffer.alloc(20);
+        readSync(fd, head, 0, head.length, what === 'files' ? 0 : 1024);
+        if (way !== 'busy') closeSync(fd);
+        if (what === 'files') expect(namespaces(servers).size).toBe(1);
+        if (what === 'files') expect(head.toString()).toBe('only in the journal\n');
+        else expect(head.some((byte) => byte !== 0)).toBe(true);
+        if (way === 'umount') {
+          expect((await b2.run('umount', dir.join('m'))).code).toBe(0);
+        } else if (way === 'agent') {
+          // Its helpers are shot: reading fails, and the mount still ends in order.
+          for (const helper of helpersOf(pid)) process.kill(Number(helper), 'SIGKILL');
+          expect((await b2.run('umount', dir.join('m'))).code).toBe(0);
+        } else if (way === 'busy') {
+          // A file is open in it, which then cannot be read any more.
+          try {
+            expect((await b2.run('umount', '--lazy', dir.join('m'))).code).toBe(0);
+            process.kill(pid, 'SIGTERM');
+            await eventually('the server has ended', () => !isAlive(pid));
+          } finally {
+            closeSync(fd);
+          }
+        } else {
+          process.kill(pid, way);
+        }
+        await eventually(`${what}, ${way}: everything gone`, () => isGone(pid));
+        if (i % 100 === 99) process.stderr.write(`${i + 1} cycles\n`);
       }
-      await eventually(`${what}, ${way}: everything gone`, () => isGone(pid));
-      if (i % 100 === 99) process.stderr.write(`${i + 1} cycles\n`);
-    }
-    expect(namespaces(servers).size).toBe(0);
-  });
+      expect(namespaces(servers).size).toBe(0);
+    },
+    120_000 + CYCLES * 3000,
+  );
 
   it('is for root only, and says what others can do', () => {
     let said = '';
